@@ -1,0 +1,1 @@
+"""Bundled flows, one directory each: config.json, model.safetensors and their card."""

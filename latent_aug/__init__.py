@@ -1,0 +1,34 @@
+"""Torchvision-style transforms that augment images in a normalizing flow's latent space."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from latent_aug.adversarial import LatentAdversarial
+from latent_aug.flows import Flow, Glow
+from latent_aug.hub import load_flow
+from latent_aug.transforms import LatentPerturb
+
+if TYPE_CHECKING:
+    from latent_aug.train import TrainConfig, train_flow
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Flow",
+    "Glow",
+    "LatentAdversarial",
+    "LatentPerturb",
+    "TrainConfig",
+    "load_flow",
+    "train_flow",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the trainer only when somebody asks for it."""
+    if name in ("TrainConfig", "train_flow"):
+        from latent_aug import train
+
+        return getattr(train, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,47 @@
+"""Checks of what users pass, shared by the transforms and the hook."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+Range = float | tuple[float, float]
+
+
+def number_range(name: str, value: Any) -> tuple[float, float]:
+    """A finite number of at least 0, or a (low, high) pair of such, as a pair."""
+    low, high = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
+    for bound in (low, high):
+        if isinstance(bound, bool) or not isinstance(bound, (int, float)):
+            raise TypeError(f"{name} must be a number or a (low, high) pair, got {value!r}")
+        if not (math.isfinite(bound) and bound >= 0):
+            raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
+    if low > high:
+        raise ValueError(f"{name} must be (low, high) with low at most high, got {value!r}")
+    return float(low), float(high)
+
+
+def probability(name: str, value: Any) -> float:
+    """A number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number in [0, 1], got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
+    return float(value)
+
+
+def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
+    """One of a few values."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def distance(name: str, value: Any) -> float | None:
+    """None, or a finite number of at least 0."""
+    if value is None:
+        return None
+    if isinstance(value, (tuple, list)):
+        raise TypeError(f"{name} must be one number or None, got {value!r}")
+    return number_range(name, value)[0]

@@ -1,0 +1,125 @@
+"""The command line: `latent-aug train`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, Optional
+
+try:
+    import typer
+except ModuleNotFoundError:  # an optional extra; the library itself does without
+    sys.exit("latent-aug's command line needs typer: pip install 'latent-aug[train]'")
+
+import torch
+
+from latent_aug.card import write_card
+from latent_aug.data import UInt8Images, open_images
+from latent_aug.flows import Glow
+from latent_aug.hub import load_flow
+from latent_aug.train import TrainConfig, train_flow
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def main_callback() -> None:
+    """Augment images in the latent space of a normalizing flow."""
+
+
+@app.command()
+def train(
+    data: Annotated[
+        str, typer.Argument(help="A folder of images, a tar of them, or torchvision:NAME.")
+    ],
+    output: Annotated[Path, typer.Option(help="Where the flow and the run's state are written.")],
+    validation: Annotated[
+        Optional[str], typer.Option(help="Held-out images: folder, tar or torchvision:NAME.")
+    ] = None,
+    root: Annotated[Path, typer.Option(help="Where torchvision's data sets live.")] = Path("data"),
+    init: Annotated[
+        Optional[str], typer.Option(help="Fine-tune this flow: a name, directory or org/repo.")
+    ] = None,
+    channels: Annotated[int, typer.Option(help="1 for grey images, 3 for colour.")] = 3,
+    levels: Annotated[int, typer.Option(help="Scales; sides must divide by 2**levels.")] = 3,
+    k: Annotated[int, typer.Option("--steps-per-level", "-K", help="Glow steps a level.")] = 8,
+    hidden: Annotated[int, typer.Option("--hidden", "-H", help="Coupling network width.")] = 128,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = TrainConfig.steps,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = TrainConfig.batch_size,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = TrainConfig.lr,
+    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = TrainConfig.warmup,
+    decay: Annotated[
+        float, typer.Option(help="Last share of the steps, falling to 0.")
+    ] = TrainConfig.decay,
+    clip_norm: Annotated[
+        float, typer.Option(help="Greatest gradient norm.")
+    ] = TrainConfig.clip_norm,
+    ema: Annotated[float, typer.Option(help="Decay of the weights' average.")] = TrainConfig.ema,
+    flip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = TrainConfig.flip,
+    crop: Annotated[int, typer.Option(help="Zero-pad by so much, crop.")] = TrainConfig.crop,
+    size: Annotated[Optional[int], typer.Option(help="Resize and crop to this side.")] = None,
+    network_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"], typer.Option(help="Coupling networks' precision.")
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Of weights, order and noise.")] = TrainConfig.seed,
+    checkpoint_minutes: Annotated[
+        float, typer.Option(help="Between saves of the run's state.")
+    ] = TrainConfig.checkpoint_minutes,
+    workers: Annotated[int, typer.Option(help="Loader processes.")] = TrainConfig.workers,
+    licence: Annotated[str, typer.Option(help="The weights' licence, for the card.")] = "mit",
+) -> None:
+    """Train a Glow by maximum likelihood; the same command again resumes a stopped run."""
+    try:
+        config = TrainConfig(
+            output=output,
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr,
+            warmup=warmup,
+            decay=decay,
+            clip_norm=clip_norm,
+            ema=ema,
+            flip=flip,
+            crop=crop,
+            size=size,
+            network_dtype=network_dtype,
+            seed=seed,
+            checkpoint_minutes=checkpoint_minutes,
+            workers=workers,
+        )
+        dataset = open_images(data, root=root)
+        held_out = None if validation is None else open_images(validation, root=root, train=False)
+        torch.manual_seed(seed)
+        if init is None:
+            flow = Glow(channels, levels=levels, steps=k, hidden=hidden)
+        else:
+            loaded = load_flow(init)
+            if not isinstance(loaded, Glow):
+                raise ValueError(f"--init must name a Glow, got a {type(loaded).__name__}")
+            flow = loaded
+        trained = train_flow(flow, dataset, config, validation=held_out)
+        measured = held_out if held_out is not None else dataset
+        card = write_card(
+            trained,
+            UInt8Images(measured, trained.channels, size),
+            output,
+            command=shlex.join(["latent-aug", *sys.argv[1:]]),
+            training_data=data,
+            measured_on=validation or data,
+            images_seen=steps * batch_size,
+            licence=licence,
+        )
+    except (ValueError, OSError, FloatingPointError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(f"{output}: {card['bits_per_dim']:.3f} bits/dim on {card['images']} images")
+
+
+def main() -> None:
+    """Entry point of the `latent-aug` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

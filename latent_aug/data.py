@@ -1,0 +1,141 @@
+"""Image collections as uint8 tensors: what the trainer and the command line read."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Iterable, Sized
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import datasets
+from torchvision.transforms.v2 import functional as tvf
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+
+
+class EncodedImages(Dataset[Image.Image]):
+    """Images of one folder tree or one tar (also compressed), without labels, sorted by name.
+
+    A tar's members are kept in memory as they are, still encoded.
+
+    Raises:
+        FileNotFoundError: The path does not exist, or holds no image.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.files: list[Path | bytes] = []
+        path = Path(path)
+        if path.is_dir():
+            found = (Path(root) / name for root, _, names in os.walk(path) for name in names)
+            self.files += sorted(file for file in found if is_image(file.name))
+        elif path.is_file():
+            with tarfile.open(path) as tar:
+                members = sorted((m for m in tar if m.isfile() and is_image(m.name)), key=by_name)
+                self.files += [tar.extractfile(m).read() for m in members]  # type: ignore[union-attr]
+        if not self.files:
+            raise FileNotFoundError(f"no images ({', '.join(EXTENSIONS)}) found in {path}")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        file = self.files[index]
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            image.load()
+            return image
+
+
+def is_image(name: str) -> bool:
+    """Whether the file's name says that it is an image."""
+    return name.lower().endswith(EXTENSIONS) and not Path(name).name.startswith(".")
+
+
+def by_name(member: tarfile.TarInfo) -> str:
+    """Sort key of a tar member."""
+    return member.name
+
+
+def open_images(source: str | Path, *, root: str | Path = "data", train: bool = True) -> Any:
+    """A dataset from a folder, a tar file, or "torchvision:NAME" (downloaded to `root`).
+
+    Raises:
+        ValueError: torchvision has no such data set.
+        FileNotFoundError: The path does not exist, or holds no image.
+    """
+    kind, _, name = str(source).partition(":")
+    if kind != "torchvision" or not name:
+        return EncodedImages(source)
+    builder = getattr(datasets, name, None)
+    if builder is None:
+        raise ValueError(f"torchvision.datasets has no {name!r}; try CIFAR10 or FashionMNIST")
+    split = {"split": "train" if train else "test"} if name in {"SVHN", "STL10"} else {"train": train}
+    return builder(root, download=True, **split)
+
+
+def to_uint8(sample: Any, channels: int, size: int | None = None) -> Tensor:
+    """The image of a sample (alone, or first in a tuple) as uint8 (channels, H, W).
+
+    Args:
+        sample: A PIL image or a uint8 or float [0, 1] tensor, or a tuple that begins with one.
+        channels: 1 converts a PIL image to grey, 3 to RGB.
+        size: Resize the shorter side and crop the middle to (size, size).
+    """
+    image = sample[0] if isinstance(sample, (tuple, list)) else sample
+    if isinstance(image, Image.Image):
+        image = tvf.pil_to_tensor(image.convert({1: "L", 3: "RGB"}.get(channels, image.mode)))
+    if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != channels:
+        found = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(f"a dataset of {channels}-channel images is needed, got {found}")
+    if size is not None:
+        image = tvf.center_crop(tvf.resize(image, [size], antialias=True), [size])
+    return (image.clamp(0, 1) * 255).round().byte() if image.is_floating_point() else image
+
+
+class UInt8Images(Dataset[Tensor]):
+    """A dataset's images as uint8 (C, H, W), decoded once and kept if all fit into `keep_bytes`.
+
+    Args:
+        dataset: Anything with a length whose items `to_uint8` understands.
+        channels: Channels to convert to.
+        size: Side to resize and crop to; None keeps the images as they are.
+        keep_bytes: Memory that decoded images may take.
+
+    Raises:
+        ValueError: The dataset is empty, or an image does not have the first one's size.
+    """
+
+    def __init__(
+        self, dataset: Any, channels: int, size: int | None = None, keep_bytes: int = 2**30
+    ) -> None:
+        if not isinstance(dataset, Sized) or len(dataset) == 0:
+            raise ValueError(f"dataset must have a length above 0, got {type(dataset).__name__}")
+        self.dataset, self.channels, self.size, self.count = dataset, channels, size, len(dataset)
+        self.kept: Tensor | None = None
+        self.shape = to_uint8(dataset[0], channels, size).shape  # type: ignore[index]
+        if self.count * self.shape.numel() <= keep_bytes:
+            self.kept = torch.stack([self[i] for i in range(self.count)])
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Tensor:
+        if self.kept is not None:
+            return self.kept[index]
+        image = to_uint8(self.dataset[index], self.channels, self.size)
+        if image.shape != self.shape:
+            raise ValueError(
+                f"image {index} is {tuple(image.shape)}, the first one {tuple(self.shape)}; "
+                "give a size to resize and crop to"
+            )
+        return image
+
+    def __getitems__(self, indices: Iterable[int]) -> list[Tensor] | Tensor:
+        """A whole batch at once; the DataLoader calls this where it exists."""
+        indices = list(indices)
+        return self.kept[indices] if self.kept is not None else [self[i] for i in indices]

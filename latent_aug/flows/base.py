@@ -1,0 +1,121 @@
+"""The contract every flow keeps, whoever wrote it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+CARD_NAME = "README.md"
+
+
+class Flow(nn.Module):
+    """An invertible map between images and latents of the same shape, with an N(0, I) prior.
+
+    Subclass it, set the attributes, write `encode`, `decode` and `log_prob`, and every transform
+    and hook of the package works with it. Add `config` and `from_config` to save and load it.
+
+    Attributes:
+        channels: Channels of the images it maps.
+        multiple: Height and width must divide by it; the transforms pad and crop.
+        size: The only (H, W) it maps; None for any size.
+        num_classes: Above 0 for a conditional flow, whose `encode` and `decode` need `y`.
+
+    Source: the paper's §2 writes F for `encode` and F⁻¹ for `decode`.
+
+    Example:
+        >>> import torch
+        >>> class Identity(Flow):
+        ...     channels = 3
+        ...
+        ...     def encode(self, x, y=None):
+        ...         return x
+        ...
+        ...     def decode(self, z, y=None):
+        ...         return z
+        >>> x = torch.rand(2, 3, 8, 8)
+        >>> torch.equal(Identity().decode(Identity().encode(x)), x)
+        True
+    """
+
+    architectures: ClassVar[dict[str, type[Flow]]] = {}
+
+    channels: int
+    multiple: int = 1
+    size: tuple[int, int] | None = None
+    num_classes: int = 0
+    loaded_from: tuple[str, str | None, int] | None = None  # name, commit, version when loaded
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Flow.architectures[cls.__name__] = cls
+
+    def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W), float in [0, 1], to latents of the same shape, prior N(0, I)."""
+        raise NotImplementedError
+
+    def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """Exact inverse of `encode`; (B, C, H, W), not clamped."""
+        raise NotImplementedError
+
+    def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Log-density of x in [0, 1], exact at x: (B,), in nats."""
+        raise NotImplementedError
+
+    def bits_per_dim(
+        self, x: Tensor, y: Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Negative log-likelihood of 8-bit images in bits per dimension: (B,).
+
+        Uniform dequantization noise, one bin wide, is added to x (values v / 255); the result is
+        an upper bound on the bits of the discrete image (Theis et al. 2016, §3.1).
+        """
+        noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        nats = self.log_prob(x + (noise - 0.5) / 255, y)
+        return (math.log(255) - nats / x[0].numel()) / math.log(2)
+
+    def weights_version(self) -> int:
+        """A number that every in-place change of a parameter or buffer raises."""
+        return sum(t._version for t in (*self.parameters(), *self.buffers()))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The JSON-ready constructor arguments; absent ones are None."""
+        raise NotImplementedError(f"{type(self).__name__} has no config, so it cannot be saved")
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Flow:
+        """Build the flow from a config that came from outside: validate, then construct."""
+        raise NotImplementedError(f"{cls.__name__} has no from_config, so it cannot be loaded")
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` for `load_flow` into the directory."""
+        config = {"architecture": type(self).__name__, **self.config}
+        tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        save_file(tensors, directory / WEIGHTS_NAME)
+
+    def push_to_hub(self, repo_id: str) -> str:
+        """Upload config and weights to "org/repo" on the Hugging Face hub; the commit's address.
+
+        Uses the token of `hf auth login`. Creates the repository where it does not exist.
+        """
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repo_id, exist_ok=True)
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory)
+            commit = api.upload_folder(repo_id=repo_id, folder_path=directory)
+        return str(commit.commit_url)

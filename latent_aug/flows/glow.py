@@ -1,0 +1,259 @@
+"""Glow, built from normflows' blocks."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import normflows as nf
+import torch
+from torch import Tensor
+
+from latent_aug.flows import engine
+from latent_aug.flows.base import Flow
+
+
+class BoundedConvNet2d(nf.nets.ConvNet2d):  # type: ignore[misc]
+    """normflows' coupling network with its log-scale outputs bounded by ``bound * tanh``.
+
+    With ``scale_map="exp"`` a coupling then multiplies by no more than e^bound either way, so
+    that decoding a latent off the data cannot blow up as it does with sigmoid(s + 2).
+    """
+
+    def __init__(self, channels: Sequence[int], bound: float) -> None:
+        super().__init__(tuple(channels), (3, 1, 3), init_zeros=True)
+        self.bound = bound
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shift and bounded log-scale, alternating along the channels as normflows reads them."""
+        shift, raw = self.net(x).unflatten(1, (-1, 2)).unbind(2)
+        return torch.stack([shift, self.bound * torch.tanh(raw)], dim=2).flatten(1, 2)
+
+
+def glow_block(channels: int, hidden: int, bound: float) -> nf.flows.GlowBlock:
+    """normflows' GlowBlock with a bounded affine coupling."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # normflows still calls torch.lu, which is deprecated
+        block = nf.flows.GlowBlock(channels, hidden, scale_map="exp")
+    half = channels // 2
+    block.flows[0].flows[1].param_map = BoundedConvNet2d((half, hidden, hidden, channels), bound)
+    return block
+
+
+def multiscale_glow(
+    channels: int, levels: int, steps: int, hidden: int, bound: float
+) -> nf.MultiscaleFlow:
+    """normflows' multi-scale flow: coarsest level first, priors over one pixel's channels."""
+    priors, flows, merges = [], [], []
+    for depth in reversed(range(levels)):  # halvings before this level
+        width = channels * 2 ** (depth + 2)
+        blocks = [glow_block(width, hidden, bound) for _ in range(steps)]
+        flows.append([*blocks, nf.flows.Squeeze()])
+        coarsest = depth == levels - 1
+        priors.append(nf.distributions.GlowBase((width if coarsest else width // 2, 1, 1)))
+        if not coarsest:
+            merges.append(nf.flows.Merge())
+    return nf.MultiscaleFlow(priors, flows, merges, class_cond=False)
+
+
+class Glow(Flow):
+    """The multi-scale Glow flow: `levels` scales of `steps` steps each.
+
+    A step is ActNorm, an invertible 1x1 convolution and an affine coupling whose network has
+    `hidden` channels; half the channels of each scale leave as latents. The latent is packed
+    back into the image's shape and whitened by the learned prior, so that one unit of it is one
+    standard deviation of the prior. The log-scale of a coupling is ``log_scale_bound * tanh(.)``.
+
+    Encoding is deterministic: value v of 255 maps to the middle of its bin, (v + ½) / 256.
+
+    Gradients reach the weights only where they require them; a frozen flow (`load_flow` returns
+    one) computes from weights prepared once per device and dtype of its input, so it may stay
+    on the CPU while its inputs are on an accelerator.
+
+    Args:
+        channels: Channels of the images.
+        levels: Scales; height and width must divide by 2 ** levels.
+        steps: Steps per scale, K.
+        hidden: Channels of a coupling network, H.
+        log_scale_bound: Greatest absolute log-scale of a coupling.
+
+    Raises:
+        ValueError: An argument is out of range; an image does not fit; the flow is untrained.
+
+    Source: Kingma & Dhariwal 2018; the paper's A.1 uses 3 levels of 32 steps.
+
+    Example:
+        >>> import torch
+        >>> flow = Glow(channels=1, levels=2, steps=2, hidden=8)
+        >>> x = torch.rand(4, 1, 8, 8)
+        >>> flow.initialize(x)
+        >>> flow.encode(x).shape
+        torch.Size([4, 1, 8, 8])
+        >>> torch.allclose(flow.decode(flow.encode(x)), x, atol=1e-4)
+        True
+    """
+
+    def __init__(
+        self,
+        channels: int = 3,
+        *,
+        levels: int = 3,
+        steps: int = 32,
+        hidden: int = 512,
+        log_scale_bound: float = 1.0,
+    ) -> None:
+        super().__init__()
+        sizes = {"channels": channels, "levels": levels, "steps": steps, "hidden": hidden}
+        for name, value in sizes.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not 0 < log_scale_bound <= 8:
+            raise ValueError(f"log_scale_bound must lie in (0, 8], got {log_scale_bound!r}")
+        self.channels, self.levels, self.steps, self.hidden = channels, levels, steps, hidden
+        self.multiple = 2**levels
+        self.log_scale_bound = float(log_scale_bound)
+        self.network_dtype: torch.dtype | None = None
+        self.multiscale = multiscale_glow(channels, levels, steps, hidden, self.log_scale_bound)
+        self._prepared: dict[Any, tuple[int, tuple[engine.Level, ...]]] = {}
+
+    def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W), float in [0, 1], to latents of the same shape, prior N(0, I)."""
+        self._check(x, "x")
+        with torch.autocast(x.device.type, enabled=False):
+            return engine.encode(preprocess(x), self._levels(x, inverse=False)).contiguous()
+
+    def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """Exact inverse of `encode`; (B, C, H, W), not clamped."""
+        self._check(z, "z")
+        with torch.autocast(z.device.type, enabled=False):
+            return postprocess(engine.decode(z, self._levels(z, inverse=True))).contiguous()
+
+    def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Log-density of x in [0, 1], exact at x: (B,), in nats."""
+        self._check(x, "x")
+        dims = x[0].numel()
+        terms: list[Tensor] = []
+        with torch.autocast(x.device.type, enabled=False):
+            z = engine.encode(preprocess(x), self._levels(x, inverse=False), terms)
+        prior = -0.5 * (z.square().sum(dim=(1, 2, 3)) + dims * math.log(2 * math.pi))
+        return prior + sum(terms) + dims * math.log(255 / 256)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Set every ActNorm from one batch (B, C, H, W) in [0, 1], as Glow's §3.1 does.
+
+        Raises:
+            ValueError: The flow is initialised already, or the batch leaves a non-finite scale.
+        """
+        if self.is_initialized():
+            raise ValueError("this flow is initialised (or trained) already")
+        self._check(x, "x", initialized=True)
+        before = {k: v.clone() for k, v in self.state_dict().items()}
+        self.multiscale.inverse_and_log_det(preprocess(x))
+        self.to(x.device)  # normflows puts its new flags on the CPU
+        if not all(bool(p.isfinite().all()) for p in self.parameters()):
+            self.load_state_dict(before)
+            raise ValueError("x gives non-finite ActNorm statistics; use a larger, finite batch")
+
+    def is_initialized(self) -> bool:
+        """Whether every ActNorm has seen data (or weights were loaded)."""
+        flags = [b for n, b in self.named_buffers() if n.endswith("data_dep_init_done")]
+        return all(bool(flag) for flag in flags)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The JSON-ready constructor arguments."""
+        return {
+            "channels": self.channels,
+            "levels": self.levels,
+            "steps": self.steps,
+            "hidden": self.hidden,
+            "log_scale_bound": self.log_scale_bound,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Glow:
+        """Build from a config that came from outside.
+
+        Raises:
+            ValueError: A key is unknown or missing, or a value is of the wrong type or so large
+                that building it could exhaust the memory.
+        """
+        largest = {"channels": 64, "levels": 8, "steps": 256, "hidden": 4096}
+        expected = {*largest, "log_scale_bound"}
+        if set(config) != expected:
+            raise ValueError(f"a Glow config has the keys {sorted(expected)}, got {sorted(config)}")
+        for name, limit in largest.items():
+            value = config[name]
+            if type(value) is not int or not 1 <= value <= limit:
+                raise ValueError(f"{name} must be an integer from 1 to {limit}, got {value!r}")
+        if type(config["log_scale_bound"]) not in (int, float):
+            raise ValueError(
+                f"log_scale_bound must be a number, got {config['log_scale_bound']!r}"
+            )
+        return cls(**config)
+
+    def _check(self, t: Tensor, name: str, *, initialized: bool = False) -> None:
+        """Refuse what would fail obscurely further down."""
+        if t.ndim != 4 or t.shape[1] != self.channels or not t.is_floating_point():
+            raise ValueError(
+                f"{name} must be a float tensor (B, {self.channels}, H, W) for a flow of "
+                f"{self.channels} channels, got {tuple(t.shape)} of {t.dtype}"
+            )
+        if t.shape[2] % self.multiple or t.shape[3] % self.multiple:
+            raise ValueError(
+                f"height and width of {name} must divide by {self.multiple}, "
+                f"got {tuple(t.shape[2:])}; pad it, or use a transform, which does"
+            )
+        if not (initialized or self._prepared or self.is_initialized()):
+            raise ValueError(
+                "this Glow is untrained: load weights with load_flow, train it with train_flow, "
+                "or set its ActNorms from a batch of images with initialize"
+            )
+
+    def _levels(self, t: Tensor, *, inverse: bool) -> tuple[engine.Level, ...]:
+        """The parameters as the engine reads them, on t's device and in its dtype.
+
+        Weights that want gradients are read anew; others come from a cache that notices every
+        in-place change of a parameter (its version counter) at no cost on the device.
+        """
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            return self._read(t, inverse=inverse, frozen=False)
+        version = self.weights_version()
+        key = (t.device, t.dtype, inverse, self.network_dtype)
+        if key not in self._prepared or self._prepared[key][0] != version:
+            # Tensors made in inference mode could not serve a later attack's backward pass.
+            with torch.inference_mode(False):
+                levels = self._read(t, inverse=inverse, frozen=True)
+            self._prepared[key] = (version, levels)
+        return self._prepared[key][1]
+
+    def _read(self, t: Tensor, *, inverse: bool, frozen: bool) -> tuple[engine.Level, ...]:
+        return engine.read_levels(
+            self.multiscale,
+            t,
+            bound=self.log_scale_bound,
+            inverse=inverse,
+            frozen=frozen,
+            network_dtype=self.network_dtype,
+        )
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Glow:
+        self._prepared.clear()
+        super()._apply(*args, **kwargs)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": {}}
+
+
+def preprocess(x: Tensor) -> Tensor:
+    """[0, 1] to the middle of its bin in [-½, ½]: (255 x + ½) / 256 - ½."""
+    return x * (255 / 256) + (0.5 / 256 - 0.5)
+
+
+def postprocess(z: Tensor) -> Tensor:
+    """Undo `preprocess`."""
+    return (z + (0.5 - 0.5 / 256)) * (256 / 255)

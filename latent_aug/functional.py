@@ -1,0 +1,152 @@
+"""Latent perturbations as pure functions on tensors.
+
+Latents are (B, C, H, W); norms are taken per sample over everything but the batch. `eps` and
+`alpha` are numbers or (B, 1, 1, 1) tensors. Nothing here draws unless it says so, and what
+draws takes a `generator`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from latent_aug.flows import Flow
+
+Norm = Literal["linf", "l2", "rms"]
+Size = float | Tensor
+
+
+def l2_norm(t: Tensor) -> Tensor:
+    """Euclidean norm of each sample: (B, 1, 1, 1)."""
+    return t.flatten(1).norm(dim=1)[:, None, None, None]
+
+
+def l2_radius(t: Tensor, eps: Size, norm: Norm) -> Size:
+    """The l2 radius that `eps` stands for: itself, or eps·√d for the root mean square."""
+    return eps * math.sqrt(t[0].numel()) if norm == "rms" else eps
+
+
+def unit(t: Tensor) -> Tensor:
+    """Each sample divided by its l2 norm; a zero sample stays zero."""
+    norm = l2_norm(t)
+    return t / torch.where(norm > 0, norm, 1)
+
+
+def project(delta: Tensor, eps: Size, norm: Norm | None) -> Tensor:
+    """Π of the paper's §2: the point of the ball of radius eps next to each sample.
+
+    Args:
+        delta: Perturbations (B, C, H, W).
+        eps: Radius.
+        norm: "linf" clips each component, "l2" and "rms" rescale a sample that is outside,
+            None leaves everything.
+
+    Example:
+        >>> import torch
+        >>> project(torch.tensor([[[[3.0, 4.0]]]]), 1.0, "l2")
+        tensor([[[[0.6000, 0.8000]]]])
+    """
+    if norm is None:
+        return delta
+    if norm == "linf":
+        limit = torch.as_tensor(eps, dtype=delta.dtype, device=delta.device)
+        return torch.clamp(delta, -limit, limit)
+    length = l2_norm(delta)
+    radius = l2_radius(delta, eps, norm)
+    return torch.where(length > radius, unit(delta) * radius, delta)
+
+
+def noise_of_norm(normal: Tensor, eps: Size, norm: Norm | None) -> Tensor:
+    """Randomized-LA (§2.1) from standard normal draws (B, C, H, W).
+
+    Args:
+        normal: Draws from N(0, I).
+        eps: Size of the noise.
+        norm: "linf": eps·N(0, I) clipped to ±eps. "l2", "rms": scaled to radius eps, eps·√d.
+            None: eps·N(0, I).
+
+    Example:
+        >>> import torch
+        >>> noise_of_norm(torch.tensor([[[[3.0, -4.0]]]]), 1.0, "l2")
+        tensor([[[[ 0.6000, -0.8000]]]])
+    """
+    if norm in ("l2", "rms"):
+        return unit(normal) * l2_radius(normal, eps, norm)
+    return project(eps * normal, eps, norm)
+
+
+def away_from_origin(noise: Tensor, z: Tensor) -> Tensor:
+    """Turn each component of the noise to the side on which z lies; its norms stay."""
+    return noise.abs() * torch.where(z < 0, -1.0, 1.0)
+
+
+def random_start(
+    like: Tensor, eps: Size, norm: Norm, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """A draw from the uniform distribution on the ball of radius eps, shaped as `like`."""
+    kwargs = {"dtype": like.dtype, "device": like.device, "generator": generator}
+    if norm == "linf":
+        return (2 * torch.rand(like.shape, **kwargs) - 1) * eps
+    direction = unit(torch.randn(like.shape, **kwargs))
+    # A d-dimensional ball's volume grows with radius^d, so the radius is a d-th root.
+    radius = torch.rand(len(like), 1, 1, 1, **kwargs) ** (1 / max(like[0].numel(), 1))
+    return direction * radius * l2_radius(like, eps, norm)
+
+
+def ascent_step(delta: Tensor, grad: Tensor, alpha: Size, eps: Size, norm: Norm) -> Tensor:
+    """One step of Adversarial-LA (§2.2): up the normalized gradient, then back into the ball.
+
+    Args:
+        delta: Perturbations (B, C, H, W).
+        grad: Gradient of each sample's loss to its perturbation; a zero gradient moves nothing.
+        alpha: Step size, in the unit of eps.
+        eps: Radius of the ball.
+        norm: "linf" steps along the sign, "l2" and "rms" along the gradient divided by its norm.
+    """
+    if norm == "linf":
+        return project(delta + alpha * grad.sign(), eps, norm)
+    return project(delta + unit(grad) * l2_radius(grad, alpha, norm), eps, norm)
+
+
+def clip_change(
+    perturbed: Tensor, original: Tensor, clip: float | None, norm: Norm | None
+) -> Tensor:
+    """Limit the distance from the original in image space: linf for "linf" and None, else l2."""
+    if clip is None:
+        return perturbed
+    return original + project(perturbed - original, clip, "linf" if norm in ("linf", None) else "l2")
+
+
+def perturb_latent(flow: Flow, x: Tensor, noise: Tensor, *, y: Tensor | None = None) -> Tensor:
+    """F⁻¹(F(x) + noise), the paper's §2.
+
+    Args:
+        flow: Maps images of x's size.
+        x: Images (B, C, H, W), float in [0, 1].
+        noise: Added to the latents; x's shape.
+        y: Labels (B,), for a conditional flow.
+
+    Returns:
+        Images of x's shape, not clamped.
+
+    Example:
+        >>> import torch
+        >>> from latent_aug import load_flow
+        >>> x = torch.rand(2, 1, 28, 28)
+        >>> same = perturb_latent(load_flow("glow-fashionmnist"), x, torch.zeros_like(x))
+        >>> torch.allclose(same, x, atol=1e-4)
+        True
+    """
+    return flow.decode(flow.encode(x, y) + noise, y)
+
+
+def restore_non_finite(perturbed: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace samples that are not finite, or came from such, by their original; their number.
+
+    The number is a 0-d tensor on the samples' device, so that nothing waits for it.
+    """
+    finite = (perturbed.isfinite() & original.isfinite()).flatten(1).all(dim=1)
+    return torch.where(finite[:, None, None, None], perturbed, original), (~finite).sum()

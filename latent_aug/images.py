@@ -1,0 +1,200 @@
+"""Everything that pipelines call an image, as (B, C, H, W) floats, and back again.
+
+The core of the package works on float batches in [0, 1]. Here PIL images, uint8 and float
+tensors, single images and videos become such batches, and the results become what came in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms, tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tvf
+
+from latent_aug.flows import Flow
+
+LOWEST, HIGHEST = -0.5, 1.5  # bicubic resizing overshoots [0, 1] by less than this
+
+
+def to_batch(image: Any, channels: int) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """An image of any kind as a float batch (B, channels, H, W), and the way back.
+
+    The way back rounds to uint8 where the input was uint8 or PIL, and gives its dtype, shape,
+    type and PIL mode. PIL images other than L, LA, RGB and RGBA come back in the flow's mode.
+
+    Raises:
+        ValueError: The channels are not the flow's.
+        TypeError: The dtype or PIL mode cannot be read as an image in [0, 1].
+    """
+    if isinstance(image, Image.Image):
+        return pil_to_batch(image, channels)
+    if image.ndim < 3:
+        raise ValueError(
+            f"an image has the shape (..., C, H, W), got a tensor of shape {tuple(image.shape)}; "
+            "the first plain tensor of a sample is taken as its image, so put images before "
+            "labels, or wrap them in tv_tensors.Image"
+        )
+    if image.shape[-3] != channels:
+        raise ValueError(
+            f"the flow maps images of {channels} channels, got a tensor of {image.shape[-3]} "
+            f"channels, shape {tuple(image.shape)}; convert it, or choose another flow"
+        )
+    pixels = image.as_subclass(Tensor)
+    if pixels.dtype != torch.uint8 and not pixels.is_floating_point():
+        raise TypeError(
+            f"images must be uint8 or floating point, got {pixels.dtype}; "
+            "convert with v2.ToDtype(torch.float32, scale=True)"
+        )
+
+    def restore(batch: Tensor) -> Any:
+        result = from_float(batch.reshape(pixels.shape), pixels.dtype)
+        return tv_tensors.wrap(result, like=image) if is_tv_tensor(image) else result
+
+    return to_float(pixels).reshape(-1, *pixels.shape[-3:]), restore
+
+
+def pil_to_batch(image: Image.Image, channels: int) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """A PIL image in the flow's mode as a batch of one; alpha is kept aside."""
+    own, mode = image.mode, {1: "L", 3: "RGB"}.get(channels)
+    if mode is None:
+        raise ValueError(f"the flow maps images of {channels} channels, got a PIL image ({own})")
+    if own in ("I", "F") or own.startswith("I;"):
+        raise TypeError(f"PIL mode {own} has no fixed range; convert the image to L or RGB")
+    if mode == "L" and own not in ("L", "LA", "1"):
+        raise ValueError(
+            f"the flow maps images of 1 channel, got a PIL image of mode {own}; "
+            "convert it with v2.Grayscale(), or choose a flow of 3 channels"
+        )
+    alpha = image.getchannel("A") if own in ("LA", "RGBA") else None
+    pixels = tvf.pil_to_tensor(image.convert(mode))
+
+    def restore(batch: Tensor) -> Image.Image:
+        result: Image.Image = tvf.to_pil_image(from_float(batch[0], torch.uint8))
+        if own in ("L", "LA"):
+            result = result.convert("L")
+        if alpha is not None:
+            result.putalpha(alpha)
+        return result
+
+    return to_float(pixels)[None], restore
+
+
+def is_tv_tensor(image: Any) -> bool:
+    """Whether the type of a tensor must be given back to its result."""
+    return isinstance(image, tv_tensors.TVTensor)
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 to float32 in [0, 1]; float16 and bfloat16 to float32; float32 and float64 as is."""
+    if pixels.dtype == torch.uint8:
+        return pixels.float() / 255
+    return pixels if pixels.dtype in (torch.float32, torch.float64) else pixels.float()
+
+
+def from_float(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Undo `to_float`: clamp and round to uint8, or cast."""
+    if dtype == torch.uint8:
+        return (x.clamp(0, 1) * 255).round().to(dtype)
+    return x.to(dtype)
+
+
+def check_range(x: Tensor) -> None:
+    """Refuse finite pixels far outside [0, 1]; each sample is judged alone, NaN ones pass.
+
+    Raises:
+        ValueError: Some pixel is below -0.5 or above 1.5.
+    """
+    if x.numel() == 0:
+        return
+    low, high = x.flatten(1).aminmax(dim=1)
+    finite = low.isfinite() & high.isfinite()
+    far = finite & ((low < LOWEST) | (high > HIGHEST))
+    if bool(far.any()):
+        raise ValueError(
+            f"images must lie in [0, 1], got values from {low[far].min():.3g} to "
+            f"{high[far].max():.3g}; put the transform before Normalize, or pass normalize= with "
+            "its mean and std"
+        )
+
+
+def fit_to_flow(x: Tensor, flow: Flow) -> Tensor:
+    """Pad (replicate, right and bottom) to the flow's multiple.
+
+    Raises:
+        ValueError: The flow maps one size only, and x has another.
+    """
+    height, width = x.shape[-2:]
+    if flow.size is not None and (height, width) != tuple(flow.size):
+        raise ValueError(f"the flow maps images of size {flow.size} only, got {(height, width)}")
+    below, right = -height % flow.multiple, -width % flow.multiple
+    return F.pad(x, (0, right, 0, below), mode="replicate") if below or right else x
+
+
+class Normalization:
+    """Per-channel (x - mean) / std, as v2.Normalize does, and its inverse.
+
+    Args:
+        normalize: A v2.Normalize, a (mean, std) pair, or None for images in [0, 1].
+        channels: Of the images.
+
+    Raises:
+        TypeError: It is something else.
+        ValueError: The numbers are not finite, std is not above 0, or the count is wrong.
+    """
+
+    def __init__(self, normalize: Any, channels: int) -> None:
+        self.mean_std: Tensor | None = None
+        if normalize is None:
+            return
+        if isinstance(normalize, (v2.Normalize, transforms.Normalize)):
+            normalize = (normalize.mean, normalize.std)
+        try:
+            mean, std = (torch.as_tensor(v, dtype=torch.float64).reshape(-1) for v in normalize)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"normalize must be a v2.Normalize, a (mean, std) pair or None, got {normalize!r}"
+            ) from error
+        for values in (mean, std):
+            if len(values) not in (1, channels) or not bool(values.isfinite().all()):
+                raise ValueError(
+                    f"normalize needs 1 or {channels} finite values for each of mean and std, "
+                    f"got {normalize!r}"
+                )
+        if not bool((std > 0).all()):
+            raise ValueError(f"normalize needs a std above 0, got {normalize!r}")
+        self.mean_std = torch.stack([mean.expand(channels), std.expand(channels)])
+
+    def undo(self, x: Tensor) -> Tensor:
+        """Normalized to [0, 1]."""
+        if self.mean_std is None:
+            return x
+        mean, std = self.mean_std.to(x)[..., None, None]
+        return x * std + mean
+
+    def apply(self, x: Tensor) -> Tensor:
+        """[0, 1] to normalized."""
+        if self.mean_std is None:
+            return x
+        mean, std = self.mean_std.to(x)[..., None, None]
+        return (x - mean) / std
+
+
+class FallbackCounter:
+    """Counts samples that fell back to their original, on their device; read with `int`."""
+
+    def __init__(self) -> None:
+        self.counts: dict[torch.device, Tensor] = {}
+
+    def add(self, count: Tensor) -> None:
+        """Add a 0-d tensor without waiting for its device."""
+        before = self.counts.get(count.device)
+        self.counts[count.device] = count if before is None else before + count
+
+    def __int__(self) -> int:
+        return sum(int(count) for count in self.counts.values())

@@ -1,0 +1,52 @@
+"""Where random numbers come from: torch's generators, different in every loader worker."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+
+class Draws:
+    """Random tensors from a user's generator, or from torch's global one.
+
+    Forked or spawned workers all begin with copies of the user's generator; the first draw in a
+    worker re-seeds its copy with the worker's own seed, so that workers and epochs differ.
+
+    Args:
+        generator: The user's generator, or None for torch's global ones.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"generator must be a torch.Generator or None, got {type(generator).__name__}"
+            )
+        self.generator = generator
+        self._worker_seed: int | None = None
+
+    def normal(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """N(0, I) draws on like's device and in its dtype."""
+        generator = self.current()
+        device = like.device if generator is None else generator.device
+        return torch.randn(shape, generator=generator, device=device, dtype=like.dtype).to(like)
+
+    def uniform(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Uniform draws from [0, 1) on like's device and in its dtype."""
+        generator = self.current()
+        device = like.device if generator is None else generator.device
+        return torch.rand(shape, generator=generator, device=device, dtype=like.dtype).to(like)
+
+    def between(self, low: float, high: float, count: int, like: Tensor) -> float | Tensor:
+        """One number per sample, (count, 1, 1, 1), uniform in [low, high]; low where they agree."""
+        if low == high:
+            return low
+        return low + (high - low) * self.uniform((count, 1, 1, 1), like)
+
+    def current(self) -> torch.Generator | None:
+        """The generator to draw from in this process."""
+        worker = get_worker_info()
+        if self.generator is not None and worker is not None and worker.seed != self._worker_seed:
+            self._worker_seed = worker.seed
+            self.generator.manual_seed(worker.seed)
+        return self.generator

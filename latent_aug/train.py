@@ -1,0 +1,366 @@
+"""Training a flow by maximum likelihood: resumable, the same after a kill as without one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, default_collate
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from latent_aug.data import UInt8Images
+from latent_aug.flows import Flow, Glow
+
+RUN_NAME = "run.pt"
+LOG_NAME = "log.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How `train_flow` trains.
+
+    Args:
+        output: Directory for the flow, its log, its pictures and the state of the run.
+        steps: Optimizer steps.
+        batch_size: Images per step.
+        lr: Adam's learning rate.
+        warmup: Steps over which the learning rate rises from 0.
+        decay: Last share of the steps over which it falls to 0.
+        clip_norm: Greatest norm of the gradient of the bits/dim.
+        ema: Decay of the exponential moving average of the weights, which is what is kept.
+        flip: Mirror each image with probability ½.
+        crop: Zero-pad by this many pixels and crop back at random.
+        network_dtype: Precision of the coupling networks; "auto" measures which is faster here.
+        size: Resize and crop images to this side.
+        seed: Of order, noise and augmentation.
+        checkpoint_minutes: Time between two saves of the run's state.
+        validation_images: At most this many held-out images measure a checkpoint.
+        workers: Loader processes for images that do not fit into memory.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    output: str | Path
+    steps: int = 6000
+    batch_size: int = 64
+    lr: float = 1e-3
+    warmup: int = 200
+    decay: float = 0.4
+    clip_norm: float = 50.0
+    ema: float = 0.998
+    flip: bool = True
+    crop: int = 0
+    network_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    size: int | None = None
+    seed: int = 0
+    checkpoint_minutes: float = 3.0
+    validation_images: int = 1000
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "lr", "clip_norm", "validation_images"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+        for name in ("warmup", "crop", "workers", "checkpoint_minutes"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
+        for name in ("decay", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
+        if self.network_dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(
+                f"network_dtype must be 'auto', 'float32' or 'bfloat16', got {self.network_dtype!r}"
+            )
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides the result: everything but where, how often and by whom it is written."""
+        elsewhere = ("output", "checkpoint_minutes", "validation_images", "workers")
+        return {k: v for k, v in asdict(self).items() if k not in elsewhere}
+
+
+def train_flow(
+    flow: Glow,
+    dataset: Any,
+    config: TrainConfig,
+    *,
+    validation: Any = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> Glow:
+    """Train a flow by maximum likelihood on dequantized images and write it to `config.output`.
+
+    Every random choice of a step follows from the seed and the step's number, and the state of
+    the run is replaced atomically every few minutes, so a run that is killed and started again
+    with the same arguments ends in the weights it would have reached undisturbed.
+
+    Args:
+        flow: An untrained Glow, or a trained one to fine-tune; it is trained in place.
+        dataset: Images, or tuples that begin with one: PIL, uint8, or float in [0, 1]. Labels
+            are not used. Augmentation belongs in the config, where it is repeatable.
+        config: The recipe.
+        validation: Held-out images for the bits/dim at each checkpoint.
+        device: Where to train; by default an accelerator if there is one.
+        progress: Show a progress bar with bits/dim and images/s.
+
+    Returns:
+        The averaged flow, frozen, as it was written: `load_flow(config.output)` gives it again.
+
+    Raises:
+        FloatingPointError: The loss or its gradient is not finite; names the step.
+        ValueError: The dataset does not fit the flow, or `config.output` holds another run.
+
+    Source: the paper's A.2; Kingma & Dhariwal 2018; Theis et al. 2016 for the dequantization.
+
+    Example:
+        >>> import tempfile, torch
+        >>> images = torch.rand(64, 1, 8, 8)
+        >>> flow = Glow(channels=1, levels=1, steps=1, hidden=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     config = TrainConfig(output=folder, steps=3, batch_size=8)
+        ...     flow = train_flow(flow, images, config, progress=False)
+        >>> flow.bits_per_dim(images).shape
+        torch.Size([64])
+    """
+    images = UInt8Images(dataset, flow.channels, config.size)
+    held_out = None if validation is None else UInt8Images(validation, flow.channels, config.size)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    run = Run(flow.to(device), config, images)
+    output = Path(config.output)
+    bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=not progress)
+    last_save = time.monotonic()
+    for batch in run.batches():
+        started = time.monotonic()
+        loss = run.train_step(batch)
+        run.seconds += time.monotonic() - started
+        bar.update()
+        bar.set_postfix_str(f"{loss:.3f} bits/dim, {len(batch) / (time.monotonic() - started):.0f} images/s")
+        if time.monotonic() - last_save > 60 * config.checkpoint_minutes:
+            run.save()
+            report(run, output, held_out, loss)
+            last_save = time.monotonic()
+    bar.close()
+    run.save()
+    report(run, output, held_out, None)
+    averaged = run.averaged()
+    averaged.save_pretrained(output)
+    return averaged
+
+
+class Run:
+    """The state of a training run: the flow, its average, the optimizer and the step.
+
+    Args:
+        flow: The flow to train, on the device to train on.
+        config: The recipe.
+        images: The training images.
+    """
+
+    def __init__(self, flow: Glow, config: TrainConfig, images: UInt8Images) -> None:
+        self.flow, self.config, self.images = flow, config, images
+        self.device = next(flow.parameters()).device
+        self.step, self.seconds = 0, 0.0
+        self.path = Path(config.output) / RUN_NAME
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        saved = self._load()
+        self.dtype_name = saved["dtype_name"] if saved else resolve_dtype(config, flow, self.device)
+        if not saved and not flow.is_initialized():
+            flow.initialize(self.augment(self.first_batch(), torch.Generator().manual_seed(config.seed)))
+        flow.requires_grad_(True).train()
+        self.optimizer = torch.optim.Adam(flow.parameters(), lr=config.lr)
+        self.average = AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        if saved:
+            flow.load_state_dict(saved["flow"])
+            self.average.load_state_dict(saved["average"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step, self.seconds = saved["step"], saved["seconds"]
+        flow.network_dtype = getattr(torch, self.dtype_name)
+
+    def first_batch(self) -> Tensor:
+        """Images for the data-dependent initialisation, at least a few hundred where there are."""
+        order = torch.randperm(len(self.images), generator=generator_for(self.config.seed, -1))
+        return default_collate([self.images[i] for i in order[:256].tolist()])
+
+    def batches(self) -> Iterator[Tensor]:
+        """The batches that are left, uint8 (B, C, H, W)."""
+        return iter(
+            DataLoader(
+                self.images,
+                batch_sampler=StepSampler(len(self.images), self.config, self.step),
+                num_workers=0 if self.images.kept is not None else self.config.workers,
+                collate_fn=as_batch,
+            )
+        )
+
+    def augment(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        """uint8 to float in [0, 1] on the device, mirrored and cropped at random."""
+        if self.config.flip:
+            mirrored = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
+            batch = torch.where(mirrored, batch.flip(3), batch)
+        if self.config.crop:
+            batch = random_crop(batch, self.config.crop, generator)
+        return batch.to(self.device) / 255
+
+    def train_step(self, batch: Tensor) -> float:
+        """One step; the batch's bits/dim."""
+        generator = generator_for(self.config.seed, self.step)
+        x = self.augment(batch, generator)
+        noise = torch.rand(x.shape, generator=generator).to(x) - 0.5
+        x = x + noise / 255
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.config)
+        nats = self.flow.log_prob(x) / x[0].numel()
+        loss = (math.log(255) - nats.mean()) / math.log(2)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), self.config.clip_norm)
+        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+            raise FloatingPointError(
+                f"step {self.step}: loss {loss.item()}, gradient norm {norm.item()}; the weights "
+                f"before it are kept in {self.path.parent}; lower lr or raise warmup"
+            )
+        self.optimizer.step()
+        self.average.update_parameters(self.flow)
+        self.step += 1
+        return loss.item()
+
+    def averaged(self) -> Glow:
+        """The averaged flow, frozen, in evaluation mode and full precision."""
+        flow: Glow = self.average.module.requires_grad_(False).eval()
+        flow.network_dtype = None
+        return flow
+
+    def save(self) -> None:
+        """Replace the saved state in one go: a kill leaves the old one or the new one."""
+        state = {
+            "recipe": self.config.recipe(),
+            "architecture": self.flow.config,
+            "dtype_name": self.dtype_name,
+            "step": self.step,
+            "seconds": self.seconds,
+            "flow": self.flow.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        partial = self.path.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, self.path)
+
+    def _load(self) -> dict[str, Any] | None:
+        if not self.path.exists():
+            return None
+        saved: dict[str, Any] = torch.load(self.path, map_location=self.device, weights_only=True)
+        for name, own in (("recipe", self.config.recipe()), ("architecture", self.flow.config)):
+            if saved[name] != own:
+                changed = {k: (saved[name].get(k), own.get(k)) for k in own if saved[name].get(k) != own[k]}
+                raise ValueError(
+                    f"output {self.path.parent} holds a run of another {name}: {changed} "
+                    "(then, now); use the same settings, or another output"
+                )
+        return saved
+
+
+class StepSampler:
+    """Index lists of the batches from a given step on; each epoch is a permutation of its own."""
+
+    def __init__(self, count: int, config: TrainConfig, start: int) -> None:
+        self.count, self.config, self.start = count, config, start
+
+    def __len__(self) -> int:
+        return self.config.steps - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batch_size = min(self.config.batch_size, self.count)
+        per_epoch = self.count // batch_size
+        epoch, order = -1, torch.empty(0)
+        for step in range(self.start, self.config.steps):
+            if step // per_epoch != epoch:
+                epoch = step // per_epoch
+                order = torch.randperm(self.count, generator=generator_for(self.config.seed, -2 - epoch))
+            first = step % per_epoch * batch_size
+            yield order[first : first + batch_size].tolist()
+
+
+def as_batch(samples: Tensor | list[Tensor]) -> Tensor:
+    """A batch that came whole, or one to stack."""
+    return samples if isinstance(samples, Tensor) else torch.stack(samples)
+
+
+def generator_for(seed: int, step: int) -> torch.Generator:
+    """The generator of one step (or, below 0, of one epoch): the same whenever it is asked for."""
+    return torch.Generator().manual_seed((seed << 32) + (step % 2**32))
+
+
+def random_crop(batch: Tensor, padding: int, generator: torch.Generator) -> Tensor:
+    """Zero-pad (B, C, H, W) and cut a window of the old size out of each image at random."""
+    count, _, height, width = batch.shape
+    padded = F.pad(batch, [padding] * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2p+1, 2p+1, H, W), a view
+    top, left = torch.randint(0, 2 * padding + 1, (2, count), generator=generator)
+    return windows[torch.arange(count), :, top, left]
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, constant, linear decay to 0 over the last `decay` of the steps."""
+    rising = (step + 1) / max(config.warmup, 1)
+    falling = (config.steps - step) / max(config.decay * config.steps, 1)
+    return config.lr * min(1.0, rising, falling)
+
+
+def resolve_dtype(config: TrainConfig, flow: Glow, device: torch.device) -> str:
+    """Which precision of the coupling networks trains faster on this machine."""
+    if config.network_dtype != "auto":
+        return config.network_dtype
+    seconds = {}
+    for name in ("float32", "bfloat16"):
+        dtype: torch.dtype = getattr(torch, name)
+        x = torch.ones(32, flow.hidden, 16, 16, dtype=dtype, device=device)
+        x = x.contiguous(memory_format=torch.channels_last)
+        weight = x.new_ones(flow.hidden, flow.hidden, 1, 1)
+        for _ in range(4):  # the last, warmed-up run counts
+            started = time.perf_counter()
+            for _ in range(8):
+                out = F.conv2d(x, weight)
+            float(out.flatten()[0])  # waits for an accelerator
+            seconds[name] = time.perf_counter() - started
+    return min(seconds, key=lambda name: seconds[name])
+
+
+@torch.no_grad()
+def report(run: Run, output: Path, held_out: UInt8Images | None, loss: float | None) -> None:
+    """Append a line to the log and draw samples and reconstructions of the averaged flow."""
+    flow: Glow = run.average.module
+    entry = {"step": run.step, "minutes": round(run.seconds / 60, 2), "train_bits_per_dim": loss}
+    images = run.images if held_out is None else held_out
+    some = default_collate([images[i] for i in range(min(len(images), 64))]).to(run.device) / 255
+    if held_out is not None:
+        entry["validation_bits_per_dim"] = validation_bits_per_dim(flow, held_out, run)
+    with open(output / LOG_NAME, "a") as log:
+        log.write(json.dumps(entry) + "\n")
+    generator = torch.Generator().manual_seed(run.config.seed)
+    z = torch.randn(some.shape, generator=generator).to(some)
+    save_image(flow.decode(0.7 * z).clamp(0, 1), output / "samples.png")
+    pairs = torch.stack([some, flow.decode(flow.encode(some)).clamp(0, 1)], dim=1).flatten(0, 1)
+    save_image(pairs, output / "reconstructions.png", nrow=16)
+
+
+def validation_bits_per_dim(flow: Flow, held_out: UInt8Images, run: Run) -> float:
+    """Mean bits/dim of the first held-out images, with the same noise each time."""
+    count = min(len(held_out), run.config.validation_images)
+    generator = torch.Generator(run.device).manual_seed(run.config.seed)
+    total = 0.0
+    for first in range(0, count, 100):
+        batch = torch.stack([held_out[i] for i in range(first, min(first + 100, count))])
+        total += flow.bits_per_dim(batch.to(run.device) / 255, generator=generator).sum().item()
+    return total / count
