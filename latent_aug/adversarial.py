@@ -211,12 +211,7 @@ class LatentAdversarial:
         """Where the ascent begins."""
         if not self.random_start:
             return torch.zeros_like(z)
-        generator = self._draws.current()
-        if generator is None or generator.device == z.device:
-            return LF.random_start(z, eps, self.norm, generator=generator)
-        like = torch.empty(z.shape, dtype=z.dtype, device=generator.device)
-        radius = eps.to(like) if isinstance(eps, Tensor) else eps
-        return LF.random_start(like, radius, self.norm, generator=generator).to(z)
+        return LF.random_start(z, eps, self.norm, generator=self._draws.current())
 
     def _loss(self, logits: Tensor, labels: Any) -> Tensor:
         """Summed over the samples, so that each one's gradient is its own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal
 
 try:
     import typer
@@ -18,7 +18,7 @@ from latent_aug.card import write_card
 from latent_aug.data import UInt8Images, open_images
 from latent_aug.flows import Glow
 from latent_aug.hub import load_flow
-from latent_aug.train import TrainConfig, train_flow
+from latent_aug.train import TrainConfig, minutes_of, train_flow
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -35,11 +35,11 @@ def train(
     ],
     output: Annotated[Path, typer.Option(help="Where the flow and the run's state are written.")],
     validation: Annotated[
-        Optional[str], typer.Option(help="Held-out images: folder, tar or torchvision:NAME.")
+        str | None, typer.Option(help="Held-out images: folder, tar or torchvision:NAME.")
     ] = None,
     root: Annotated[Path, typer.Option(help="Where torchvision's data sets live.")] = Path("data"),
     init: Annotated[
-        Optional[str], typer.Option(help="Fine-tune this flow: a name, directory or org/repo.")
+        str | None, typer.Option(help="Fine-tune this flow: a name, directory or org/repo.")
     ] = None,
     channels: Annotated[int, typer.Option(help="1 for grey images, 3 for colour.")] = 3,
     levels: Annotated[int, typer.Option(help="Scales; sides must divide by 2**levels.")] = 3,
@@ -58,7 +58,7 @@ def train(
     ema: Annotated[float, typer.Option(help="Decay of the weights' average.")] = TrainConfig.ema,
     flip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = TrainConfig.flip,
     crop: Annotated[int, typer.Option(help="Zero-pad by so much, crop.")] = TrainConfig.crop,
-    size: Annotated[Optional[int], typer.Option(help="Resize and crop to this side.")] = None,
+    size: Annotated[int | None, typer.Option(help="Resize and crop to this side.")] = None,
     network_dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], typer.Option(help="Coupling networks' precision.")
     ] = "auto",
@@ -67,7 +67,11 @@ def train(
         float, typer.Option(help="Between saves of the run's state.")
     ] = TrainConfig.checkpoint_minutes,
     workers: Annotated[int, typer.Option(help="Loader processes.")] = TrainConfig.workers,
-    licence: Annotated[str, typer.Option(help="The weights' licence, for the card.")] = "mit",
+    licence: Annotated[str, typer.Option(help="For the card: the weights' licence.")] = "mit",
+    about: Annotated[
+        str | None, typer.Option(help="For the card: the training data, in words.")
+    ] = None,
+    note: Annotated[str, typer.Option(help="For the card: caveats.")] = "",
 ) -> None:
     """Train a Glow by maximum likelihood; the same command again resumes a stopped run."""
     try:
@@ -105,10 +109,12 @@ def train(
             UInt8Images(measured, trained.channels, size),
             output,
             command=shlex.join(["latent-aug", *sys.argv[1:]]),
-            training_data=data,
+            training_data=about or data,
             measured_on=validation or data,
             images_seen=steps * batch_size,
+            minutes=minutes_of(output),
             licence=licence,
+            note=note,
         )
     except (ValueError, OSError, FloatingPointError) as error:
         typer.echo(f"error: {error}", err=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,9 @@ def open_images(source: str | Path, *, root: str | Path = "data", train: bool = 
     builder = getattr(datasets, name, None)
     if builder is None:
         raise ValueError(f"torchvision.datasets has no {name!r}; try CIFAR10 or FashionMNIST")
-    split = {"split": "train" if train else "test"} if name in {"SVHN", "STL10"} else {"train": train}
+    split = (
+        {"split": "train" if train else "test"} if name in {"SVHN", "STL10"} else {"train": train}
+    )
     return builder(root, download=True, **split)
 
 
@@ -113,11 +115,11 @@ class UInt8Images(Dataset[Tensor]):
     def __init__(
         self, dataset: Any, channels: int, size: int | None = None, keep_bytes: int = 2**30
     ) -> None:
-        if not isinstance(dataset, Sized) or len(dataset) == 0:
+        if not hasattr(dataset, "__len__") or len(dataset) == 0:
             raise ValueError(f"dataset must have a length above 0, got {type(dataset).__name__}")
         self.dataset, self.channels, self.size, self.count = dataset, channels, size, len(dataset)
         self.kept: Tensor | None = None
-        self.shape = to_uint8(dataset[0], channels, size).shape  # type: ignore[index]
+        self.shape = to_uint8(dataset[0], channels, size).shape
         if self.count * self.shape.numel() <= keep_bytes:
             self.kept = torch.stack([self[i] for i in range(self.count)])
 
@@ -139,3 +141,8 @@ class UInt8Images(Dataset[Tensor]):
         """A whole batch at once; the DataLoader calls this where it exists."""
         indices = list(indices)
         return self.kept[indices] if self.kept is not None else [self[i] for i in indices]
+
+
+def as_batch(samples: Tensor | list[Tensor]) -> Tensor:
+    """A batch that came whole, or one to stack."""
+    return samples if isinstance(samples, Tensor) else torch.stack(samples)

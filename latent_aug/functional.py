@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from latent_aug.flows import Flow
+from latent_aug.randomness import normal, uniform
 
 Norm = Literal["linf", "l2", "rms"]
 Size = float | Tensor
@@ -59,11 +60,11 @@ def project(delta: Tensor, eps: Size, norm: Norm | None) -> Tensor:
     return torch.where(length > radius, unit(delta) * radius, delta)
 
 
-def noise_of_norm(normal: Tensor, eps: Size, norm: Norm | None) -> Tensor:
+def noise_of_norm(draws: Tensor, eps: Size, norm: Norm | None) -> Tensor:
     """Randomized-LA (§2.1) from standard normal draws (B, C, H, W).
 
     Args:
-        normal: Draws from N(0, I).
+        draws: From N(0, I).
         eps: Size of the noise.
         norm: "linf": eps·N(0, I) clipped to ±eps. "l2", "rms": scaled to radius eps, eps·√d.
             None: eps·N(0, I).
@@ -74,8 +75,8 @@ def noise_of_norm(normal: Tensor, eps: Size, norm: Norm | None) -> Tensor:
         tensor([[[[ 0.6000, -0.8000]]]])
     """
     if norm in ("l2", "rms"):
-        return unit(normal) * l2_radius(normal, eps, norm)
-    return project(eps * normal, eps, norm)
+        return unit(draws) * l2_radius(draws, eps, norm)
+    return project(eps * draws, eps, norm)
 
 
 def away_from_origin(noise: Tensor, z: Tensor) -> Tensor:
@@ -87,13 +88,12 @@ def random_start(
     like: Tensor, eps: Size, norm: Norm, *, generator: torch.Generator | None = None
 ) -> Tensor:
     """A draw from the uniform distribution on the ball of radius eps, shaped as `like`."""
-    kwargs = {"dtype": like.dtype, "device": like.device, "generator": generator}
     if norm == "linf":
-        return (2 * torch.rand(like.shape, **kwargs) - 1) * eps
-    direction = unit(torch.randn(like.shape, **kwargs))
+        return (2 * uniform(like.shape, like, generator) - 1) * eps
+    direction = unit(normal(like.shape, like, generator))
     # A d-dimensional ball's volume grows with radius^d, so the radius is a d-th root.
-    radius = torch.rand(len(like), 1, 1, 1, **kwargs) ** (1 / max(like[0].numel(), 1))
-    return direction * radius * l2_radius(like, eps, norm)
+    share = uniform((len(like), 1, 1, 1), like, generator) ** (1 / max(like[0].numel(), 1))
+    return direction * share * l2_radius(like, eps, norm)
 
 
 def ascent_step(delta: Tensor, grad: Tensor, alpha: Size, eps: Size, norm: Norm) -> Tensor:
@@ -117,7 +117,9 @@ def clip_change(
     """Limit the distance from the original in image space: linf for "linf" and None, else l2."""
     if clip is None:
         return perturbed
-    return original + project(perturbed - original, clip, "linf" if norm in ("linf", None) else "l2")
+    return original + project(
+        perturbed - original, clip, "linf" if norm in ("linf", None) else "l2"
+    )
 
 
 def perturb_latent(flow: Flow, x: Tensor, noise: Tensor, *, y: Tensor | None = None) -> Tensor:

@@ -80,15 +80,16 @@ def read_flow(directory: Path) -> Flow:
     """Build a flow from config and weights in a directory; strict in both."""
     config = read_config(directory / CONFIG_NAME)
     architecture = config.pop("architecture", None)
-    if architecture not in Flow.architectures:
+    if not isinstance(architecture, str) or architecture not in Flow.architectures:
         known = ", ".join(sorted(Flow.architectures))
         raise ValueError(
             f"{directory / CONFIG_NAME}: unknown architecture {architecture!r}; known: {known}"
         )
     try:
-        with torch.random.fork_rng(devices=[]):  # the caller's random draws stay as they were
+        # The caller's random draws stay as they were, and the weights serve outside inference mode.
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
             flow = Flow.architectures[architecture].from_config(config)
-        load_weights(flow, directory / WEIGHTS_NAME)
+            load_weights(flow, directory / WEIGHTS_NAME)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
     return flow.requires_grad_(False).eval()

@@ -7,6 +7,22 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 
+def normal(
+    shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
+    """N(0, I) draws on like's device and in its dtype, by a generator of any device."""
+    device = like.device if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=device, dtype=like.dtype).to(like)
+
+
+def uniform(
+    shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
+    """Uniform draws from [0, 1) on like's device and in its dtype, by a generator of any device."""
+    device = like.device if generator is None else generator.device
+    return torch.rand(shape, generator=generator, device=device, dtype=like.dtype).to(like)
+
+
 class Draws:
     """Random tensors from a user's generator, or from torch's global one.
 
@@ -27,15 +43,11 @@ class Draws:
 
     def normal(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """N(0, I) draws on like's device and in its dtype."""
-        generator = self.current()
-        device = like.device if generator is None else generator.device
-        return torch.randn(shape, generator=generator, device=device, dtype=like.dtype).to(like)
+        return normal(shape, like, self.current())
 
     def uniform(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Uniform draws from [0, 1) on like's device and in its dtype."""
-        generator = self.current()
-        device = like.device if generator is None else generator.device
-        return torch.rand(shape, generator=generator, device=device, dtype=like.dtype).to(like)
+        return uniform(shape, like, self.current())
 
     def between(self, low: float, high: float, count: int, like: Tensor) -> float | Tensor:
         """One number per sample, (count, 1, 1, 1), uniform in [low, high]; low where they agree."""

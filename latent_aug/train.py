@@ -9,17 +9,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from latent_aug.data import UInt8Images
+from latent_aug.data import UInt8Images, as_batch
 from latent_aug.flows import Flow, Glow
 
 RUN_NAME = "run.pt"
@@ -145,7 +145,9 @@ def train_flow(
         loss = run.train_step(batch)
         run.seconds += time.monotonic() - started
         bar.update()
-        bar.set_postfix_str(f"{loss:.3f} bits/dim, {len(batch) / (time.monotonic() - started):.0f} images/s")
+        bar.set_postfix_str(
+            f"{loss:.3f} bits/dim, {len(batch) / (time.monotonic() - started):.0f} images/s"
+        )
         if time.monotonic() - last_save > 60 * config.checkpoint_minutes:
             run.save()
             report(run, output, held_out, loss)
@@ -176,7 +178,9 @@ class Run:
         saved = self._load()
         self.dtype_name = saved["dtype_name"] if saved else resolve_dtype(config, flow, self.device)
         if not saved and not flow.is_initialized():
-            flow.initialize(self.augment(self.first_batch(), torch.Generator().manual_seed(config.seed)))
+            flow.initialize(
+                self.augment(self.first_batch(), torch.Generator().manual_seed(config.seed))
+            )
         flow.requires_grad_(True).train()
         self.optimizer = torch.optim.Adam(flow.parameters(), lr=config.lr)
         self.average = AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
@@ -188,9 +192,9 @@ class Run:
         flow.network_dtype = getattr(torch, self.dtype_name)
 
     def first_batch(self) -> Tensor:
-        """Images for the data-dependent initialisation, at least a few hundred where there are."""
+        """Up to 256 images for the data-dependent initialisation."""
         order = torch.randperm(len(self.images), generator=generator_for(self.config.seed, -1))
-        return default_collate([self.images[i] for i in order[:256].tolist()])
+        return as_batch(self.images.__getitems__(order[:256].tolist()))
 
     def batches(self) -> Iterator[Tensor]:
         """The batches that are left, uint8 (B, C, H, W)."""
@@ -235,9 +239,13 @@ class Run:
         self.step += 1
         return loss.item()
 
+    def average_flow(self) -> Glow:
+        """The averaged flow as it stands."""
+        return cast(Glow, self.average.module)
+
     def averaged(self) -> Glow:
         """The averaged flow, frozen, in evaluation mode and full precision."""
-        flow: Glow = self.average.module.requires_grad_(False).eval()
+        flow = self.average_flow().requires_grad_(False).eval()
         flow.network_dtype = None
         return flow
 
@@ -263,7 +271,9 @@ class Run:
         saved: dict[str, Any] = torch.load(self.path, map_location=self.device, weights_only=True)
         for name, own in (("recipe", self.config.recipe()), ("architecture", self.flow.config)):
             if saved[name] != own:
-                changed = {k: (saved[name].get(k), own.get(k)) for k in own if saved[name].get(k) != own[k]}
+                changed = {
+                    k: (saved[name].get(k), own.get(k)) for k in own if saved[name].get(k) != own[k]
+                }
                 raise ValueError(
                     f"output {self.path.parent} holds a run of another {name}: {changed} "
                     "(then, now); use the same settings, or another output"
@@ -287,14 +297,11 @@ class StepSampler:
         for step in range(self.start, self.config.steps):
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
-                order = torch.randperm(self.count, generator=generator_for(self.config.seed, -2 - epoch))
+                order = torch.randperm(
+                    self.count, generator=generator_for(self.config.seed, -2 - epoch)
+                )
             first = step % per_epoch * batch_size
             yield order[first : first + batch_size].tolist()
-
-
-def as_batch(samples: Tensor | list[Tensor]) -> Tensor:
-    """A batch that came whole, or one to stack."""
-    return samples if isinstance(samples, Tensor) else torch.stack(samples)
 
 
 def generator_for(seed: int, step: int) -> torch.Generator:
@@ -340,10 +347,11 @@ def resolve_dtype(config: TrainConfig, flow: Glow, device: torch.device) -> str:
 @torch.no_grad()
 def report(run: Run, output: Path, held_out: UInt8Images | None, loss: float | None) -> None:
     """Append a line to the log and draw samples and reconstructions of the averaged flow."""
-    flow: Glow = run.average.module
+    flow = run.average_flow()
     entry = {"step": run.step, "minutes": round(run.seconds / 60, 2), "train_bits_per_dim": loss}
     images = run.images if held_out is None else held_out
-    some = default_collate([images[i] for i in range(min(len(images), 64))]).to(run.device) / 255
+    chosen = torch.linspace(0, len(images) - 1, min(len(images), 64)).long().tolist()
+    some = as_batch(images.__getitems__(chosen)).to(run.device) / 255
     if held_out is not None:
         entry["validation_bits_per_dim"] = validation_bits_per_dim(flow, held_out, run)
     with open(output / LOG_NAME, "a") as log:
@@ -355,12 +363,19 @@ def report(run: Run, output: Path, held_out: UInt8Images | None, loss: float | N
     save_image(pairs, output / "reconstructions.png", nrow=16)
 
 
+def minutes_of(output: Path) -> float:
+    """Training time of the run in a directory, from its log's last line."""
+    last = (output / LOG_NAME).read_text().splitlines()[-1]
+    return float(json.loads(last)["minutes"])
+
+
 def validation_bits_per_dim(flow: Flow, held_out: UInt8Images, run: Run) -> float:
-    """Mean bits/dim of the first held-out images, with the same noise each time."""
+    """Mean bits/dim of held-out images spread over the data set, with the same noise each time."""
     count = min(len(held_out), run.config.validation_images)
+    chosen = torch.linspace(0, len(held_out) - 1, count).long()  # a folder is sorted by class
     generator = torch.Generator(run.device).manual_seed(run.config.seed)
     total = 0.0
-    for first in range(0, count, 100):
-        batch = torch.stack([held_out[i] for i in range(first, min(first + 100, count))])
+    for indices in chosen.split(100):
+        batch = as_batch(held_out.__getitems__(indices.tolist()))
         total += flow.bits_per_dim(batch.to(run.device) / 255, generator=generator).sum().item()
     return total / count

@@ -124,7 +124,7 @@ class LatentPerturb(v2.Transform):
 
     @property
     def fallbacks(self) -> int:
-        """Samples of this process that came back as they were because their result was not finite."""
+        """Samples that came back as they were, because their result was not finite."""
         return int(self._fallbacks)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:

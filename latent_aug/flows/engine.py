@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import normflows as nf
 import torch
@@ -117,12 +118,13 @@ def read_network(
 ) -> Network:
     """The coupling network's convolutions, outputs reordered from pairs to two halves."""
     network = block.flows[0].flows[1].param_map
-    first, second, third = (m for m in network.modules() if isinstance(m, nn.Conv2d))
+    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    convs: list[tuple[Any, Any]] = [(layer.weight, layer.bias) for layer in layers]
     # normflows alternates shift and scale along the channels.
-    weight, bias = (torch.cat([p[0::2], p[1::2]]) for p in (third.weight, third.bias))
-    convs = ((first.weight, first.bias), (second.weight, second.bias), (weight, bias))
+    weight, bias = convs[-1]
+    convs[-1] = (torch.cat([weight[0::2], weight[1::2]]), torch.cat([bias[0::2], bias[1::2]]))
     if frozen:
-        convs = tuple((w.detach(), b.detach()) for w, b in convs)
+        convs = [(w.detach(), b.detach()) for w, b in convs]
     one, two, three = (
         (
             w.to(like.device, dtype or like.dtype, memory_format=torch.channels_last),

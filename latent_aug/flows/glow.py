@@ -9,14 +9,15 @@ from typing import Any
 
 import normflows as nf
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from latent_aug.flows import engine
 from latent_aug.flows.base import Flow
 
 
-class BoundedConvNet2d(nf.nets.ConvNet2d):  # type: ignore[misc]
-    """normflows' coupling network with its log-scale outputs bounded by ``bound * tanh``.
+class BoundedConvNet2d(nf.nets.ConvNet2d):
+    """The coupling network of normflows with its log-scale outputs bounded by ``bound * tanh``.
 
     With ``scale_map="exp"`` a coupling then multiplies by no more than e^bound either way, so
     that decoding a latent off the data cannot blow up as it does with sigmoid(s + 2).
@@ -33,7 +34,7 @@ class BoundedConvNet2d(nf.nets.ConvNet2d):  # type: ignore[misc]
 
 
 def glow_block(channels: int, hidden: int, bound: float) -> nf.flows.GlowBlock:
-    """normflows' GlowBlock with a bounded affine coupling."""
+    """A GlowBlock of normflows with a bounded affine coupling."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # normflows still calls torch.lu, which is deprecated
         block = nf.flows.GlowBlock(channels, hidden, scale_map="exp")
@@ -45,7 +46,7 @@ def glow_block(channels: int, hidden: int, bound: float) -> nf.flows.GlowBlock:
 def multiscale_glow(
     channels: int, levels: int, steps: int, hidden: int, bound: float
 ) -> nf.MultiscaleFlow:
-    """normflows' multi-scale flow: coarsest level first, priors over one pixel's channels."""
+    """A multi-scale flow of normflows: coarsest level first, priors over one pixel's channels."""
     priors, flows, merges = [], [], []
     for depth in reversed(range(levels)):  # halvings before this level
         width = channels * 2 ** (depth + 2)
@@ -140,6 +141,14 @@ class Glow(Flow):
         prior = -0.5 * (z.square().sum(dim=(1, 2, 3)) + dims * math.log(2 * math.pi))
         return prior + sum(terms) + dims * math.log(255 / 256)
 
+    def split_levels(self, z: Tensor) -> list[Tensor]:
+        """A packed latent's parts, finest level first, each at its own resolution."""
+        parts = []
+        for _ in range(self.levels - 1):
+            z, part = F.pixel_unshuffle(z, 2).chunk(2, dim=1)
+            parts.append(part)
+        return [*parts, F.pixel_unshuffle(z, 2)]
+
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """Set every ActNorm from one batch (B, C, H, W) in [0, 1], as Glow's §3.1 does.
@@ -190,9 +199,7 @@ class Glow(Flow):
             if type(value) is not int or not 1 <= value <= limit:
                 raise ValueError(f"{name} must be an integer from 1 to {limit}, got {value!r}")
         if type(config["log_scale_bound"]) not in (int, float):
-            raise ValueError(
-                f"log_scale_bound must be a number, got {config['log_scale_bound']!r}"
-            )
+            raise ValueError(f"log_scale_bound must be a number, got {config['log_scale_bound']!r}")
         return cls(**config)
 
     def _check(self, t: Tensor, name: str, *, initialized: bool = False) -> None:
@@ -242,7 +249,7 @@ class Glow(Flow):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Glow:
         self._prepared.clear()
-        super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,0 +1,124 @@
+"""The card of a trained flow: where it comes from and what was measured on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+from latent_aug.check import measure_flow, rows
+from latent_aug.data import UInt8Images
+from latent_aug.flows import Glow
+from latent_aug.flows.base import CARD_NAME, WEIGHTS_NAME
+
+TEMPLATE = """\
+---
+license: {licence}
+library_name: latent-aug
+tags: [normalizing-flow, glow, data-augmentation]
+---
+# {name}
+
+A Glow flow for latent perturbations with [latent-aug](https://pypi.org/project/latent-aug/),
+after Yüksel et al. 2021, "Semantic Perturbations with Normalizing Flows for Improved
+Generalization".
+
+```python
+from latent_aug import LatentPerturb
+
+augment = LatentPerturb(eps={eps:g}, flow="{name}")
+```
+
+## The flow
+
+{channels} channels, {levels} levels of {steps} steps, coupling networks of {hidden} channels,
+log-scales bounded by {log_scale_bound:g}: {parameters:,} parameters. Height and width must divide
+by {multiple} (the transforms pad and crop). SHA-256 of `{weights}`:
+`{sha256}`.
+
+## Training
+
+Maximum likelihood on {training_data}: {images_seen:,} images seen, {minutes:.0f} minutes.
+Made by
+
+```
+{command}
+```
+
+with torch {torch} and torchvision {torchvision}. Licence of the weights: {licence}.
+{note}
+## Measured
+
+On {images:,} images, {measured_on}:
+
+- {bits_per_dim:.3f} bits per dimension.
+- Round trip in float32: greatest error {round_trip_max_error:.1e} of [0, 1];
+  {uint8_identical:,} of {images:,} images come back byte for byte as uint8.
+- Standard deviation of the latents, finest level first: {latent_std}. It is 1 where the
+  prior fits.
+
+Random perturbations:
+
+{table}
+
+Suggested: eps {eps:g} with the linf norm.
+"""
+
+
+def write_card(
+    flow: Glow,
+    images: UInt8Images,
+    output: Path,
+    *,
+    command: str,
+    training_data: str,
+    measured_on: str,
+    images_seen: int,
+    minutes: float,
+    licence: str,
+    eps: float = 0.25,
+    note: str = "",
+) -> dict[str, Any]:
+    """Measure a flow that lies in `output`, write its README.md there, and return the figures.
+
+    Args:
+        flow: The flow as saved in `output`.
+        images: Held-out images to measure it on.
+        output: The flow's directory; its name is the flow's.
+        command: What made it.
+        training_data: Its training images, in words.
+        measured_on: The held-out images, in words.
+        images_seen: Images that went through training.
+        minutes: Time that training took.
+        licence: Of the weights.
+        eps: Suggested linf eps.
+        note: A paragraph on the training, such as caveats of the data.
+    """
+    figures = measure_flow(flow, images, progress=True)
+    text = TEMPLATE.format(
+        **flow.config,
+        **figures,
+        name=output.resolve().name,
+        multiple=flow.multiple,
+        parameters=sum(p.numel() for p in flow.parameters()),
+        weights=WEIGHTS_NAME,
+        sha256=hashlib.sha256((output / WEIGHTS_NAME).read_bytes()).hexdigest(),
+        table="\n".join(rows(figures)),
+        command=command,
+        training_data=training_data,
+        measured_on=measured_on,
+        images_seen=images_seen,
+        minutes=minutes,
+        licence=licence,
+        eps=eps,
+        note=f"\n{note}\n" if note else "",
+        torch=torch.__version__,
+        torchvision=torchvision.__version__,
+    )
+    (output / CARD_NAME).write_text(text)
+    (output / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    return figures

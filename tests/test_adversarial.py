@@ -1,0 +1,399 @@
+"""LatentAdversarial: the attack, the batches it takes, and that it leaves no trace."""
+
+import collections
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Identity, random_glow
+from torch import nn
+
+from latent_aug import LatentAdversarial
+from latent_aug import functional as LF
+
+
+def classifier():
+    """A convolutional classifier with all that an attack could disturb."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+
+
+def trace(model):
+    """Everything of a model that an attack must not change."""
+    return {
+        "modes": [module.training for module in model.modules()],
+        "state": copy.deepcopy(model.state_dict()),
+        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "flags": [p.requires_grad for p in model.parameters()],
+        "buffers": [id(b) for b in model.buffers()],
+    }
+
+
+def same(a, b):
+    """Whether two traces are equal."""
+    tensors = zip(
+        [*a["state"].values(), *a["grads"]], [*b["state"].values(), *b["grads"]], strict=True
+    )
+    equal = all((x is None and y is None) or torch.equal(x, y) for x, y in tensors)
+    return equal and all(a[k] == b[k] for k in ("modes", "flags", "buffers"))
+
+
+@pytest.fixture
+def model():
+    return classifier()
+
+
+@pytest.fixture
+def batch():
+    # farther than eps from 0 and 1, where clamping plays no part
+    return 0.4 + 0.2 * torch.rand(6, 3, 16, 16), torch.randint(4, (6,))
+
+
+def textbook_pgd(model, x, y, delta, *, eps, alpha, steps, norm):
+    """Projected gradient descent as Madry et al. 2018 write it."""
+    for _ in range(steps):
+        delta = delta.detach().requires_grad_(True)
+        F.cross_entropy(model(x + delta), y, reduction="sum").backward()
+        g = delta.grad.flatten(1)
+        if norm == "linf":
+            delta = (delta.detach() + alpha * g.sign().view_as(x)).clamp(-eps, eps)
+        else:
+            stepped = delta.detach().flatten(1) + alpha * g / g.norm(dim=1, keepdim=True)
+            length = stepped.norm(dim=1, keepdim=True)
+            delta = (stepped * (eps / length).clamp(max=1)).view_as(x)
+    return x + delta.detach()
+
+
+@pytest.mark.parametrize(("norm", "eps", "alpha"), [("l2", 1.0, 0.4), ("linf", 0.03, 0.01)])
+@pytest.mark.parametrize("random_start", [False, True])
+def test_with_the_identity_flow_it_is_textbook_pgd(model, batch, norm, eps, alpha, random_start):
+    model.eval()
+    images, labels = batch
+    generator = torch.Generator().manual_seed(4)
+    start = torch.zeros_like(images)
+    if random_start:
+        start = LF.random_start(images, eps, norm, generator=generator)
+    expected = textbook_pgd(model, images, labels, start, eps=eps, alpha=alpha, steps=4, norm=norm)
+    attack = LatentAdversarial(
+        model,
+        eps=eps,
+        alpha=alpha,
+        steps=4,
+        norm=norm,
+        flow=Identity(),
+        random_start=random_start,
+        generator=torch.Generator().manual_seed(4),
+    )
+    torch.testing.assert_close(attack(images, labels), expected)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf", "rms"])
+def test_the_latent_stays_in_its_ball(model, batch, glow, norm):
+    eps = {"l2": 1.0, "linf": 0.05, "rms": 0.05}[norm]
+    attack = LatentAdversarial(model, eps=eps, alpha=eps / 2, steps=5, norm=norm, flow=glow)
+    delta = (glow.encode(attack(*batch)) - glow.encode(batch[0])).flatten(1)
+    size = delta.abs().amax(dim=1) if norm == "linf" else delta.norm(dim=1)
+    limit = eps * (768**0.5 if norm == "rms" else 1)
+    assert (size <= limit * 1.01).all()
+    assert (size >= limit * 0.5).all()
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf", "rms"])
+@pytest.mark.parametrize("labels", ["true", "predicted"])
+def test_it_raises_the_loss_more_than_chance(model, glow, norm, labels):
+    model.eval()
+    images = torch.rand(16, 3, 16, 16)
+    targets = model(images).argmax(1)  # so that both kinds of labels are the same
+    eps = {"l2": 3.0, "linf": 0.15, "rms": 0.15}[norm]
+    attack = LatentAdversarial(
+        model, eps=eps, alpha=eps / 3, steps=6, norm=norm, flow=glow, labels=labels
+    )
+    noise = LF.noise_of_norm(torch.randn_like(images), eps, norm)
+    random = LF.perturb_latent(glow, images, noise).clamp(0, 1)
+    losses = [
+        F.cross_entropy(model(x), targets, reduction="none")
+        for x in (attack(images, targets), random)
+    ]
+    assert (losses[0] > losses[1]).float().mean() > 0.9
+
+
+def test_more_steps_reach_a_higher_loss(model, glow):
+    images, targets = torch.rand(16, 3, 16, 16), torch.randint(4, (16,))
+    model.eval()
+    reached = []
+    for steps in (1, 2, 6):
+        attack = LatentAdversarial(
+            model, eps=3.0, alpha=0.5, steps=steps, flow=glow, random_start=False
+        )
+        reached.append(F.cross_entropy(model(attack(images, targets)), targets).item())
+    assert reached == sorted(reached)
+    assert reached[0] < reached[2]
+
+
+def test_one_hot_probabilities_act_as_indices(model, batch, glow):
+    images, labels = batch
+    results = []
+    for given in (labels, F.one_hot(labels, 4).float()):
+        torch.manual_seed(1)
+        results.append(LatentAdversarial(model, flow=glow)(images, given))
+    torch.testing.assert_close(*results)
+
+
+def test_a_loss_of_one_s_own_is_ascended(model, batch, glow):
+    images, labels = batch
+    model.eval()
+    attack = LatentAdversarial(
+        model, eps=3.0, flow=glow, loss=lambda logits, y: -logits[:, 2].square()
+    )
+    assert (model(attack(images, labels))[:, 2].abs() < model(images)[:, 2].abs()).all()
+
+
+def test_a_constant_loss_gives_no_nan(model, batch, glow):
+    attack = LatentAdversarial(
+        model, flow=glow, random_start=False, loss=lambda logits, y: 0 * logits.sum()
+    )
+    images, labels = batch
+    torch.testing.assert_close(attack(images, labels), images, atol=1e-4, rtol=0)
+    assert attack.fallbacks == 0
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+def test_p_is_an_exact_share(model, batch, glow, p):
+    images, labels = batch
+    changed = (LatentAdversarial(model, flow=glow, p=p)(images, labels) != images).flatten(1).any(1)
+    assert changed.sum() == int(6 * p)
+
+
+def test_p_of_single_images_is_right_on_average(model, glow):
+    attack = LatentAdversarial(model, flow=Identity(), p=0.3, steps=1)
+    images = torch.full((1, 3, 4, 4), 0.5)
+    share = (
+        sum(float((attack(images, torch.tensor([1])) != images).any()) for _ in range(200)) / 200
+    )
+    assert share == pytest.approx(0.3, abs=0.1)
+
+
+def test_p_draws_other_images_each_time(model, batch, glow):
+    attack = LatentAdversarial(model, flow=glow, p=0.5, steps=1)
+    chosen = {tuple((attack(*batch) != batch[0]).flatten(1).any(1).tolist()) for _ in range(10)}
+    assert len(chosen) > 1
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_clip_limits_the_change(model, batch, glow, norm):
+    out = LatentAdversarial(model, eps=20.0, alpha=10.0, norm=norm, flow=glow, clip=0.02)(*batch)
+    delta = (out - batch[0]).flatten(1)
+    size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+    assert (size <= 0.0201).all()
+
+
+def test_normalized_batches_are_attacked_as_their_originals(model, batch, glow):
+    class OnNormalized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            return self.inner(x * 0.2 + 0.4)
+
+    images, labels = batch
+    torch.manual_seed(1)
+    expected = (LatentAdversarial(model, flow=glow)(images, labels) - 0.4) / 0.2
+    torch.manual_seed(1)
+    attack = LatentAdversarial(OnNormalized(), flow=glow, normalize=([0.4] * 3, [0.2] * 3))
+    result = attack((images - 0.4) / 0.2, labels)
+    assert (result - expected).abs().max() < 5e-3
+
+
+def test_images_of_any_size_and_dtype(model, glow):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        model = classifier().to(dtype)
+        images = torch.rand(2, 3, 13, 9).to(dtype)
+        out = LatentAdversarial(model, flow=glow)(images, torch.tensor([0, 1]))
+        assert (out.dtype, out.shape) == (dtype, images.shape)
+        assert out.isfinite().all()
+
+
+Pair = collections.namedtuple("Pair", ["images", "labels"])
+
+
+class TestBatches:
+    @pytest.mark.parametrize("kind", [tuple, list])
+    def test_sequences(self, model, batch, glow, kind):
+        given = kind([*batch, "extra"])
+        out = LatentAdversarial(model, flow=glow).step(given)
+        assert type(out) is kind
+        assert not torch.equal(out[0], batch[0])
+        assert out[1] is batch[1]
+        assert out[2] == "extra"
+        assert given[0] is batch[0]
+
+    def test_named_tuple(self, model, batch, glow):
+        out = LatentAdversarial(model, flow=glow).step(Pair(*batch))
+        assert isinstance(out, Pair)
+        assert out.labels is batch[1]
+
+    @pytest.mark.parametrize("key", ["pixel_values", "image", "images"])
+    @pytest.mark.parametrize("label", ["labels", "label"])
+    @pytest.mark.parametrize("kind", [dict, collections.UserDict])
+    def test_mappings(self, model, batch, glow, key, label, kind):
+        given = kind({key: batch[0], label: batch[1], "id": 3})
+        out = LatentAdversarial(model, flow=glow).step(given)
+        assert type(out) is kind
+        assert list(out) == list(given)
+        assert not torch.equal(out[key], batch[0])
+        assert given[key] is batch[0]
+
+    def test_labels_getter(self, model, batch, glow):
+        attack = LatentAdversarial(model, flow=glow, labels_getter=lambda b: b["target"]["class"])
+        out = attack.step({"image": batch[0], "target": {"class": batch[1]}})
+        assert not torch.equal(out["image"], batch[0])
+
+    def test_input_is_left_alone(self, model, batch, glow):
+        before = batch[0].clone()
+        LatentAdversarial(model, flow=glow).step(batch)
+        assert torch.equal(batch[0], before)
+
+    def test_empty_batch(self, model, glow):
+        empty = (torch.rand(0, 3, 16, 16), torch.zeros(0, dtype=torch.long))
+        out = LatentAdversarial(model, flow=glow).step(empty)
+        assert out[0].shape == (0, 3, 16, 16)
+
+    def test_nan_image_comes_back_and_is_counted(self, model, batch, glow):
+        images, labels = batch
+        images[2, 0, 0, 0] = float("nan")
+        attack = LatentAdversarial(model, flow=glow)
+        out = attack(images, labels)
+        torch.testing.assert_close(out[2], images[2], equal_nan=True, rtol=0, atol=0)
+        assert attack.fallbacks == 1
+        assert out[[0, 1, 3, 4, 5]].isfinite().all()
+
+
+class TestNoTrace:
+    @pytest.mark.parametrize("mode", ["eval", "unchanged"])
+    def test_of_an_attack(self, model, batch, glow, mode):
+        model[0].requires_grad_(False)
+        model[1].eval()  # a frozen BatchNorm in a model that trains
+        model[6].weight.grad = torch.ones(4, 8)
+        before = trace(model)
+        LatentAdversarial(model, flow=glow, model_mode=mode).step(batch)
+        assert same(trace(model), before)
+
+    def test_of_an_exception(self, model, batch, glow):
+        def fails(logits, labels):
+            raise RuntimeError("out of luck")
+
+        before = trace(model)
+        attack = LatentAdversarial(model, flow=glow, loss=fails, model_mode="unchanged")
+        with pytest.raises(RuntimeError, match="out of luck"):
+            attack.step(batch)
+        assert same(trace(model), before)
+
+    def test_the_mode_is_the_one_asked_for(self, batch, glow):
+        seen = []
+
+        class Spy(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = classifier()
+
+            def forward(self, x):
+                seen.append(self.training)
+                return self.inner(x)
+
+        model = Spy().train()
+        LatentAdversarial(model, flow=glow, steps=1).step(batch)
+        LatentAdversarial(model, flow=glow, steps=1, model_mode="unchanged").step(batch)
+        assert seen == [False, True]
+
+    def test_on_a_backward_pass_that_waits(self, model, batch, glow):
+        model.train()
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        LatentAdversarial(model, flow=glow, model_mode="unchanged").step(batch)
+        loss.backward()
+        assert model[0].weight.grad is not None
+
+    def test_a_training_step_is_as_without_it(self, batch, glow):
+        """Given the same images, the model takes the same step whether or not it was attacked."""
+        states = []
+        for attacked in (False, True):
+            model = classifier()
+            if attacked:
+                LatentAdversarial(model, flow=glow).step(batch)
+            torch.manual_seed(9)
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+            optimizer.step()
+            states.append(model.state_dict())
+        assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+    def test_data_parallel_is_looked_through(self, batch, glow):
+        model = nn.DataParallel(classifier())
+        out = LatentAdversarial(model, flow=glow).step(batch)
+        assert not torch.equal(out[0], batch[0])
+
+    def test_inside_no_grad(self, model, batch, glow):
+        with torch.no_grad():
+            out = LatentAdversarial(model, flow=glow).step(batch)
+        assert not torch.equal(out[0], batch[0])
+        assert not out[0].requires_grad
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "error", "words"),
+        [
+            ({"eps": -1}, ValueError, "eps"),
+            ({"alpha": float("nan")}, ValueError, "alpha"),
+            ({"steps": 0}, ValueError, "steps"),
+            ({"steps": 1.5}, ValueError, "steps"),
+            ({"norm": None}, ValueError, "norm must be one of"),
+            ({"labels": "guess"}, ValueError, "labels must be one of"),
+            ({"p": 2}, ValueError, "p must lie"),
+            ({"model_mode": "train"}, ValueError, "model_mode"),
+            ({"labels_getter": 3}, TypeError, "labels_getter"),
+            ({"flow": None}, TypeError, "flow"),
+        ],
+    )
+    def test_arguments(self, model, arguments, error, words):
+        with pytest.raises(error, match=words):
+            LatentAdversarial(model, **{"flow": Identity(), **arguments})
+
+    def test_model(self):
+        with pytest.raises(TypeError, match=r"model must be an nn\.Module"):
+            LatentAdversarial(lambda x: x, flow=Identity())
+
+    @pytest.mark.parametrize(
+        ("batch", "error", "words"),
+        [
+            ((torch.rand(2, 1, 8, 8), torch.zeros(2).long()), ValueError, "3 channels"),
+            ((torch.zeros(2).long(), torch.rand(2, 3, 8, 8)), ValueError, r"\(images, labels\)"),
+            ((torch.zeros(2, 3, 8, 8).byte(), torch.zeros(2).long()), TypeError, "uint8"),
+            ((torch.rand(2, 3, 8, 8), torch.zeros(3).long()), ValueError, "2 entries"),
+            ((torch.rand(2, 3, 8, 8),), ValueError, "labels are needed"),
+            ((torch.rand(2, 3, 8, 8) * 9, torch.zeros(2).long()), ValueError, "normalize="),
+            ({"x": torch.rand(2, 3, 8, 8)}, ValueError, "pixel_values"),
+            (torch.rand(2, 3, 8, 8), TypeError, "batch must be"),
+        ],
+    )
+    def test_batches(self, model, batch, error, words):
+        before = trace(model)
+        with pytest.raises(error, match=words):
+            LatentAdversarial(model, flow=Identity()).step(batch)
+        assert same(trace(model), before)
+
+
+def test_a_spawned_process_gets_the_flow_by_name(model, tmp_path):
+    random_glow().save_pretrained(tmp_path)
+    attack = LatentAdversarial(nn.Identity(), flow=tmp_path)
+    assert pickle.loads(pickle.dumps(attack)).flow is attack.flow

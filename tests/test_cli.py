@@ -1,0 +1,131 @@
+"""The command line and what it reads: folders, tars, torchvision data sets."""
+
+import gzip
+import io
+import json
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+from test_train import stripes
+from torchvision import datasets
+from torchvision.transforms.v2.functional import to_pil_image
+from typer.testing import CliRunner
+
+from latent_aug import load_flow
+from latent_aug.cli import app
+from latent_aug.data import EncodedImages, UInt8Images, open_images
+
+SMALL = ["--channels", "1", "--levels", "1", "-K", "1", "-H", "8", "--steps", "5"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An ImageFolder of two classes, with things in it that are not images."""
+    root = tmp_path / "images"
+    for index, image in enumerate(stripes(24)):
+        place = root / f"class{index % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        to_pil_image(image).save(place / f"{index:03}.png")
+    (root / "readme.txt").write_text("no image")
+    (root / ".hidden.png").write_text("no image")
+    return root
+
+
+@pytest.fixture(params=["w", "w:gz"])
+def tar(request, folder, tmp_path):
+    path = tmp_path / "images.tar"
+    with tarfile.open(path, request.param) as archive:
+        archive.add(folder, "images")
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["train", *map(str, arguments)])
+
+
+def test_train_writes_a_flow_and_its_card(folder, tmp_path):
+    output = tmp_path / "flow"
+    result = run(folder, "--output", output, "--validation", folder, "--batch-size", 8, *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "bits/dim on 24 images" in result.output
+    flow = load_flow(output)
+    assert (flow.channels, flow.steps, flow.hidden) == (1, 1, 8)
+    card = (output / "README.md").read_text()
+    assert "24 of 24 images come back byte for byte" in card
+    assert "40 images seen" in card
+    figures = json.loads((output / "figures.json").read_text())
+    assert figures["images"] == 24
+    assert f"{figures['bits_per_dim']:.3f} bits per dimension" in card
+
+
+def test_the_same_command_again_resumes(folder, tmp_path):
+    command = [folder, "--output", tmp_path / "flow", *SMALL]
+    assert run(*command).exit_code == 0
+    before = (tmp_path / "flow" / "model.safetensors").read_bytes()
+    assert run(*command).exit_code == 0
+    assert (tmp_path / "flow" / "model.safetensors").read_bytes() == before
+
+
+def test_init_fine_tunes(folder, tmp_path):
+    assert run(folder, "--output", tmp_path / "a", *SMALL).exit_code == 0
+    again = [folder, "--output", tmp_path / "b", "--init", tmp_path / "a", "--steps", 2]
+    result = run(*again, "--lr", 1e-7)
+    assert result.exit_code == 0, result.output
+    a, b = (next(load_flow(tmp_path / n).parameters()) for n in "ab")
+    assert torch.allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere", "--output", "x"], "no images"),
+        (["torchvision:CIFAR11", "--output", "x"], "CIFAR11"),
+        (["nowhere", "--output", "x", "--steps", "0"], "steps must be above 0"),
+    ],
+)
+def test_errors_are_one_line(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert result.output.startswith("error: ")
+    assert words in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tar_is_read_like_its_folder(folder, tar):
+    from_tar, from_folder = (UInt8Images(open_images(p), 1) for p in (tar, folder))
+    assert len(from_tar) == 24
+    assert all(torch.equal(a, b) for a, b in zip(from_tar, from_folder, strict=True))
+
+
+def test_a_torchvision_data_set_is_read(tmp_path, monkeypatch):
+    """FashionMNIST as torchvision stores it, made here; nothing is downloaded."""
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    images = stripes(20)[:, 0]
+    for prefix in ("train", "t10k"):
+        for kind, values in (("images-idx3", images), ("labels-idx1", torch.zeros(20).byte())):
+            header = bytes([0, 0, 8, values.ndim])
+            header += b"".join(n.to_bytes(4, "big") for n in values.shape)
+            data = header + values.numpy().tobytes()
+            (raw / f"{prefix}-{kind}-ubyte").write_bytes(data)
+            (raw / f"{prefix}-{kind}-ubyte.gz").write_bytes(gzip.compress(data))
+    dataset = open_images("torchvision:FashionMNIST", root=tmp_path)
+    assert isinstance(dataset, datasets.FashionMNIST)
+    assert torch.equal(torch.stack(list(UInt8Images(dataset, 1)))[:, 0], images)
+
+
+def test_images_are_converted_resized_and_cropped():
+    image = Image.new("P", (30, 20), 3)
+    assert UInt8Images([image], 3, 8)[0].shape == (3, 8, 8)
+    assert UInt8Images([image], 1)[0].shape == (1, 20, 30)
+
+
+def test_encoded_images_survive_truncation_as_an_error(tmp_path):
+    data = io.BytesIO()
+    to_pil_image(stripes(1)[0]).save(data, "PNG")
+    (tmp_path / "a.png").write_bytes(data.getvalue()[:40])
+    with pytest.raises(OSError, match=r"image|truncated"):
+        EncodedImages(tmp_path)[0]

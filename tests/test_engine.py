@@ -1,0 +1,110 @@
+"""The engine against normflows' own methods, and against autograd."""
+
+import math
+
+import pytest
+import torch
+from conftest import random_glow
+
+from latent_aug.flows.glow import preprocess
+
+TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-10}
+
+
+def reference_log_prob(flow, x):
+    """What normflows computes from the same parameters."""
+    multiscale = flow.multiscale
+    for base, level in zip(multiscale.q0, range(flow.levels, 0, -1), strict=True):
+        height, width = x.shape[2] >> level, x.shape[3] >> level
+        base.num_pix, base.d = height * width, base.shape[0] * height * width
+    return multiscale.log_prob(preprocess(x), None) + x[0].numel() * math.log(255 / 256)
+
+
+def reference_latents(flow, x):
+    """Whitened latents by normflows, finest level first."""
+    latents, _ = flow.multiscale.inverse_and_log_det(preprocess(x))
+    whitened = []
+    for latent, base in zip(latents, flow.multiscale.q0, strict=True):
+        loc = base.loc * torch.exp(base.loc_logs * base.logscale_factor)
+        log_scale = base.log_scale * torch.exp(base.log_scale_logs * base.logscale_factor)
+        whitened.append((latent - loc) * torch.exp(-log_scale))
+    return whitened[::-1]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("levels", [1, 2, 3])
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_values_and_log_determinants_equal_normflows(channels, levels, dtype):
+    flow = random_glow(channels, levels=levels, dtype=dtype)
+    x = torch.rand(3, channels, 16, 8, dtype=dtype)
+    parts = flow.split_levels(flow.encode(x))
+    for ours, theirs in zip(parts, reference_latents(flow, x), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=TOLERANCE[dtype], rtol=0)
+    torch.testing.assert_close(
+        flow.log_prob(x), reference_log_prob(flow, x), rtol=TOLERANCE[dtype], atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_decode_equals_normflows(dtype):
+    flow = random_glow(dtype=dtype)
+    x = torch.rand(3, 3, 16, 16, dtype=dtype)
+    latents, _ = flow.multiscale.inverse_and_log_det(preprocess(x))
+    theirs, _ = flow.multiscale.forward_and_log_det(latents)
+    ours = preprocess(flow.decode(flow.encode(x)))
+    torch.testing.assert_close(ours, theirs, atol=TOLERANCE[dtype], rtol=0)
+
+
+def test_gradients_of_the_weights_equal_normflows():
+    flow = random_glow(dtype=torch.float64).requires_grad_(True)
+    x = torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    parameters = list(flow.parameters())
+    ours = torch.autograd.grad(flow.log_prob(x).sum(), parameters)
+    theirs = torch.autograd.grad(reference_log_prob(flow, x).sum(), parameters)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-8)
+
+
+def test_gradients_to_the_latents_equal_normflows():
+    flow = random_glow(dtype=torch.float64)
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    weights = torch.rand_like(x)
+    # d<w, F⁻¹(z)>/dz, and J⁻ᵀ w through normflows' encoder: J_encᵀ of it gives w back.
+    z = flow.encode(x).requires_grad_(True)
+    (grad,) = torch.autograd.grad((flow.decode(z) * weights).sum(), z)
+    x.requires_grad_(True)
+    pieces = list(zip(reference_latents(flow, x), flow.split_levels(grad), strict=True))
+    (back,) = torch.autograd.grad(sum((a * b).sum() for a, b in pieces), x)
+    torch.testing.assert_close(back, weights, atol=1e-8, rtol=0)
+
+
+def test_log_determinant_equals_that_of_the_jacobian():
+    flow = random_glow(1, levels=1, dtype=torch.float64)
+    x = torch.rand(1, 1, 4, 4, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(flow.encode, x).reshape(16, 16)
+    z = flow.encode(x)
+    normal = -0.5 * (z.square().sum() + 16 * math.log(2 * math.pi))
+    expected = normal + torch.linalg.slogdet(jacobian).logabsdet
+    torch.testing.assert_close(flow.log_prob(x)[0], expected)
+
+
+def test_prepared_and_differentiable_readings_agree():
+    flow = random_glow()
+    x = torch.rand(2, 3, 16, 16)
+    frozen = flow.encode(x)
+    flow.requires_grad_(True)
+    trained = flow.encode(x)
+    assert trained.requires_grad
+    assert not frozen.requires_grad
+    torch.testing.assert_close(frozen, trained.detach(), atol=2e-5, rtol=0)
+
+
+def test_low_precision_networks_keep_the_state_in_full_precision():
+    flow = random_glow()
+    flow.network_dtype = torch.bfloat16
+    x = torch.rand(2, 3, 16, 16)
+    z = flow.encode(x)
+    assert z.dtype == torch.float32
+    assert (flow.decode(z) - x).abs().max() < 0.05
+    flow.network_dtype = None
+    assert not torch.equal(flow.encode(x), z)

@@ -1,0 +1,206 @@
+"""The contract of a flow, and what is Glow's own."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import Identity, random_glow
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from latent_aug import Flow, Glow
+
+
+def test_round_trip(any_flow):
+    x = torch.rand(4, 3, 16, 24)
+    z = any_flow.encode(x)
+    assert z.shape == x.shape
+    assert z.is_contiguous()
+    back = any_flow.decode(z)
+    assert (back - x).abs().max() < 1e-4
+    assert back.is_contiguous()
+
+
+def test_every_byte_comes_back(any_flow):
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).repeat(1, 3, 1, 1)
+    back = any_flow.decode(any_flow.encode(pixels / 255))
+    assert torch.equal((back.clamp(0, 1) * 255).round().byte(), pixels)
+
+
+def test_encoding_is_deterministic_and_leaves_its_input(any_flow):
+    x = torch.rand(2, 3, 16, 16)
+    before = x.clone()
+    assert torch.equal(any_flow.encode(x), any_flow.encode(x))
+    assert torch.equal(x, before)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    levels=st.integers(1, 3),
+    channels=st.integers(1, 4),
+    height=st.integers(1, 4),
+    width=st.integers(1, 4),
+    batch=st.integers(1, 3),
+)
+def test_round_trip_of_any_size(levels, channels, height, width, batch):
+    flow = random_glow(channels, levels=levels, steps=1, hidden=4)
+    x = torch.rand(batch, channels, height * flow.multiple, width * flow.multiple)
+    assert (flow.decode(flow.encode(x)) - x).abs().max() < 1e-4
+
+
+def test_samples_do_not_see_each_other(glow):
+    x = torch.rand(3, 3, 16, 16)
+    other = x.clone()
+    other[1] = float("nan")
+    torch.testing.assert_close(glow.encode(other)[[0, 2]], glow.encode(x)[[0, 2]])
+
+
+def test_prior_is_whitened():
+    flow = random_glow(levels=1)
+    x = torch.rand(4, 3, 16, 16)
+    before = flow.encode(x)
+    base = flow.multiscale.q0[0]
+    with torch.no_grad():
+        base.loc.fill_(0.5)
+        base.loc_logs.zero_()
+        base.log_scale.fill_(1.0)
+        base.log_scale_logs.zero_()
+    after = flow.encode(x)
+    assert not torch.allclose(before, after)
+    # one unit of the latent is one standard deviation of the prior
+    assert (flow.decode(after) - x).abs().max() < 1e-4
+    raw, _ = flow.multiscale.inverse_and_log_det(x * (255 / 256) + 0.5 / 256 - 0.5)
+    whitened = (raw[0] - 0.5) / torch.e
+    torch.testing.assert_close(flow.split_levels(after)[0], whitened, atol=1e-4, rtol=0)
+
+
+def test_decode_is_bounded_far_from_the_data():
+    flow = random_glow(steps=8)
+    with torch.no_grad():
+        for name, parameter in flow.named_parameters():
+            if "net.4" in name:
+                parameter.mul_(1000)  # scales at their bound everywhere
+    assert flow.decode(20 * torch.randn(8, 3, 16, 16)).isfinite().all()
+
+
+def test_density_integrates_the_bits(glow):
+    x = torch.randint(256, (2, 3, 16, 16)) / 255
+    generator = torch.Generator().manual_seed(1)
+    bits = glow.bits_per_dim(x, generator=generator)
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) - 0.5
+    nats = glow.log_prob(x + noise / 255)
+    expected = -(nats / x[0].numel() - torch.tensor(255.0).log()) / torch.tensor(2.0).log()
+    torch.testing.assert_close(bits, expected)
+
+
+def test_uniform_images_cost_eight_bits():
+    class Uniform(Identity):
+        def log_prob(self, x, y=None):
+            return torch.full((len(x),), x[0].numel() * torch.tensor(255 / 256).log().item())
+
+    assert Uniform().bits_per_dim(torch.rand(2, 3, 4, 4)).tolist() == pytest.approx([8.0, 8.0])
+
+
+class TestUse:
+    def test_an_untrained_flow_is_refused(self):
+        flow = Glow(3, levels=1, steps=1, hidden=4)
+        for call in (flow.encode, flow.decode, flow.log_prob):
+            with pytest.raises(ValueError, match="untrained"):
+                call(torch.rand(2, 3, 8, 8))
+        assert not flow.is_initialized()
+
+    def test_it_initialises_once_and_whitens_each_step(self):
+        flow = Glow(3, levels=1, steps=1, hidden=4)
+        flow.initialize(torch.rand(64, 3, 8, 8) * 0.2)
+        z = flow.encode(torch.rand(64, 3, 8, 8) * 0.2)
+        assert z.std().item() == pytest.approx(1, abs=0.1)
+        with pytest.raises(ValueError, match="already"):
+            flow.initialize(torch.rand(64, 3, 8, 8))
+
+    def test_a_bad_batch_initialises_nothing(self):
+        flow = Glow(3, levels=1, steps=1, hidden=4)
+        with pytest.raises(ValueError, match="non-finite"):
+            flow.initialize(torch.full((4, 3, 8, 8), float("nan")))
+        assert not flow.is_initialized()
+
+    @pytest.mark.parametrize(
+        ("images", "words"),
+        [
+            (torch.rand(2, 1, 16, 16), "3 channels"),
+            (torch.rand(3, 16, 16), "3 channels"),
+            (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "uint8"),
+            (torch.rand(2, 3, 16, 18), "divide by 4"),
+        ],
+    )
+    def test_bad_input_is_named(self, glow, images, words):
+        for call in (glow.encode, glow.decode, glow.log_prob):
+            with pytest.raises(ValueError, match=words):
+                call(images)
+
+    @pytest.mark.parametrize(
+        "arguments", [{"channels": 0}, {"levels": 2.0}, {"steps": True}, {"log_scale_bound": 0}]
+    )
+    def test_bad_sizes_are_named(self, arguments):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            Glow(**{"levels": 1, "steps": 1, "hidden": 4, **arguments})
+
+    def test_a_changed_weight_is_noticed(self):
+        flow = random_glow()
+        x = torch.rand(1, 3, 16, 16)
+        before = flow.encode(x)
+        with torch.no_grad():
+            next(flow.parameters()).add_(0.1)
+        assert not torch.equal(flow.encode(x), before)
+
+    def test_loading_other_weights_is_noticed(self):
+        flow, other = random_glow(seed=0), random_glow(seed=1)
+        x = torch.rand(1, 3, 16, 16)
+        flow.encode(x)
+        flow.load_state_dict(other.state_dict())
+        torch.testing.assert_close(flow.encode(x), other.encode(x))
+
+    def test_first_use_in_inference_mode_does_not_spoil_gradients(self):
+        flow = random_glow()
+        with torch.inference_mode():
+            flow.decode(torch.zeros(1, 3, 16, 16))
+        z = torch.zeros(1, 3, 16, 16, requires_grad=True)
+        flow.decode(z).sum().backward()
+        assert z.grad is not None
+
+    def test_autocast_does_not_reach_the_state(self, glow):
+        x = torch.rand(2, 3, 16, 16)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (glow.decode(glow.encode(x)) - x).abs().max() < 1e-4
+
+    def test_it_computes_in_the_dtype_of_its_input(self, glow):
+        x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+        z = glow.encode(x)
+        assert z.dtype == torch.float64
+        assert (glow.decode(z) - x).abs().max() < 1e-12
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f))])
+    def test_copies_are_equal_and_independent(self, copied):
+        flow = random_glow()
+        x = torch.rand(1, 3, 16, 16)
+        z = flow.encode(x)
+        other = copied(flow)
+        assert torch.equal(other.encode(x), z)
+        with torch.no_grad():
+            next(other.parameters()).add_(1)
+        assert torch.equal(flow.encode(x), z)
+
+
+def test_levels_are_taken_apart(glow):
+    z = torch.rand(2, 3, 16, 16)
+    fine, coarse = glow.split_levels(z)
+    assert fine.shape == (2, 6, 8, 8)
+    assert coarse.shape == (2, 24, 4, 4)
+
+
+def test_the_base_class_says_what_is_missing():
+    for call in ("encode", "decode", "log_prob"):
+        with pytest.raises(NotImplementedError):
+            getattr(Flow(), call)(torch.rand(1, 3, 4, 4))
+    with pytest.raises(NotImplementedError, match="cannot be saved"):
+        _ = Identity().config

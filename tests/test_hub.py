@@ -1,0 +1,168 @@
+"""Saving, finding and loading flows."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import random_glow
+from safetensors.torch import load_file, save_file
+
+from latent_aug import Glow, load_flow
+from latent_aug.hub import bundled_flows
+
+
+@pytest.fixture
+def saved(tmp_path):
+    random_glow().save_pretrained(tmp_path / "flow")
+    return tmp_path / "flow"
+
+
+def test_saved_and_loaded_is_the_same_flow(saved):
+    flow, x = random_glow(), torch.rand(2, 3, 16, 16)
+    for source in (saved, str(saved)):
+        loaded = load_flow(source)
+        assert isinstance(loaded, Glow)
+        assert torch.equal(loaded.encode(x), flow.encode(x))
+        assert not loaded.training
+        assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_every_bundled_flow_loads_and_is_exact():
+    assert {"glow-cifar10", "glow-fashionmnist"} <= set(bundled_flows())
+    for name, directory in bundled_flows().items():
+        flow = load_flow(name)
+        side = 28 if flow.channels == 1 else 32
+        pixels = torch.randint(256, (8, flow.channels, side, side))
+        back = flow.decode(flow.encode(pixels / 255))
+        assert torch.equal((back.clamp(0, 1) * 255).round().long(), pixels)
+        assert (directory / "README.md").is_file()
+
+
+def test_bundled_flows_fit_into_the_wheel():
+    weights = [d / "model.safetensors" for d in bundled_flows().values()]
+    assert sum(w.stat().st_size for w in weights) < 16 * 2**20
+
+
+def test_half_precision_weights_are_read(saved):
+    path = saved / "model.safetensors"
+    save_file({k: v.half() for k, v in load_file(path).items()}, path)
+    assert next(load_flow(saved).parameters()).dtype == torch.float32
+
+
+def test_each_caller_gets_a_flow_of_its_own(saved):
+    first, second = load_flow(saved), load_flow(saved)
+    with torch.no_grad():
+        next(first.parameters()).add_(1)
+    assert not torch.equal(next(first.parameters()), next(second.parameters()))
+
+
+def test_loading_leaves_the_random_state_alone(saved):
+    state = torch.get_rng_state()
+    load_flow(saved)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_loading_in_inference_mode_gives_a_flow_for_gradients(saved):
+    with torch.inference_mode():
+        flow = load_flow(saved)
+    z = torch.zeros(1, 3, 16, 16, requires_grad=True)
+    flow.decode(z).sum().backward()
+    assert z.grad is not None
+
+
+def test_an_unknown_name_lists_what_there_is():
+    with pytest.raises(ValueError, match=r"no flow 'glow-imagenet'.*glow-fashionmnist"):
+        load_flow("glow-imagenet")
+
+
+def test_an_empty_directory_is_an_error(tmp_path):
+    with pytest.raises(OSError, match=r"config\.json"):
+        load_flow(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"levels": 3}, "does not fit"),
+        ({"hidden": 9}, "has shape"),
+        ({"hidden": -1}, "hidden must be"),
+        ({"hidden": 10**9}, "hidden must be"),
+        ({"steps": "2"}, "steps must be"),
+        ({"log_scale_bound": None}, "log_scale_bound"),
+        ({"log_scale_bound": float("nan")}, "log_scale_bound"),
+        ({"architecture": "Identity2"}, "unknown architecture"),
+        ({"architecture": ["Glow"]}, "unknown architecture"),
+        ({"surprise": 1}, "keys"),
+    ],
+)
+def test_a_config_from_outside_is_checked(saved, change, words):
+    path = saved / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=words):
+        load_flow(saved)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 60000, "3", "\x00" * 70000])
+def test_a_broken_config_is_a_value_error(saved, text):
+    (saved / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config"):
+        load_flow(saved)
+
+
+class TestWeights:
+    def change(self, saved, function):
+        path = saved / "model.safetensors"
+        tensors = load_file(path)
+        function(tensors)
+        save_file(tensors, path)
+
+    def test_missing_and_unexpected_keys_are_named(self, saved):
+        name = next(iter(load_file(saved / "model.safetensors")))
+        self.change(saved, lambda t: t.update(extra=t.pop(name)))
+        with pytest.raises(ValueError, match=rf"missing: \['{name}'\], unexpected: \['extra'\]"):
+            load_flow(saved)
+
+    def test_non_finite_weights_are_refused(self, saved):
+        self.change(saved, lambda t: next(iter(t.values())).fill_(float("nan")))
+        with pytest.raises(ValueError, match="finite"):
+            load_flow(saved)
+
+    def test_a_truncated_file_is_refused(self, saved):
+        path = saved / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(ValueError, match="safetensors"):
+            load_flow(saved)
+
+    def test_a_pickle_is_never_read(self, saved):
+        (saved / "model.safetensors").unlink()
+        torch.save({}, saved / "pytorch_model.bin")
+        with pytest.raises(OSError, match=r"model\.safetensors"):
+            load_flow(saved)
+
+
+def test_a_home_made_flow_can_be_saved_and_loaded(tmp_path):
+    from conftest import Identity
+
+    class Shifted(Identity):
+        def __init__(self, channels):
+            super().__init__()
+            self.channels = channels
+            self.shift = torch.nn.Parameter(torch.rand(channels, 1, 1))
+
+        def encode(self, x, y=None):
+            return x - self.shift
+
+        @property
+        def config(self):
+            return {"channels": self.channels}
+
+        @classmethod
+        def from_config(cls, config):
+            return cls(**config)
+
+    flow = Shifted(3)
+    flow.save_pretrained(tmp_path)
+    x = torch.rand(1, 3, 4, 4)
+    assert torch.equal(load_flow(tmp_path).encode(x), flow.encode(x))
+    shutil.rmtree(tmp_path)

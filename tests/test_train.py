@@ -1,0 +1,222 @@
+"""Training flows: it learns, it resumes exactly, it stops on nonsense."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from latent_aug import Glow, TrainConfig, load_flow, train_flow
+from latent_aug.train import learning_rate, random_crop
+
+
+def stripes(count=96):
+    """Images with something to learn: smooth stripes of random phase."""
+    phase = torch.rand(count, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    wave = torch.sin(torch.arange(8)[None, None, None] / 2 + 6 * phase) / 2 + 0.5
+    return (wave.expand(count, 1, 8, 8) * 255).round().byte()
+
+
+def small_flow():
+    torch.manual_seed(0)
+    return Glow(1, levels=1, steps=2, hidden=8)
+
+
+def config(output, **changes):
+    settings = {"steps": 12, "batch_size": 16, "warmup": 2, "network_dtype": "float32", "crop": 1}
+    return TrainConfig(output=output, **{**settings, **changes})
+
+
+def weights(flow):
+    return torch.cat([p.flatten() for p in flow.parameters()])
+
+
+def test_it_learns_and_writes_what_it_returns(tmp_path):
+    untrained = small_flow()
+    untrained.initialize(stripes() / 255)
+    flow = train_flow(
+        small_flow(),
+        stripes(),
+        config(tmp_path, steps=150, lr=5e-3, ema=0.9, crop=0),
+        validation=stripes(20),
+        progress=False,
+    )
+    before, after = (f.bits_per_dim(stripes() / 255).mean() for f in (untrained, flow))
+    assert after < before - 0.5
+    assert torch.equal(weights(load_flow(tmp_path)), weights(flow))
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 150
+    assert last["validation_bits_per_dim"] == pytest.approx(after.item(), abs=0.3)
+    for picture in ("samples.png", "reconstructions.png"):
+        assert (tmp_path / picture).stat().st_size > 0
+
+
+def test_interrupted_and_resumed_is_as_if_undisturbed(tmp_path, monkeypatch):
+    undisturbed = train_flow(small_flow(), stripes(), config(tmp_path / "a"), progress=False)
+    from latent_aug import train
+
+    original, calls = train.Run.train_step, []
+
+    def interrupted(self, batch):
+        calls.append(self.step)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return original(self, batch)
+
+    monkeypatch.setattr(train.Run, "train_step", interrupted)
+    every_step = config(tmp_path / "b", checkpoint_minutes=0)
+    with pytest.raises(KeyboardInterrupt):
+        train_flow(small_flow(), stripes(), every_step, progress=False)
+    torch.manual_seed(123)  # the global random state has no say
+    resumed = train_flow(small_flow(), stripes(), every_step, progress=False)
+    assert calls == [*range(7), *range(6, 12)]
+    assert torch.equal(weights(resumed), weights(undisturbed))
+
+
+def test_killed_and_resumed_is_as_if_undisturbed(tmp_path):
+    script = f"""
+import sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from test_train import *
+torch.set_num_threads(1)
+every_step = config(sys.argv[1], steps=400, checkpoint_minutes=0)
+train_flow(small_flow(), stripes(), every_step, progress=False)
+"""
+    command = [sys.executable, "-c", script]
+    subprocess.run([*command, str(tmp_path / "a")], check=True)
+    killed = subprocess.Popen([*command, str(tmp_path / "b")])
+    log = tmp_path / "b" / "log.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 20:
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "b" / "model.safetensors").exists()
+    subprocess.run([*command, str(tmp_path / "b")], check=True)
+    resumed, undisturbed = (load_flow(tmp_path / name) for name in "ba")
+    assert torch.equal(weights(resumed), weights(undisturbed))
+
+
+def test_another_recipe_does_not_overwrite_a_run(tmp_path):
+    train_flow(small_flow(), stripes(), config(tmp_path, steps=2), progress=False)
+    with pytest.raises(ValueError, match=r"another recipe: \{'lr'"):
+        train_flow(small_flow(), stripes(), config(tmp_path, steps=2, lr=0.1), progress=False)
+    with pytest.raises(ValueError, match="another architecture"):
+        train_flow(
+            Glow(1, levels=1, steps=1, hidden=8),
+            stripes(),
+            config(tmp_path, steps=2),
+            progress=False,
+        )
+
+
+def test_a_non_finite_loss_stops_with_the_step(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step \d+: loss"):
+        train_flow(
+            small_flow(),
+            stripes(),
+            config(tmp_path, steps=50, lr=1e30, warmup=0, clip_norm=1e30),
+            progress=False,
+        )
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_fine_tuning_starts_from_the_given_flow(tmp_path):
+    first = train_flow(small_flow(), stripes(), config(tmp_path / "a", steps=60), progress=False)
+    start = weights(first).clone()
+    tuned = train_flow(
+        load_flow(tmp_path / "a"),
+        stripes(),
+        config(tmp_path / "b", steps=2, lr=1e-6),
+        progress=False,
+    )
+    assert not torch.equal(weights(tuned), start)
+    assert (weights(tuned) - start).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        TensorDataset(stripes(), torch.zeros(96)),
+        [(image, 0) for image in stripes()],
+        stripes() / 255,
+    ],
+    ids=["tensor-dataset", "list-of-tuples", "floats"],
+)
+def test_data_of_many_kinds_trains_the_same(tmp_path, dataset):
+    expected = train_flow(small_flow(), stripes(), config(tmp_path / "a", steps=3), progress=False)
+    flow = train_flow(small_flow(), dataset, config(tmp_path / "b", steps=3), progress=False)
+    assert torch.equal(weights(flow), weights(expected))
+
+
+def test_workers_change_nothing(tmp_path, monkeypatch):
+    from latent_aug.data import UInt8Images
+
+    expected = train_flow(small_flow(), stripes(), config(tmp_path / "a", steps=3), progress=False)
+    monkeypatch.setattr(UInt8Images.__init__, "__defaults__", (None, 0))  # keep none in memory
+    flow = train_flow(
+        small_flow(), stripes(), config(tmp_path / "b", steps=3, workers=2), progress=False
+    )
+    assert torch.equal(weights(flow), weights(expected))
+
+
+def test_low_precision_networks_train(tmp_path):
+    flow = train_flow(
+        small_flow(), stripes(), config(tmp_path, network_dtype="bfloat16"), progress=False
+    )
+    assert flow.network_dtype is None
+    assert next(flow.parameters()).dtype == torch.float32
+
+
+def test_learning_rate_rises_stays_and_falls():
+    c = TrainConfig(output="x", steps=100, warmup=10, decay=0.4, lr=1.0)
+    rates = [learning_rate(step, c) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9:61] == [1.0] * 52
+    assert rates[80] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx(1 / 40)
+
+
+def test_crops_are_windows_of_the_padded_image():
+    batch = torch.arange(1, 1 + 5 * 2 * 4 * 6).reshape(5, 2, 4, 6)
+    cropped = random_crop(batch, 2, torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(batch, [2] * 4)
+    for image, source in zip(cropped, padded, strict=True):
+        windows = [source[:, i : i + 4, j : j + 6] for i in range(5) for j in range(5)]
+        assert any(torch.equal(image, window) for window in windows)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 0},
+        {"lr": -1.0},
+        {"lr": math.nan},
+        {"decay": 1.5},
+        {"ema": 2},
+        {"crop": -1},
+        {"network_dtype": "float16"},
+    ],
+)
+def test_bad_settings_are_named(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        TrainConfig(output="x", **changes)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        ([], "length above 0"),
+        (torch.zeros(4, 3, 8, 8).byte(), "1-channel images"),
+        ([torch.zeros(1, 8, 8).byte(), torch.zeros(1, 8, 16).byte()], "give a size"),
+    ],
+)
+def test_bad_data_is_named(tmp_path, dataset, words):
+    with pytest.raises(ValueError, match=words):
+        train_flow(small_flow(), dataset, config(tmp_path), progress=False)

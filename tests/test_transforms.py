@@ -1,0 +1,379 @@
+"""LatentPerturb: manners, arguments, randomness."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import Identity, random_glow
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from latent_aug import Flow, Glow, LatentPerturb
+
+
+def pil(mode, size=(16, 16)):
+    """A PIL image of noise in any mode."""
+    pixels = torch.randint(256, (size[1], size[0], 3), dtype=torch.uint8).numpy()
+    image = Image.fromarray(pixels, "RGB" if pixels.ndim == 3 else None)
+    if mode in ("LA", "RGBA"):
+        alpha = Image.fromarray(pixels[..., 0])
+        image = image.convert(mode)
+        image.putalpha(alpha)
+    return image.convert(mode)
+
+
+def noise(shape, dtype):
+    """A tensor of noise in any dtype."""
+    x = torch.rand(shape)
+    return (x * 255).byte() if dtype == torch.uint8 else x.to(dtype)
+
+
+DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SHAPES = ((3, 16, 16), (5, 3, 16, 16), (2, 2, 3, 16, 16), (3, 7, 13), (3, 1, 1), (1, 3, 32, 20))
+# One line here puts a new kind of input through every test of the transform.
+INPUTS = {
+    **{f"{d}-{s}": (lambda d=d, s=s: noise(s, d)) for d in DTYPES for s in SHAPES},
+    **{f"pil-{m}": (lambda m=m: pil(m)) for m in ("L", "LA", "RGB", "RGBA")},
+    "pil-odd": lambda: pil("RGB", (19, 5)),
+    "image": lambda: tv_tensors.Image(noise((3, 16, 16), torch.uint8)),
+    "image-batch": lambda: tv_tensors.Image(noise((4, 3, 16, 16), torch.float32)),
+    "video": lambda: tv_tensors.Video(noise((4, 3, 16, 16), torch.uint8)),
+}
+
+
+def as_array(image):
+    """Values of any input, for comparison."""
+    return np.asarray(image) if isinstance(image, Image.Image) else image.float().numpy()
+
+
+@pytest.fixture(params=INPUTS)
+def image(request):
+    torch.manual_seed(1)
+    return INPUTS[request.param]()
+
+
+def test_output_is_of_the_input_s_kind(image, glow):
+    out = LatentPerturb(0.3, flow=glow)(image)
+    assert type(out) is type(image)
+    if isinstance(image, Image.Image):
+        assert (out.mode, out.size) == (image.mode, image.size)
+    else:
+        assert (out.dtype, out.shape, out.device) == (image.dtype, image.shape, image.device)
+    assert not np.array_equal(as_array(out), as_array(image))
+
+
+def test_input_stays_as_it_was(image, glow):
+    before = copy.deepcopy(image)
+    LatentPerturb(0.3, flow=glow)(image)
+    assert np.array_equal(as_array(image), as_array(before))
+
+
+def test_eps_0_gives_the_input_back(image, glow):
+    out = LatentPerturb(0.0, flow=glow)(image)
+    dtype = getattr(image, "dtype", torch.uint8)
+    tolerance = {torch.uint8: 0, torch.float16: 1e-3, torch.bfloat16: 8e-3}.get(dtype, 1e-4)
+    assert np.abs(as_array(out).astype(float) - as_array(image)).max() <= tolerance
+
+
+def test_p_0_gives_the_very_values_back(image, glow):
+    assert np.array_equal(as_array(LatentPerturb(0.3, flow=glow, p=0)(image)), as_array(image))
+
+
+def test_same_seed_same_result(image, glow):
+    transform = LatentPerturb((0.1, 0.4), flow=glow, p=0.7)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        results.append(as_array(transform(image)))
+    assert np.array_equal(*results)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "rms", None])
+@pytest.mark.parametrize("away", [False, True])
+def test_noise_is_what_the_norm_says(norm, away):
+    eps = 0.1
+    x = 0.5 + 0.01 * torch.randn(4, 3, 16, 16)
+    out = LatentPerturb(eps, flow=Identity(), norm=norm, away=away)(x)
+    delta = (out - x).flatten(1)
+    expected = {"l2": eps, "rms": eps * 768**0.5}
+    if norm in expected:
+        assert delta.norm(dim=1).tolist() == pytest.approx([expected[norm]] * 4, rel=1e-3)
+    else:
+        assert delta.square().mean().sqrt().item() == pytest.approx(
+            eps * (0.72 if norm else 1), rel=0.2
+        )
+        assert (delta.abs().max() <= eps * 1.001) == (norm == "linf")
+    if away:
+        assert (delta * x.flatten(1) >= 0).all()
+
+
+def test_eps_range_is_drawn_per_sample():
+    x = torch.full((400, 3, 4, 4), 0.5)
+    out = LatentPerturb((0.1, 0.3), norm="l2", flow=Identity())(x)
+    radius = (out - x).flatten(1).norm(dim=1)
+    assert radius.min() >= 0.0999
+    assert radius.max() <= 0.3001
+    assert radius.std().item() == pytest.approx(0.2 / 12**0.5, rel=0.15)
+
+
+def test_p_is_a_probability_per_sample():
+    x = torch.full((500, 3, 4, 4), 0.5)
+    changed = (LatentPerturb(0.1, flow=Identity(), p=0.3)(x) != x).flatten(1).any(dim=1)
+    assert changed.float().mean().item() == pytest.approx(0.3, abs=0.07)
+
+
+@pytest.mark.parametrize(("norm", "measure"), [("linf", "linf"), ("l2", "l2"), (None, "linf")])
+def test_clip_limits_the_change(glow, norm, measure):
+    x = torch.rand(4, 3, 16, 16)
+    delta = (LatentPerturb(2.0, norm=norm, flow=glow, clip=0.05)(x) - x).flatten(1)
+    size = delta.abs().amax(dim=1) if measure == "linf" else delta.norm(dim=1)
+    assert (size <= 0.05 + 1e-5).all()
+    assert (size > 0.01).all()
+
+
+def test_normalized_images_are_perturbed_as_their_originals(glow):
+    x = torch.rand(2, 3, 16, 16)
+    normalize = v2.Normalize([0.4, 0.5, 0.6], [0.2, 0.3, 0.1])
+    results = []
+    for given in (normalize, ([0.4, 0.5, 0.6], [0.2, 0.3, 0.1])):
+        torch.manual_seed(3)
+        results.append(LatentPerturb(0.3, flow=glow, normalize=given)(normalize(x)))
+    torch.manual_seed(3)
+    expected = normalize(LatentPerturb(0.3, flow=glow)(x))
+    for result in results:
+        torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
+
+
+def test_results_lie_in_the_unit_interval(glow):
+    out = LatentPerturb(3.0, flow=glow)(torch.rand(4, 3, 16, 16))
+    assert out.min() >= 0
+    assert out.max() <= 1
+
+
+def test_grey_pil_image_stays_grey(glow):
+    out = LatentPerturb(0.3, flow=glow)(pil("L"))
+    assert out.mode == "L"
+
+
+def test_palette_image_is_read_by_its_colours(glow):
+    image = pil("RGB").convert("P")
+    out = LatentPerturb(0.0, flow=glow)(image)
+    assert out.mode == "RGB"
+    assert np.array_equal(np.asarray(out), np.asarray(image.convert("RGB")))
+
+
+def test_alpha_is_kept(glow):
+    image = pil("RGBA")
+    out = LatentPerturb(0.5, flow=glow)(image)
+    assert np.array_equal(np.asarray(out)[..., 3], np.asarray(image)[..., 3])
+
+
+def test_structure_and_everything_else_pass_through(glow):
+    sample = {
+        "image": tv_tensors.Image(torch.rand(3, 16, 16)),
+        "mask": tv_tensors.Mask(torch.ones(16, 16)),
+        "boxes": tv_tensors.BoundingBoxes([[1, 2, 3, 4]], format="XYXY", canvas_size=(16, 16)),
+        "label": torch.tensor(3),
+        "name": "a.png",
+    }
+    out = LatentPerturb(0.3, flow=glow)(sample)
+    assert not torch.equal(out["image"], sample["image"])
+    for key in ("mask", "boxes", "label"):
+        assert torch.equal(out[key], sample[key])
+    assert out["name"] == "a.png"
+
+
+def test_two_views_of_one_size_share_their_noise(glow):
+    x = tv_tensors.Image(torch.rand(3, 16, 16))
+    first, second, other = LatentPerturb(0.3, flow=glow)(
+        (x, tv_tensors.Image(x.clone()), tv_tensors.Image(torch.rand(3, 12, 12)))
+    )
+    assert torch.equal(first, second)
+    assert other.shape == (3, 12, 12)
+
+
+def test_all_frames_of_a_video_share_their_noise(glow):
+    frame = torch.rand(3, 16, 16)
+    video = tv_tensors.Video(frame.repeat(4, 1, 1, 1))
+    out = LatentPerturb(0.3, flow=glow)(video)
+    torch.testing.assert_close(out[0].as_subclass(torch.Tensor), out[3].as_subclass(torch.Tensor))
+    batch = LatentPerturb(0.3, flow=glow)(frame.repeat(4, 1, 1, 1))
+    assert not torch.allclose(batch[0], batch[3])
+
+
+def test_params_decide_the_result(glow):
+    transform, x = LatentPerturb(0.3, flow=glow), torch.rand(2, 3, 16, 16)
+    params = transform.make_params([x])
+    assert torch.equal(transform.transform(x, params), transform.transform(x, params))
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "error", "words"),
+        [
+            ({"eps": -0.1}, ValueError, "eps"),
+            ({"eps": float("nan")}, ValueError, "eps"),
+            ({"eps": float("inf")}, ValueError, "eps"),
+            ({"eps": (0.3, 0.1)}, ValueError, "eps"),
+            ({"eps": "0.1"}, TypeError, "eps"),
+            ({"eps": True}, TypeError, "eps"),
+            ({"norm": "l1"}, ValueError, "norm must be one of 'linf'"),
+            ({"p": 1.1}, ValueError, r"p must lie in \[0, 1\]"),
+            ({"p": float("nan")}, ValueError, "p must lie"),
+            ({"clip": -1}, ValueError, "clip"),
+            ({"normalize": 3}, TypeError, "normalize"),
+            ({"normalize": ([0.5] * 2, [0.5] * 2)}, ValueError, "normalize"),
+            ({"normalize": ([0.5] * 3, [0.0] * 3)}, ValueError, "std above 0"),
+            ({"flow": 3}, TypeError, "flow"),
+            ({"generator": 3}, TypeError, "generator"),
+            ({"resolution": 32}, NotImplementedError, "resolution"),
+        ],
+    )
+    def test_arguments(self, arguments, error, words):
+        with pytest.raises(error, match=words):
+            LatentPerturb(**{"flow": Identity(), **arguments})
+
+    def test_conditional_flow(self):
+        class Conditional(Identity):
+            num_classes = 10
+
+        with pytest.raises(NotImplementedError, match="class-conditional"):
+            LatentPerturb(flow=Conditional())
+
+    @pytest.mark.parametrize(
+        ("image", "error", "words"),
+        [
+            (torch.rand(1, 16, 16), ValueError, "3 channels, got a tensor of 1"),
+            (torch.rand(16, 16), ValueError, "put images before"),
+            (torch.rand(3, 16, 16) * 255, ValueError, "normalize="),
+            (torch.rand(3, 16, 16) * 4 - 2, ValueError, "before Normalize"),
+            (torch.zeros(3, 16, 16, dtype=torch.int64), TypeError, "int64"),
+            (Image.new("F", (16, 16)), TypeError, "mode F"),
+            (Image.new("I;16", (16, 16)), TypeError, "mode I;16"),
+        ],
+    )
+    def test_images(self, glow, image, error, words):
+        transform = LatentPerturb(flow=glow)
+        before = copy.deepcopy(image)
+        with pytest.raises(error, match=words):
+            transform(image)
+        assert np.array_equal(as_array(image), as_array(before))
+
+    def test_labels_first_in_a_tuple(self, glow):
+        with pytest.raises(ValueError, match="put images before labels"):
+            LatentPerturb(flow=glow)((torch.arange(4), torch.rand(4, 3, 16, 16)))
+
+    def test_colour_image_for_a_grey_flow(self, grey_glow):
+        with pytest.raises(ValueError, match="Grayscale"):
+            LatentPerturb(flow=grey_glow)(pil("RGB"))
+        assert LatentPerturb(flow=grey_glow)(pil("L")).mode == "L"
+
+    def test_size_for_a_flow_of_one_size(self):
+        class Fixed(Identity):
+            size = (8, 8)
+
+        with pytest.raises(ValueError, match=r"size \(8, 8\) only"):
+            LatentPerturb(flow=Fixed())(torch.rand(3, 16, 16))
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+    def test_non_finite_pixels_come_back_and_are_counted(self, glow, bad):
+        x = torch.rand(4, 3, 16, 16)
+        x[1, 2, 3, 4] = bad
+        transform = LatentPerturb(0.3, flow=glow)
+        out = transform(x)
+        torch.testing.assert_close(out[1], x[1], equal_nan=True, rtol=0, atol=0)
+        assert transform.fallbacks == 1
+        for index in (0, 2, 3):
+            assert out[index].isfinite().all()
+            assert not torch.equal(out[index], x[index])
+
+    @pytest.mark.parametrize("shape", [(0, 3, 16, 16), (0, 3, 0, 0), (3, 0, 16)])
+    def test_empty_batch_comes_back(self, glow, shape):
+        x = torch.rand(shape)
+        assert LatentPerturb(flow=glow)(x).shape == shape
+
+    def test_overshoot_of_resizing_is_clamped(self, glow):
+        x = torch.rand(3, 16, 16) * 1.2 - 0.1
+        out = LatentPerturb(0.0, flow=glow)(x)
+        torch.testing.assert_close(out, x.clamp(0, 1), atol=1e-4, rtol=0)
+
+
+class TestPrivacy:
+    def test_the_flow_is_nobody_s_business(self, glow):
+        pipeline = torch.nn.Sequential(LatentPerturb(flow=glow), torch.nn.Linear(2, 2))
+        assert len(list(pipeline.parameters())) == 2
+        assert list(pipeline.state_dict()) == ["1.weight", "1.bias"]
+        pipeline.train()
+        assert not glow.training
+
+    def test_it_prints(self, glow):
+        assert "eps=0.3, norm='l2', flow='Glow'" in repr(LatentPerturb(0.3, norm="l2", flow=glow))
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
+    def test_copies_behave_the_same(self, copied):
+        transform, x = LatentPerturb(0.3, flow=random_glow()), torch.rand(3, 16, 16)
+        other = copied(transform)
+        torch.manual_seed(2)
+        expected = transform(x)
+        torch.manual_seed(2)
+        assert torch.equal(other(x), expected)
+
+    def test_a_loaded_flow_is_pickled_by_name(self, tmp_path):
+        random_glow().save_pretrained(tmp_path / "flow")
+        transform = LatentPerturb(flow=tmp_path / "flow")
+        assert len(pickle.dumps(transform)) < 5000
+        assert pickle.loads(pickle.dumps(transform)).flow is transform.flow
+        with torch.no_grad():
+            next(transform.flow.parameters()).add_(1)
+        assert len(pickle.dumps(transform)) > 5000
+
+
+class Noise(torch.utils.data.Dataset):
+    """Always the same image, so that what differs comes from the transform."""
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return self.transform(torch.full((3, 8, 8), 0.5))
+
+
+class TestWorkers:
+    @pytest.mark.parametrize("context", ["fork", "spawn"])
+    @pytest.mark.parametrize("own", [False, True])
+    def test_workers_and_epochs_draw_differently(self, context, own, tmp_path):
+        random_glow().save_pretrained(tmp_path)
+        generator = torch.Generator().manual_seed(0) if own else None
+        transform = LatentPerturb(0.3, flow=tmp_path, generator=generator)
+        loader = DataLoader(Noise(transform), 1, num_workers=2, multiprocessing_context=context)
+        images = [batch for _ in range(2) for batch in loader]
+        assert len({image.sum().item() for image in images}) == len(images)
+
+
+def test_a_generator_decides_alone(glow):
+    x = torch.rand(3, 16, 16)
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(7)
+        results.append(LatentPerturb((0.1, 0.3), flow=glow, p=0.99, generator=generator)(x))
+    assert torch.equal(*results)
+
+
+def test_new_flows_and_old_agree_on_the_contract(any_flow):
+    assert isinstance(any_flow, Flow)
+    x = torch.rand(2, 3, 9, 11)
+    out = LatentPerturb(0.05, flow=any_flow)(x)
+    assert out.shape == x.shape
+    assert 0 < (out - x).abs().max() <= 1
+
+
+def test_glow_is_the_only_flow_that_ships():
+    assert Flow.architectures["Glow"] is Glow
