@@ -111,7 +111,8 @@ def draw(model: nn.Module, images: Tensor, labels: Tensor, path: Path) -> None:
     adversarial = adversarial_latent(model, p=1.0)((images, labels))[0]
     differences = [(other - images) * 4 + 0.5 for other in (random, adversarial)]
     rows = [images, random, differences[0], adversarial, differences[1]]
-    save_image(torch.cat(rows).clamp(0, 1), path, nrow=len(images), padding=1)
+    large = torch.cat(rows).clamp(0, 1).repeat_interleave(3, 2).repeat_interleave(3, 3)
+    save_image(large, path, nrow=len(images), padding=2)
 
 
 def main() -> None:

@@ -35,13 +35,14 @@ RESULTS = Path(__file__).parent / "results" / "quickstart_sweep.json"
 VALIDATION_IMAGES = 5000
 CHOICES = {
     "none": (no_augmentation, [{}]),
-    "random": (random_latent, [{"eps": eps} for eps in (0.15, 0.3, 0.5)]),
+    "random": (random_latent, [{"eps": eps} for eps in (0.15, 0.3, 0.5, 0.8, 1.2)]),
     "adversarial": (
         adversarial_latent,
         [
             {"eps": 1.0, "alpha": 0.5, "steps": 2, "p": 0.5},
             {"eps": 2.0, "alpha": 1.0, "steps": 2, "p": 0.5},
             {"eps": 4.0, "alpha": 2.0, "steps": 2, "p": 0.5},
+            {"eps": 8.0, "alpha": 4.0, "steps": 2, "p": 0.5},
             {"eps": 1.0, "alpha": 0.5, "steps": 2, "p": 1.0},
         ],
     ),

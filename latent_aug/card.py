@@ -35,7 +35,7 @@ augment = LatentPerturb(eps={eps:g}, flow="{name}")
 
 ## The flow
 
-{channels} channels, {levels} levels of {steps} steps, coupling networks of {hidden} channels,
+{channels} channel(s), {levels} levels of {steps} steps, coupling networks of {hidden} channels,
 log-scales bounded by {log_scale_bound:g}: {parameters:,} parameters. Height and width must divide
 by {multiple} (the transforms pad and crop). SHA-256 of `{weights}`:
 `{sha256}`.
@@ -58,8 +58,8 @@ On {images:,} images, {measured_on}:
 - {bits_per_dim:.3f} bits per dimension.
 - Round trip in float32: greatest error {round_trip_max_error:.1e} of [0, 1];
   {uint8_identical:,} of {images:,} images come back byte for byte as uint8.
-- Standard deviation of the latents, finest level first: {latent_std}. It is 1 where the
-  prior fits.
+- Standard deviation of the latents, finest level first: {latent_std}. The prior's is 1; images
+  are encoded at the middle of their bins, without dequantization noise, which lowers it.
 
 Random perturbations:
 

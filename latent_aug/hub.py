@@ -132,8 +132,14 @@ def load_weights(flow: Flow, path: Path) -> None:
     flow.load_state_dict(tensors)
 
 
+def shared_flow(name: str, revision: str | None = None) -> Flow:
+    """The one flow of this name in this process; read again where its weights file changed."""
+    directory, (name, revision) = locate(name, revision)
+    return _load_once(name, revision, (directory / WEIGHTS_NAME).stat().st_mtime_ns)
+
+
 @lru_cache(maxsize=8)
-def _shared(name: str, revision: str | None) -> Flow:
+def _load_once(name: str, revision: str | None, modified: int) -> Flow:
     return load_flow(name, revision=revision)
 
 
@@ -149,8 +155,7 @@ class HeldFlow:
 
     def __init__(self, flow: Flow | str | Path) -> None:
         if isinstance(flow, (str, Path)):
-            _, (name, revision) = locate(str(flow))
-            flow = _shared(name, revision)
+            flow = shared_flow(str(flow))
         elif not isinstance(flow, Flow):
             raise TypeError(f"flow must be a Flow, a name or a path, got {type(flow).__name__}")
         self.flow = flow
@@ -164,4 +169,4 @@ class HeldFlow:
 
 
 def _held_by_name(name: str, revision: str | None) -> HeldFlow:
-    return HeldFlow(_shared(name, revision))
+    return HeldFlow(shared_flow(name, revision))

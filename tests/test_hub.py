@@ -8,7 +8,7 @@ import torch
 from conftest import random_glow
 from safetensors.torch import load_file, save_file
 
-from latent_aug import Glow, load_flow
+from latent_aug import Glow, LatentPerturb, load_flow
 from latent_aug.hub import bundled_flows
 
 
@@ -55,6 +55,13 @@ def test_each_caller_gets_a_flow_of_its_own(saved):
     with torch.no_grad():
         next(first.parameters()).add_(1)
     assert not torch.equal(next(first.parameters()), next(second.parameters()))
+
+
+def test_transforms_share_a_flow_until_its_file_changes(saved):
+    first, second = (LatentPerturb(flow=saved).flow for _ in range(2))
+    assert first is second
+    random_glow(seed=1).save_pretrained(saved)
+    assert LatentPerturb(flow=saved).flow is not first
 
 
 def test_loading_leaves_the_random_state_alone(saved):

@@ -117,6 +117,7 @@ class Glow(Flow):
         self.log_scale_bound = float(log_scale_bound)
         self.network_dtype: torch.dtype | None = None
         self.multiscale = multiscale_glow(channels, levels, steps, hidden, self.log_scale_bound)
+        self._initialized = False
         self._prepared: dict[Any, tuple[int, tuple[engine.Level, ...]]] = {}
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -168,8 +169,10 @@ class Glow(Flow):
 
     def is_initialized(self) -> bool:
         """Whether every ActNorm has seen data (or weights were loaded)."""
-        flags = [b for n, b in self.named_buffers() if n.endswith("data_dep_init_done")]
-        return all(bool(flag) for flag in flags)
+        if not self._initialized:  # asked of the flags once: each is a sync on an accelerator
+            flags = [b for n, b in self.named_buffers() if n.endswith("data_dep_init_done")]
+            self._initialized = all(bool(flag) for flag in flags)
+        return self._initialized
 
     @property
     def config(self) -> dict[str, Any]:
@@ -214,7 +217,7 @@ class Glow(Flow):
                 f"height and width of {name} must divide by {self.multiple}, "
                 f"got {tuple(t.shape[2:])}; pad it, or use a transform, which does"
             )
-        if not (initialized or self._prepared or self.is_initialized()):
+        if not (initialized or self.is_initialized()):
             raise ValueError(
                 "this Glow is untrained: load weights with load_flow, train it with train_flow, "
                 "or set its ActNorms from a batch of images with initialize"
