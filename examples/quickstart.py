@@ -35,14 +35,14 @@ def no_augmentation(model: nn.Module) -> Augmentation:
     return lambda batch: batch
 
 
-def random_latent(model: nn.Module, eps: float = 0.3) -> Augmentation:
+def random_latent(model: nn.Module, eps: float = 0.5) -> Augmentation:
     """Randomized-LA."""
     perturb = LatentPerturb(eps, flow=FLOW)
     return lambda batch: (perturb(batch[0]), batch[1])
 
 
 def adversarial_latent(
-    model: nn.Module, eps: float = 1.0, alpha: float = 0.5, steps: int = 2, p: float = 0.5
+    model: nn.Module, eps: float = 4.0, alpha: float = 2.0, steps: int = 2, p: float = 0.5
 ) -> Augmentation:
     """Adversarial-LA on half of each batch."""
     attack = LatentAdversarial(model, eps=eps, alpha=alpha, steps=steps, p=p, flow=FLOW)
