@@ -11,12 +11,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision import tv_tensors
 
 from latent_aug import functional as LF
 from latent_aug.arguments import Range, distance, number_range, one_of, probability
 from latent_aug.flows import Flow
 from latent_aug.hub import HeldFlow
-from latent_aug.images import FallbackCounter, Normalization, check_range, fit_to_flow, to_float
+from latent_aug.images import (
+    FallbackCounter,
+    Normalization,
+    check_range,
+    fit_to_flow,
+    is_tv_tensor,
+    to_float,
+)
 from latent_aug.randomness import Draws
 
 IMAGE_KEYS = ("pixel_values", "image", "images")
@@ -134,6 +142,11 @@ class LatentAdversarial:
     def __call__(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Adversarial images (B, C, H, W) for labels (B,) or (B, K); the dtype stays."""
         self._check(images, labels)
+        result = self._attack_some(images.detach().as_subclass(Tensor), labels)
+        return tv_tensors.wrap(result, like=images) if is_tv_tensor(images) else result
+
+    def _attack_some(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        """Attack a random share p of a batch."""
         count = self._how_many(len(images))
         if not count:
             return images
@@ -141,7 +154,7 @@ class LatentAdversarial:
             return self._attack(images, labels)
         order = self._draws.uniform((len(images),), to_float(images.new_empty(0))).argsort()
         chosen = order[:count]
-        picked = None if labels is None else labels[chosen]
+        picked = labels[chosen] if isinstance(labels, Tensor) else None
         return images.index_copy(0, chosen, self._attack(images[chosen], picked))
 
     def _check(self, images: Tensor, labels: Tensor | None) -> None:
@@ -161,10 +174,13 @@ class LatentAdversarial:
                 f"the flow maps images of {self.flow.channels} channels, got {images.shape[1]}, "
                 f"shape {tuple(images.shape)}"
             )
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("an attack needs gradients: call it outside torch.inference_mode()")
+        if self.labels == "predicted":
+            return
         if labels is None:
-            if self.labels == "true":
-                raise ValueError("labels are needed for labels='true'")
-        elif not isinstance(labels, Tensor) or labels.ndim < 1 or len(labels) != len(images):
+            raise ValueError("labels are needed for labels='true'")
+        if not isinstance(labels, Tensor) or labels.ndim < 1 or len(labels) != len(images):
             found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(f"labels must be a tensor of {len(images)} entries, got {found}")
 
@@ -176,7 +192,6 @@ class LatentAdversarial:
 
     def _attack(self, original: Tensor, labels: Tensor | None) -> Tensor:
         """Adversarial versions of every image of a batch, in the units and dtype it came in."""
-        original = original.detach()
         x = self._normalization.undo(to_float(original))
         if x.is_cpu or x.device not in self._checked_devices:  # elsewhere a check is a sync
             check_range(x)
@@ -196,7 +211,7 @@ class LatentAdversarial:
         with attacked(self.model, self.model_mode) as model, torch.enable_grad():
             if self.labels == "predicted":
                 with torch.no_grad():
-                    labels = model(original).argmax(dim=1)
+                    labels = model(original.clone()).argmax(dim=1)  # it may work in place
             for _ in range(self.steps):
                 delta.requires_grad_(True)
                 loss = self._loss(model(images_at(delta)), labels)
@@ -226,11 +241,11 @@ def attacked(model: nn.Module, mode: str) -> Iterator[nn.Module]:
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         model = model.module
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.clone())
+    tables = [
+        (module, dict(module._buffers), set(module._non_persistent_buffers_set))
         for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
     ]
+    contents = [(b, b.clone()) for b in model.buffers() if not is_expanded(b)]
     try:
         if mode == "eval":
             model.eval()
@@ -238,11 +253,21 @@ def attacked(model: nn.Module, mode: str) -> Iterator[nn.Module]:
     finally:
         for module, training in modes:
             module.training = training
-        for module, name, buffer, content in buffers:
+        for module, buffers, non_persistent in tables:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            module._non_persistent_buffers_set = non_persistent
+        for buffer, content in contents:
             # .data leaves the version counter alone: a forward pass of the user's that waits for
             # its backward pass may have saved this buffer.
             buffer.data.copy_(content)
-            module._buffers[name] = buffer
+        # A forward pass without gradients leaves autocast casts of the weights that have none.
+        torch.clear_autocast_cache()
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether several elements are one in memory, so that nobody can write to it in place."""
+    return any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def image_key(batch: Any) -> Any:

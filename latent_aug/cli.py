@@ -111,7 +111,7 @@ def train(
             command=shlex.join(["latent-aug", *sys.argv[1:]]),
             training_data=about or data,
             measured_on=validation or data,
-            images_seen=steps * batch_size,
+            images_seen=steps * min(batch_size, len(dataset)),
             minutes=minutes_of(output),
             licence=licence,
             note=note,

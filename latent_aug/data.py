@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,12 @@ class EncodedImages(Dataset[Image.Image]):
             found = (Path(root) / name for root, _, names in os.walk(path) for name in names)
             self.files += sorted(file for file in found if is_image(file.name))
         elif path.is_file():
-            with tarfile.open(path) as tar:
-                members = sorted((m for m in tar if m.isfile() and is_image(m.name)), key=by_name)
-                self.files += [tar.extractfile(m).read() for m in members]  # type: ignore[union-attr]
+            try:
+                with tarfile.open(path) as tar:
+                    members = (m for m in tar if m.isfile() and is_image(m.name))
+                    self.files += [read_member(tar, m) for m in sorted(members, key=by_name)]
+            except (tarfile.TarError, EOFError, zlib.error) as error:
+                raise ValueError(f"{path} is no folder and no readable tar: {error}") from error
         if not self.files:
             raise FileNotFoundError(f"no images ({', '.join(EXTENSIONS)}) found in {path}")
 
@@ -56,6 +60,12 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS) and not Path(name).name.startswith(".")
 
 
+def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """The content of a regular file in a tar."""
+    file = tar.extractfile(member)
+    return b"" if file is None else file.read()
+
+
 def by_name(member: tarfile.TarInfo) -> str:
     """Sort key of a tar member."""
     return member.name
@@ -72,12 +82,15 @@ def open_images(source: str | Path, *, root: str | Path = "data", train: bool = 
     if kind != "torchvision" or not name:
         return EncodedImages(source)
     builder = getattr(datasets, name, None)
-    if builder is None:
+    if not isinstance(builder, type) or not issubclass(builder, datasets.VisionDataset):
         raise ValueError(f"torchvision.datasets has no {name!r}; try CIFAR10 or FashionMNIST")
     split = (
         {"split": "train" if train else "test"} if name in {"SVHN", "STL10"} else {"train": train}
     )
-    return builder(root, download=True, **split)
+    try:
+        return builder(root, download=True, **split)
+    except TypeError as error:
+        raise ValueError(f"torchvision's {name} needs more than a root folder: {error}") from error
 
 
 def to_uint8(sample: Any, channels: int, size: int | None = None) -> Tensor:

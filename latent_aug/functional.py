@@ -32,8 +32,10 @@ def l2_radius(t: Tensor, eps: Size, norm: Norm) -> Size:
 
 def unit(t: Tensor) -> Tensor:
     """Each sample divided by its l2 norm; a zero sample stays zero."""
-    norm = l2_norm(t)
-    return t / torch.where(norm > 0, norm, 1)
+    # By the greatest component first: squares of small gradients would underflow.
+    largest = t.flatten(1).abs().amax(dim=1)[:, None, None, None]
+    scaled = t / torch.where(largest > 0, largest, 1)
+    return scaled / torch.where(largest > 0, l2_norm(scaled), 1)
 
 
 def project(delta: Tensor, eps: Size, norm: Norm | None) -> Tensor:
@@ -53,8 +55,7 @@ def project(delta: Tensor, eps: Size, norm: Norm | None) -> Tensor:
     if norm is None:
         return delta
     if norm == "linf":
-        limit = torch.as_tensor(eps, dtype=delta.dtype, device=delta.device)
-        return torch.clamp(delta, -limit, limit)
+        return torch.clamp(delta, -eps, eps)  # type: ignore[arg-type]  # numbers or tensors
     length = l2_norm(delta)
     radius = l2_radius(delta, eps, norm)
     return torch.where(length > radius, unit(delta) * radius, delta)

@@ -53,18 +53,21 @@ def load_flow(
         (1, 4)
     """
     directory, origin = locate(str(name_or_path), revision)
-    flow = read_flow(directory)
+    flow = read_flow(directory).to(device)
     flow.loaded_from = (*origin, flow.weights_version())
-    return flow.to(device) if device is not None else flow
+    return flow
 
 
 def locate(name: str, revision: str | None = None) -> tuple[Path, tuple[str, str | None]]:
     """The directory that holds a flow, and the name and commit under which to find it again."""
-    bundled = bundled_flows()
-    if name in bundled and revision is None:
-        return bundled[name], (name, None)
-    path = Path(name).expanduser()
-    if path.is_dir() and revision is None:
+    bundled, path = bundled_flows(), Path(name).expanduser()
+    if name in bundled or path.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"revision is for flows on the hub; {name!r} is here, got {revision!r}"
+            )
+        if name in bundled:
+            return bundled[name], (name, None)
         return path, (str(path.resolve()), None)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(
@@ -127,8 +130,10 @@ def load_weights(flow: Flow, path: Path) -> None:
                 f"{name} has shape {tuple(tensor.shape)}, the config says "
                 f"{tuple(expected[name].shape)}"
             )
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name} is not a tensor of finite floating-point numbers")
+        if tensor.is_floating_point() != expected[name].is_floating_point():
+            raise ValueError(f"{name} is of {tensor.dtype}, the flow has {expected[name].dtype}")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} has values that are not finite")
     flow.load_state_dict(tensors)
 
 

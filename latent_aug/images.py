@@ -6,6 +6,7 @@ tensors, single images and videos become such batches, and the results become wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,8 @@ def to_batch(image: Any, channels: int) -> tuple[Tensor, Callable[[Tensor], Any]
     """An image of any kind as a float batch (B, channels, H, W), and the way back.
 
     The way back rounds to uint8 where the input was uint8 or PIL, and gives its dtype, shape,
-    type and PIL mode. PIL images other than L, LA, RGB and RGBA come back in the flow's mode.
+    type and PIL mode. PIL images other than L, LA, RGB and RGBA come back in the flow's mode,
+    with their alpha if they have one.
 
     Raises:
         ValueError: The channels are not the flow's.
@@ -56,7 +58,8 @@ def to_batch(image: Any, channels: int) -> tuple[Tensor, Callable[[Tensor], Any]
         result = from_float(batch.reshape(pixels.shape), pixels.dtype)
         return tv_tensors.wrap(result, like=image) if is_tv_tensor(image) else result
 
-    return to_float(pixels).reshape(-1, *pixels.shape[-3:]), restore
+    count = math.prod(pixels.shape[:-3])  # -1 would be ambiguous for an empty batch
+    return to_float(pixels).reshape(count, *pixels.shape[-3:]), restore
 
 
 def pil_to_batch(image: Image.Image, channels: int) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -71,7 +74,10 @@ def pil_to_batch(image: Image.Image, channels: int) -> tuple[Tensor, Callable[[T
             f"the flow maps images of 1 channel, got a PIL image of mode {own}; "
             "convert it with v2.Grayscale(), or choose a flow of 3 channels"
         )
-    alpha = image.getchannel("A") if own in ("LA", "RGBA") else None
+    transparent = own in ("LA", "PA", "RGBA") or (own == "P" and "transparency" in image.info)
+    alpha = image.convert("RGBA").getchannel("A") if transparent else None
+    if transparent:
+        image = image.convert("RGBA")  # a palette with transparency has no direct way to RGB
     pixels = tvf.pil_to_tensor(image.convert(mode))
 
     def restore(batch: Tensor) -> Image.Image:
@@ -150,6 +156,7 @@ class Normalization:
 
     def __init__(self, normalize: Any, channels: int) -> None:
         self.mean_std: Tensor | None = None
+        self._placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         if normalize is None:
             return
         if isinstance(normalize, (v2.Normalize, transforms.Normalize)):
@@ -174,15 +181,23 @@ class Normalization:
         """Normalized to [0, 1]."""
         if self.mean_std is None:
             return x
-        mean, std = self.mean_std.to(x)[..., None, None]
+        mean, std = self._like(x)
         return x * std + mean
 
     def apply(self, x: Tensor) -> Tensor:
         """[0, 1] to normalized."""
         if self.mean_std is None:
             return x
-        mean, std = self.mean_std.to(x)[..., None, None]
+        mean, std = self._like(x)
         return (x - mean) / std
+
+    def _like(self, x: Tensor) -> Tensor:
+        """Mean and std (2, C, 1, 1) on x's device, copied there once."""
+        assert self.mean_std is not None
+        key = (x.device, x.dtype)
+        if key not in self._placed:
+            self._placed[key] = self.mean_std.to(x)[..., None, None]
+        return self._placed[key]
 
 
 class FallbackCounter:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
@@ -23,6 +25,11 @@ def uniform(
     return torch.rand(shape, generator=generator, device=device, dtype=like.dtype).to(like)
 
 
+# In a worker: the seed that a generator was re-seeded for, and the generator, kept alive so that
+# its id stays its own.
+_reseeded: dict[int, tuple[int, torch.Generator]] = {}
+
+
 class Draws:
     """Random tensors from a user's generator, or from torch's global one.
 
@@ -39,7 +46,6 @@ class Draws:
                 f"generator must be a torch.Generator or None, got {type(generator).__name__}"
             )
         self.generator = generator
-        self._worker_seed: int | None = None
 
     def normal(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """N(0, I) draws on like's device and in its dtype."""
@@ -58,7 +64,24 @@ class Draws:
     def current(self) -> torch.Generator | None:
         """The generator to draw from in this process."""
         worker = get_worker_info()
-        if self.generator is not None and worker is not None and worker.seed != self._worker_seed:
-            self._worker_seed = worker.seed
-            self.generator.manual_seed(worker.seed)
+        if self.generator is not None and worker is not None:
+            seeded_for, _ = _reseeded.get(id(self.generator), (None, None))
+            if seeded_for != worker.seed:
+                # The generator's own seed is mixed in, so that two generators stay different.
+                mixed = (worker.seed + 0x9E3779B1 * (self.generator.initial_seed() + 1)) % 2**32
+                self.generator.manual_seed(mixed)
+                _reseeded[id(self.generator)] = (worker.seed, self.generator)
         return self.generator
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A generator as bytes: torch's own pickling fails between spawned processes."""
+        if self.generator is None:
+            return {"device": None}
+        state = self.generator.get_state().numpy().tobytes()
+        return {"device": str(self.generator.device), "state": state}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.generator = None
+        if state["device"] is not None:
+            self.generator = torch.Generator(state["device"])
+            self.generator.set_state(torch.frombuffer(bytearray(state["state"]), dtype=torch.uint8))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -79,6 +80,8 @@ class TrainConfig:
         for name in ("decay", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
         if self.network_dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(
                 f"network_dtype must be 'auto', 'float32' or 'bfloat16', got {self.network_dtype!r}"
@@ -155,6 +158,7 @@ def train_flow(
     bar.close()
     run.save()
     report(run, output, held_out, None)
+    flow.network_dtype = None
     averaged = run.averaged()
     averaged.save_pretrained(output)
     return averaged
@@ -175,6 +179,7 @@ class Run:
         self.step, self.seconds = 0, 0.0
         self.path = Path(config.output) / RUN_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.identity = self._identity()
         saved = self._load()
         self.dtype_name = saved["dtype_name"] if saved else resolve_dtype(config, flow, self.device)
         if not saved and not flow.is_initialized():
@@ -231,8 +236,8 @@ class Run:
         norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), self.config.clip_norm)
         if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
             raise FloatingPointError(
-                f"step {self.step}: loss {loss.item()}, gradient norm {norm.item()}; the weights "
-                f"before it are kept in {self.path.parent}; lower lr or raise warmup"
+                f"step {self.step}: loss {loss.item()}, gradient norm {norm.item()}; lower lr or "
+                f"raise warmup (last saved state: {self.path if self.path.exists() else 'none'})"
             )
         self.optimizer.step()
         self.average.update_parameters(self.flow)
@@ -252,8 +257,7 @@ class Run:
     def save(self) -> None:
         """Replace the saved state in one go: a kill leaves the old one or the new one."""
         state = {
-            "recipe": self.config.recipe(),
-            "architecture": self.flow.config,
+            **self.identity,
             "dtype_name": self.dtype_name,
             "step": self.step,
             "seconds": self.seconds,
@@ -265,11 +269,23 @@ class Run:
         torch.save(state, partial)
         os.replace(partial, self.path)
 
+    def _identity(self) -> dict[str, dict[str, Any]]:
+        """What makes two runs the same: recipe, architecture, images and where they started."""
+        spread = torch.linspace(0, len(self.images) - 1, min(len(self.images), 64)).long().tolist()
+        some = as_batch(self.images.__getitems__(spread))
+        weights = self.flow.state_dict().values() if self.flow.is_initialized() else ()
+        return {
+            "recipe": self.config.recipe(),
+            "architecture": self.flow.config,
+            "data": {"count": len(self.images), "digest": digest([some])},
+            "start": {"digest": digest(weights)},  # untrained weights follow from their own seed
+        }
+
     def _load(self) -> dict[str, Any] | None:
         if not self.path.exists():
             return None
-        saved: dict[str, Any] = torch.load(self.path, map_location=self.device, weights_only=True)
-        for name, own in (("recipe", self.config.recipe()), ("architecture", self.flow.config)):
+        saved: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+        for name, own in self.identity.items():
             if saved[name] != own:
                 changed = {
                     k: (saved[name].get(k), own.get(k)) for k in own if saved[name].get(k) != own[k]
@@ -306,7 +322,16 @@ class StepSampler:
 
 def generator_for(seed: int, step: int) -> torch.Generator:
     """The generator of one step (or, below 0, of one epoch): the same whenever it is asked for."""
-    return torch.Generator().manual_seed((seed << 32) + (step % 2**32))
+    # torch's CPU generator looks at 32 bits of a seed; the odd factor spreads seeds over them.
+    return torch.Generator().manual_seed((seed * 0x9E3779B1 + step) % 2**32)
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """A fingerprint of tensors' values."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def random_crop(batch: Tensor, padding: int, generator: torch.Generator) -> Tensor:

@@ -129,11 +129,11 @@ class LatentPerturb(v2.Transform):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw for each shape of image in the sample; images of one shape share the draw."""
-        draws: dict[tuple[int, ...], Draw] = {}
+        draws: dict[Any, Draw] = {}
         for image in flat_inputs:
             x, _ = to_batch(image, self.flow.channels)
-            if x.shape not in draws and x.numel():
-                draws[x.shape] = self._draw(x, frames_of(image))
+            if x.numel() and kind(x, image) not in draws:
+                draws[kind(x, image)] = self._draw(x, frames_of(image))
         return {"draws": draws}
 
     @torch.no_grad()
@@ -142,10 +142,10 @@ class LatentPerturb(v2.Transform):
         x, restore = to_batch(inpt, self.flow.channels)
         if not x.numel():
             return inpt
-        draw: Draw = params["draws"][x.shape]
+        draw: Draw = params["draws"][kind(x, inpt)]
         if x.is_cpu:  # there, a look at the draw costs nothing and may save the flow's work
             if not bool(draw.chosen.any()):
-                return inpt
+                return restore(x)
             if not bool(draw.chosen.all()):
                 result = x.clone()
                 result[draw.chosen] = self._perturb(x[draw.chosen], draw.noise[draw.chosen])
@@ -185,6 +185,11 @@ class LatentPerturb(v2.Transform):
         eps = self.eps[0] if self.eps[0] == self.eps[1] else self.eps
         name = self.flow.loaded_from[0] if self.flow.loaded_from else type(self.flow).__name__
         return f"eps={eps}, norm={self.norm!r}, flow={name!r}, p={self.p}"
+
+
+def kind(x: Tensor, image: Any) -> tuple[Any, ...]:
+    """What images of one sample must have in common to share a draw."""
+    return (x.shape, x.dtype, x.device, frames_of(image))
 
 
 def frames_of(image: Any) -> int:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Identity, random_glow
 from torch import nn
+from torchvision import tv_tensors
 
 from latent_aug import LatentAdversarial
 from latent_aug import functional as LF
@@ -337,6 +338,42 @@ class TestNoTrace:
             states.append(model.state_dict())
         assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
+    def test_on_buffers_that_come_and_go(self, batch, glow):
+        class Lazy(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = classifier()
+                self.register_buffer("seen", None)
+                self.register_buffer("wide", torch.zeros(1).expand(10))
+
+            def forward(self, x):
+                self.seen = x.mean()
+                if "late" not in self._buffers:
+                    self.register_buffer("late", x.mean(), persistent=False)
+                return self.inner(x)
+
+        model = Lazy()
+        before = trace(model)
+        LatentAdversarial(model, flow=glow).step(batch)
+        assert same(trace(model), before)
+        assert list(model._buffers) == ["seen", "wide"]
+        assert model._non_persistent_buffers_set == set()
+
+    def test_on_the_images_by_a_model_that_works_in_place(self, batch, glow):
+        model = nn.Sequential(nn.Hardtanh(0.5, 0.6, inplace=True), classifier())
+        before = batch[0].clone()
+        LatentAdversarial(model, flow=glow, labels="predicted", p=0.5).step(batch)
+        assert torch.equal(batch[0], before)
+
+    @pytest.mark.parametrize("labels", ["true", "predicted"])
+    def test_on_training_under_autocast(self, batch, glow, labels):
+        model = classifier()
+        with torch.autocast("cpu", torch.bfloat16):
+            images, targets = LatentAdversarial(model, flow=glow, labels=labels).step(batch)
+            loss = F.cross_entropy(model(images), targets)
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+
     def test_data_parallel_is_looked_through(self, batch, glow):
         model = nn.DataParallel(classifier())
         out = LatentAdversarial(model, flow=glow).step(batch)
@@ -349,7 +386,25 @@ class TestNoTrace:
         assert not out[0].requires_grad
 
 
+class TestOutput:
+    @pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+    def test_type_and_graph_do_not_depend_on_p(self, model, batch, glow, p):
+        images = tv_tensors.Image(batch[0], requires_grad=True)
+        out = LatentAdversarial(model, flow=glow, p=p)(images, batch[1])
+        assert isinstance(out, tv_tensors.Image)
+        assert not out.requires_grad
+
+    def test_predicted_labels_need_none(self, model, batch, glow):
+        attack = LatentAdversarial(model, flow=glow, labels="predicted")
+        assert not torch.equal(attack(batch[0]), batch[0])
+        assert attack.step((batch[0], ["cat"] * 6))[1] == ["cat"] * 6
+
+
 class TestBadInput:
+    def test_inference_mode(self, model, batch, glow):
+        with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+            LatentAdversarial(model, flow=glow).step(batch)
+
     @pytest.mark.parametrize(
         ("arguments", "error", "words"),
         [

@@ -82,6 +82,9 @@ def test_init_fine_tunes(folder, tmp_path):
     [
         (["nowhere", "--output", "x"], "no images"),
         (["torchvision:CIFAR11", "--output", "x"], "CIFAR11"),
+        (["torchvision:folder", "--output", "x"], "folder"),
+        (["torchvision:EMNIST", "--output", "x"], "EMNIST"),
+        ([__file__, "--output", "x"], "no readable tar"),
         (["nowhere", "--output", "x", "--steps", "0"], "steps must be above 0"),
     ],
 )

@@ -130,6 +130,7 @@ class TestUse:
             (torch.rand(2, 1, 16, 16), "3 channels"),
             (torch.rand(3, 16, 16), "3 channels"),
             (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "uint8"),
+            (torch.zeros(2, 3, 16, 16, dtype=torch.bfloat16), "bfloat16"),
             (torch.rand(2, 3, 16, 18), "divide by 4"),
         ],
     )
@@ -160,6 +161,22 @@ class TestUse:
         flow.load_state_dict(other.state_dict())
         torch.testing.assert_close(flow.encode(x), other.encode(x))
 
+    def test_replaced_weights_are_noticed(self):
+        flow, x = random_glow(), torch.rand(1, 3, 16, 16)
+        for seed in (1, 2):
+            other = random_glow(seed=seed)
+            flow.load_state_dict(other.state_dict(), assign=True)
+            torch.testing.assert_close(flow.encode(x), other.encode(x))
+        before = flow.encode(x)
+        parameter = next(flow.parameters())
+        parameter.data = parameter.data + 0.1
+        assert not torch.equal(flow.encode(x), before)
+
+    def test_an_empty_batch_is_empty(self, glow):
+        x = torch.rand(0, 3, 16, 16)
+        assert glow.decode(glow.encode(x)).shape == x.shape
+        assert glow.log_prob(x).shape == (0,)
+
     def test_first_use_in_inference_mode_does_not_spoil_gradients(self):
         flow = random_glow()
         with torch.inference_mode():
@@ -189,6 +206,16 @@ class TestUse:
         with torch.no_grad():
             next(other.parameters()).add_(1)
         assert torch.equal(flow.encode(x), z)
+
+
+def test_the_count_of_parameters_is_about_right(glow):
+    counted = Glow.count_parameters(**glow.config)
+    assert counted == pytest.approx(sum(p.numel() for p in glow.parameters()), rel=0.1)
+
+
+def test_a_name_of_the_package_s_is_not_taken():
+    with pytest.raises(TypeError, match="choose another class name"):
+        type("Glow", (Flow,), {})
 
 
 def test_levels_are_taken_apart(glow):

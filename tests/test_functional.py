@@ -117,6 +117,12 @@ def test_clip_limits_the_distance_in_image_space(norm, measured):
     assert torch.equal(LF.clip_change(x + 1, x, None, norm), x + 1)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1.0, 1e20, 1e30])
+def test_unit_vectors_of_tiny_and_huge_ones(size):
+    vectors = LF.unit(latents(0) * size)
+    torch.testing.assert_close(length(vectors, "l2"), torch.ones(4))
+
+
 def test_perturbation_is_added_in_the_latent():
     x, noise = torch.rand(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     assert torch.equal(LF.perturb_latent(Identity(), x, noise), x + noise)

@@ -1,12 +1,15 @@
 """Saving, finding and loading flows."""
 
 import json
+import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_glow
 from safetensors.torch import load_file, save_file
+from torchvision.datasets import FashionMNIST
 
 from latent_aug import Glow, LatentPerturb, load_flow
 from latent_aug.hub import bundled_flows
@@ -28,14 +31,23 @@ def test_saved_and_loaded_is_the_same_flow(saved):
         assert not any(p.requires_grad for p in loaded.parameters())
 
 
+def clothes(channels):
+    """Real images, uint8: FashionMNIST's as they are, or tinted on 32×32."""
+    data = Path(__file__).parent.parent / "examples" / "data"
+    images = FashionMNIST(data, train=False).data[:40, None]
+    if channels == 1:
+        return images
+    tint = torch.rand(40, channels, 1, 1)
+    return torch.nn.functional.pad(tint * images, [2] * 4).byte()
+
+
 def test_every_bundled_flow_loads_and_is_exact():
     assert {"glow-cifar10", "glow-fashionmnist"} <= set(bundled_flows())
     for name, directory in bundled_flows().items():
         flow = load_flow(name)
-        side = 28 if flow.channels == 1 else 32
-        pixels = torch.randint(256, (8, flow.channels, side, side))
+        pixels = clothes(flow.channels)
         back = flow.decode(flow.encode(pixels / 255))
-        assert torch.equal((back.clamp(0, 1) * 255).round().long(), pixels)
+        assert torch.equal((back.clamp(0, 1) * 255).round().byte(), pixels)
         assert (directory / "README.md").is_file()
 
 
@@ -83,6 +95,22 @@ def test_an_unknown_name_lists_what_there_is():
         load_flow("glow-imagenet")
 
 
+def test_a_revision_is_for_the_hub():
+    with pytest.raises(ValueError, match="revision is for"):
+        load_flow("glow-fashionmnist", revision="main")
+
+
+def test_weights_are_readable_by_others(saved):
+    assert (saved / "model.safetensors").stat().st_mode == (saved / "config.json").stat().st_mode
+
+
+def test_a_flow_in_lower_precision_is_pickled_with_it(saved):
+    flow = load_flow(saved)
+    flow.network_dtype = torch.bfloat16
+    transform = pickle.loads(pickle.dumps(LatentPerturb(flow=flow)))
+    assert transform.flow.network_dtype == torch.bfloat16
+
+
 def test_an_empty_directory_is_an_error(tmp_path):
     with pytest.raises(OSError, match=r"config\.json"):
         load_flow(tmp_path)
@@ -95,6 +123,7 @@ def test_an_empty_directory_is_an_error(tmp_path):
         ({"hidden": 9}, "has shape"),
         ({"hidden": -1}, "hidden must be"),
         ({"hidden": 10**9}, "hidden must be"),
+        ({"channels": 64, "levels": 8, "steps": 256, "hidden": 4096}, "parameters"),
         ({"steps": "2"}, "steps must be"),
         ({"log_scale_bound": None}, "log_scale_bound"),
         ({"log_scale_bound": float("nan")}, "log_scale_bound"),
@@ -156,6 +185,7 @@ def test_a_home_made_flow_can_be_saved_and_loaded(tmp_path):
             super().__init__()
             self.channels = channels
             self.shift = torch.nn.Parameter(torch.rand(channels, 1, 1))
+            self.register_buffer("order", torch.arange(3))
 
         def encode(self, x, y=None):
             return x - self.shift

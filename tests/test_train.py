@@ -103,6 +103,25 @@ train_flow(small_flow(), stripes(), every_step, progress=False)
     assert torch.equal(weights(resumed), weights(undisturbed))
 
 
+def test_seeds_decide(tmp_path):
+    flows = [
+        train_flow(small_flow(), stripes(), config(tmp_path / str(seed), seed=seed), progress=False)
+        for seed in (0, 1, 2**40)
+    ]
+    first, second, third = map(weights, flows)
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+
+
+def test_other_images_or_another_start_do_not_resume(tmp_path):
+    train_flow(small_flow(), stripes(), config(tmp_path / "a", steps=2), progress=False)
+    with pytest.raises(ValueError, match="another data"):
+        train_flow(small_flow(), 255 - stripes(), config(tmp_path / "a", steps=2), progress=False)
+    trained = load_flow(tmp_path / "a")
+    with pytest.raises(ValueError, match="another start"):
+        train_flow(trained, stripes(), config(tmp_path / "a", steps=2), progress=False)
+
+
 def test_another_recipe_does_not_overwrite_a_run(tmp_path):
     train_flow(small_flow(), stripes(), config(tmp_path, steps=2), progress=False)
     with pytest.raises(ValueError, match=r"another recipe: \{'lr'"):
@@ -117,7 +136,7 @@ def test_another_recipe_does_not_overwrite_a_run(tmp_path):
 
 
 def test_a_non_finite_loss_stops_with_the_step(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"step \d+: loss"):
+    with pytest.raises(FloatingPointError, match=r"step \d+: loss .* state: none"):
         train_flow(
             small_flow(),
             stripes(),
@@ -199,6 +218,7 @@ def test_crops_are_windows_of_the_padded_image():
         {"lr": -1.0},
         {"lr": math.nan},
         {"decay": 1.5},
+        {"seed": -1},
         {"ema": 2},
         {"crop": -1},
         {"network_dtype": "float16"},

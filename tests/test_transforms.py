@@ -166,6 +166,27 @@ def test_palette_image_is_read_by_its_colours(glow):
     assert np.array_equal(np.asarray(out), np.asarray(image.convert("RGB")))
 
 
+@pytest.mark.parametrize("mode", ["P", "CMYK", "PA"])
+def test_the_mode_of_the_result_is_no_matter_of_chance(glow, mode):
+    transform = LatentPerturb(0.1, flow=glow, p=0.5)
+    assert len({transform(pil("RGBA").convert(mode)).mode for _ in range(20)}) == 1
+
+
+def test_images_and_videos_of_one_shape_draw_for_themselves(glow):
+    frame = torch.rand(3, 16, 16).repeat(4, 1, 1, 1)
+    images, video = LatentPerturb(0.3, flow=glow)(
+        (tv_tensors.Image(frame), tv_tensors.Video(frame))
+    )
+    assert not torch.equal(images[0], images[1])
+    assert torch.equal(video[0], video[1])
+
+
+def test_dtypes_of_one_shape_draw_for_themselves(glow):
+    images = [tv_tensors.Image(torch.rand(8, 3, 16, 16, dtype=d)) for d in DTYPES[3:]]
+    out = LatentPerturb(0.3, flow=glow, p=0.5)(images)
+    assert [o.dtype for o in out] == [i.dtype for i in images]
+
+
 def test_alpha_is_kept(glow):
     image = pil("RGBA")
     out = LatentPerturb(0.5, flow=glow)(image)
@@ -345,6 +366,19 @@ class Noise(torch.utils.data.Dataset):
         return self.transform(torch.full((3, 8, 8), 0.5))
 
 
+class TwoViews(torch.utils.data.Dataset):
+    """The same image through two transforms."""
+
+    def __init__(self, first, second):
+        self.transforms = first, second
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return [transform(torch.full((3, 8, 8), 0.5)) for transform in self.transforms]
+
+
 class TestWorkers:
     @pytest.mark.parametrize("context", ["fork", "spawn"])
     @pytest.mark.parametrize("own", [False, True])
@@ -355,6 +389,24 @@ class TestWorkers:
         loader = DataLoader(Noise(transform), 1, num_workers=2, multiprocessing_context=context)
         images = [batch for _ in range(2) for batch in loader]
         assert len({image.sum().item() for image in images}) == len(images)
+
+    @pytest.mark.parametrize("kind", ["own", "shared", "one"])
+    def test_two_transforms_draw_differently(self, kind):
+        first = torch.Generator().manual_seed(1)
+        second = {"own": torch.Generator().manual_seed(2), "shared": first, "one": None}[kind]
+        views = [LatentPerturb(0.3, flow=Identity(), generator=g) for g in (first, second)]
+        for one, other in DataLoader(TwoViews(*views), 1, num_workers=2):
+            assert not torch.equal(one, other)
+
+    def test_a_generator_s_seed_still_counts(self):
+        images = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(0)
+            generator = torch.Generator().manual_seed(seed)
+            transform = LatentPerturb(0.3, flow=Identity(), generator=generator)
+            images.append(torch.cat(list(DataLoader(Noise(transform), 2, num_workers=2))))
+        assert torch.equal(images[0], images[1])
+        assert not torch.equal(images[0], images[2])
 
 
 def test_a_generator_decides_alone(glow):

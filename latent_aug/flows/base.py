@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 CONFIG_NAME = "config.json"
@@ -51,10 +51,13 @@ class Flow(nn.Module):
     multiple: int = 1
     size: tuple[int, int] | None = None
     num_classes: int = 0
-    loaded_from: tuple[str, str | None, int] | None = None  # name, commit, version when loaded
+    loaded_from: tuple[str, str | None, Any] | None = None  # name, commit, version when loaded
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        before = Flow.architectures.get(cls.__name__)
+        if before is not None and before.__module__.startswith("latent_aug."):
+            raise TypeError(f"{cls.__name__} is a flow of latent_aug; choose another class name")
         Flow.architectures[cls.__name__] = cls
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -81,9 +84,13 @@ class Flow(nn.Module):
         nats = self.log_prob(x + (noise - 0.5) / 255, y)
         return (math.log(255) - nats / x[0].numel()) / math.log(2)
 
-    def weights_version(self) -> int:
-        """A number that every in-place change of a parameter or buffer raises."""
-        return sum(t._version for t in (*self.parameters(), *self.buffers()))
+    def weights_version(self) -> tuple[Any, ...]:
+        """Something that changes when a parameter or buffer is written to, moved or replaced.
+
+        Writing through `.data` is the exception: torch leaves no sign of it.
+        """
+        tensors = (*self.parameters(), *self.buffers())
+        return tuple((t.data_ptr(), t._version) for t in tensors)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -102,7 +109,7 @@ class Flow(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, directory / WEIGHTS_NAME)
+        (directory / WEIGHTS_NAME).write_bytes(save(tensors))  # save_file makes it private
 
     def push_to_hub(self, repo_id: str) -> str:
         """Upload config and weights to "org/repo" on the Hugging Face hub; the commit's address.

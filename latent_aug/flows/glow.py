@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import normflows as nf
@@ -14,6 +15,17 @@ from torch import Tensor
 
 from latent_aug.flows import engine
 from latent_aug.flows.base import Flow
+
+MOST_PARAMETERS = 2**28  # of a config from outside; the paper's Glow has 44 million
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The parameters as the engine reads them, and which ones they were."""
+
+    version: tuple[Any, ...]
+    levels: tuple[engine.Level, ...]
+    tensors: list[Tensor]
 
 
 class BoundedConvNet2d(nf.nets.ConvNet2d):
@@ -118,23 +130,31 @@ class Glow(Flow):
         self.network_dtype: torch.dtype | None = None
         self.multiscale = multiscale_glow(channels, levels, steps, hidden, self.log_scale_bound)
         self._initialized = False
-        self._prepared: dict[Any, tuple[int, tuple[engine.Level, ...]]] = {}
+        # Walking the module tree costs more than a small flow's round trip; its tables stay.
+        self._tables = [t for m in self.modules() for t in (m._parameters, m._buffers)]
+        self._prepared: dict[Any, Prepared] = {}
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W), float in [0, 1], to latents of the same shape, prior N(0, I)."""
         self._check(x, "x")
+        if not len(x):
+            return x.clone()
         with torch.autocast(x.device.type, enabled=False):
             return engine.encode(preprocess(x), self._levels(x, inverse=False)).contiguous()
 
     def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """Exact inverse of `encode`; (B, C, H, W), not clamped."""
         self._check(z, "z")
+        if not len(z):
+            return z.clone()
         with torch.autocast(z.device.type, enabled=False):
             return postprocess(engine.decode(z, self._levels(z, inverse=True))).contiguous()
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Log-density of x in [0, 1], exact at x: (B,), in nats."""
         self._check(x, "x")
+        if not len(x):
+            return x.new_zeros(0)
         dims = x[0].numel()
         terms: list[Tensor] = []
         with torch.autocast(x.device.type, enabled=False):
@@ -203,14 +223,25 @@ class Glow(Flow):
                 raise ValueError(f"{name} must be an integer from 1 to {limit}, got {value!r}")
         if type(config["log_scale_bound"]) not in (int, float):
             raise ValueError(f"log_scale_bound must be a number, got {config['log_scale_bound']!r}")
+        if cls.count_parameters(**config) > MOST_PARAMETERS:
+            raise ValueError(f"this config is of more than {MOST_PARAMETERS:,} parameters")
         return cls(**config)
+
+    @staticmethod
+    def count_parameters(
+        channels: int, levels: int, steps: int, hidden: int, log_scale_bound: float
+    ) -> int:
+        """About how many parameters such a flow has, without building it."""
+        widths = [channels * 2 ** (depth + 2) for depth in range(levels)]
+        return sum(steps * (2 * w * w + hidden * (hidden + 14 * w)) for w in widths)
 
     def _check(self, t: Tensor, name: str, *, initialized: bool = False) -> None:
         """Refuse what would fail obscurely further down."""
-        if t.ndim != 4 or t.shape[1] != self.channels or not t.is_floating_point():
+        full = t.dtype in (torch.float32, torch.float64)  # less and it is no inverse any more
+        if t.ndim != 4 or t.shape[1] != self.channels or not full:
             raise ValueError(
-                f"{name} must be a float tensor (B, {self.channels}, H, W) for a flow of "
-                f"{self.channels} channels, got {tuple(t.shape)} of {t.dtype}"
+                f"{name} must be a float32 or float64 tensor (B, {self.channels}, H, W) for a flow "
+                f"of {self.channels} channels, got {tuple(t.shape)} of {t.dtype}"
             )
         if t.shape[2] % self.multiple or t.shape[3] % self.multiple:
             raise ValueError(
@@ -229,16 +260,24 @@ class Glow(Flow):
         Weights that want gradients are read anew; others come from a cache that notices every
         in-place change of a parameter (its version counter) at no cost on the device.
         """
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self._tensors()):
             return self._read(t, inverse=inverse, frozen=False)
-        version = self.weights_version()
-        key = (t.device, t.dtype, inverse, self.network_dtype)
-        if key not in self._prepared or self._prepared[key][0] != version:
+        version, key = self.weights_version(), (t.device, t.dtype, inverse)
+        if key not in self._prepared or self._prepared[key].version != version:
             # Tensors made in inference mode could not serve a later attack's backward pass.
             with torch.inference_mode(False):
                 levels = self._read(t, inverse=inverse, frozen=True)
-            self._prepared[key] = (version, levels)
-        return self._prepared[key][1]
+            # The old storage stays allocated, so that no other weights can take its address.
+            self._prepared[key] = Prepared(version, levels, [w.detach() for w in self._tensors()])
+        return self._prepared[key].levels
+
+    def _tensors(self) -> list[Tensor]:
+        return [t for table in self._tables for t in table.values() if t is not None]
+
+    def weights_version(self) -> tuple[Any, ...]:
+        """As the base class says; the precision and bound of the networks count as well."""
+        tensors = tuple((t.data_ptr(), t._version) for t in self._tensors())
+        return (self.network_dtype, self.log_scale_bound, *tensors)
 
     def _read(self, t: Tensor, *, inverse: bool, frozen: bool) -> tuple[engine.Level, ...]:
         return engine.read_levels(
