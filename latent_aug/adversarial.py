@@ -123,7 +123,7 @@ class LatentAdversarial:
 
     @property
     def fallbacks(self) -> int:
-        """Samples that came back as they were because their result was not finite."""
+        """Samples that came back as they were, because the flow could not perturb them."""
         return int(self._fallbacks)
 
     def step(self, batch: Any) -> Any:
@@ -218,7 +218,7 @@ class LatentAdversarial:
                 (grad,) = torch.autograd.grad(loss, delta)
                 delta = LF.ascent_step(delta.detach(), grad, alpha, eps, self.norm)
         with torch.no_grad():
-            result, fallen = LF.restore_non_finite(images_at(delta), original)
+            result, fallen = LF.restore_unusable(images_at(delta), original, z)
         self._fallbacks.add(fallen)
         return result
 

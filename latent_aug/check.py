@@ -40,8 +40,8 @@ def measure_flow(
     Returns:
         JSON-ready figures: `images`, `bits_per_dim`, `round_trip_max_error` ([0, 1] units),
         `uint8_identical` (images that come back byte for byte), `latent_std` (a level, finest
-        first) and for each setting in `perturbations` the `fallbacks` (share of samples that are
-        not finite), `mean_change` (grey levels of 255) and `saturated` (share of all pixel
+        first) and for each setting in `perturbations` the `fallbacks` (share of samples that come
+        back unchanged), `mean_change` (grey levels of 255) and `saturated` (share of all pixel
         values that leave [0, 1] by more than one grey level).
     """
     device = next(flow.parameters()).device
@@ -61,7 +61,7 @@ def measure_flow(
         for figures, (norm, eps) in zip(perturbed, settings, strict=True):
             normal = torch.randn(z.shape, generator=generator, device=device)
             moved = flow.decode(z + LF.noise_of_norm(normal, eps, norm))  # type: ignore[arg-type]
-            for name, value in compare(moved, x).items():
+            for name, value in compare(moved, x, z).items():
                 figures[name] += value.sum().item()
     count = len(images)
     return {
@@ -82,12 +82,12 @@ def loader(images: UInt8Images, batch_size: int) -> Iterable[Tensor]:
     return DataLoader(images, batch_size=batch_size, collate_fn=as_batch)
 
 
-def compare(moved: Tensor, x: Tensor) -> dict[str, Tensor]:
-    """Per sample: not finite, mean change in grey levels, share of values out of range."""
+def compare(moved: Tensor, x: Tensor, z: Tensor) -> dict[str, Tensor]:
+    """Per sample: falls back or not, mean change in grey levels, share of values out of range."""
     outside = (moved < -1 / 255) | (moved > 1 + 1 / 255)
     change = (moved.nan_to_num().clamp(0, 1) - x).abs() * 255
     return {
-        "fallbacks": (~moved.isfinite()).flatten(1).any(dim=1),
+        "fallbacks": LF.unusable(moved, x, z),
         "mean_change": change.mean(dim=(1, 2, 3)),
         "saturated": outside.float().mean(dim=(1, 2, 3)),
     }

@@ -19,10 +19,19 @@ from latent_aug.randomness import normal, uniform
 Norm = Literal["linf", "l2", "rms"]
 Size = float | Tensor
 
+FARTHEST_LATENT = 5.0
+"""Root mean square of a latent (1 under the prior, at most 2 on photographs of other data sets)
+above which an image stops coming back exactly; measured by examples/benchmarks/off_data.py."""
+
 
 def l2_norm(t: Tensor) -> Tensor:
     """Euclidean norm of each sample: (B, 1, 1, 1)."""
     return t.flatten(1).norm(dim=1)[:, None, None, None]
+
+
+def root_mean_square(t: Tensor) -> Tensor:
+    """Root mean square of each sample: (B, 1, 1, 1)."""
+    return l2_norm(t) / math.sqrt(max(t[0].numel(), 1))
 
 
 def l2_radius(t: Tensor, eps: Size, norm: Norm) -> Size:
@@ -146,10 +155,26 @@ def perturb_latent(flow: Flow, x: Tensor, noise: Tensor, *, y: Tensor | None = N
     return flow.decode(flow.encode(x, y) + noise, y)
 
 
-def restore_non_finite(perturbed: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace samples that are not finite, or came from such, by their original; their number.
+def restore_unusable(perturbed: Tensor, original: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace samples that the flow could not perturb by their original; count them.
 
-    The number is a 0-d tensor on the samples' device, so that nothing waits for it.
+    These are samples that are not finite, or came from such, or whose latent lies so far off the
+    prior (`FARTHEST_LATENT`) that float32 cannot decode it exactly: white noise, say, under a
+    flow of photographs.
+
+    Args:
+        perturbed: Results (B, C, H, W).
+        original: What they came from, of the same shape.
+        z: The originals' latents (B, C, H', W').
+
+    Returns:
+        The samples, and a 0-d tensor on their device, so that nothing waits for it.
     """
+    failed = unusable(perturbed, original, z)
+    return torch.where(failed[:, None, None, None], original, perturbed), failed.sum()
+
+
+def unusable(perturbed: Tensor, original: Tensor, z: Tensor) -> Tensor:
+    """Which samples (B,) the flow could not perturb; see `restore_unusable`."""
     finite = (perturbed.isfinite() & original.isfinite()).flatten(1).all(dim=1)
-    return torch.where(finite[:, None, None, None], perturbed, original), (~finite).sum()
+    return ~(finite & (root_mean_square(z).flatten() < FARTHEST_LATENT))

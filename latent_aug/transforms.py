@@ -43,7 +43,8 @@ class LatentPerturb(v2.Transform):
     it ignores `.eval()`: use it in the training pipeline only.
 
     The flow is private to the transform: not among its parameters, not in its `state_dict`.
-    Samples whose result is not finite come back as they were; `fallbacks` counts them.
+    Samples that are not finite, or that lie too far off the flow's data to be decoded exactly,
+    come back as they were; `fallbacks` counts them.
 
     Args:
         eps: Size of the perturbation in standard deviations of the prior, or (low, high) to draw
@@ -124,7 +125,7 @@ class LatentPerturb(v2.Transform):
 
     @property
     def fallbacks(self) -> int:
-        """Samples that came back as they were, because their result was not finite."""
+        """Samples that came back as they were, because the flow could not perturb them."""
         return int(self._fallbacks)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
@@ -176,7 +177,7 @@ class LatentPerturb(v2.Transform):
         perturbed = self.flow.decode(z + noise)[..., : x.shape[-2], : x.shape[-1]]
         perturbed = LF.clip_change(perturbed.clamp(0, 1), x, self.clip, self.norm)
         perturbed = self._normalization.apply(perturbed)
-        perturbed, count = LF.restore_non_finite(perturbed, original)
+        perturbed, count = LF.restore_unusable(perturbed, original, z)
         self._fallbacks.add(count)
         return perturbed
 

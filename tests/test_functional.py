@@ -132,7 +132,17 @@ def test_perturbation_is_added_in_the_latent():
 def test_non_finite_samples_fall_back_alone(bad):
     original, perturbed = torch.rand(3, 1, 2, 2), torch.rand(3, 1, 2, 2)
     perturbed[1, 0, 0, 0] = bad
-    result, count = LF.restore_non_finite(perturbed, original)
+    result, count = LF.restore_unusable(perturbed, original, torch.zeros(3, 1, 4, 4))
     assert count.item() == 1
     assert torch.equal(result[1], original[1])
     assert torch.equal(result[[0, 2]], perturbed[[0, 2]])
+
+
+def test_samples_far_off_the_prior_fall_back():
+    original, perturbed = torch.rand(3, 1, 2, 2), torch.rand(3, 1, 2, 2)
+    z = torch.full((3, 1, 2, 2), 4.9)
+    z[2] = 5.1
+    result, count = LF.restore_unusable(perturbed, original, z)
+    assert count.item() == 1
+    assert torch.equal(result[2], original[2])
+    assert torch.equal(result[:2], perturbed[:2])

@@ -32,7 +32,7 @@ def test_saved_and_loaded_is_the_same_flow(saved):
 
 
 def clothes(channels):
-    """Real images, uint8: FashionMNIST's as they are, or tinted on 32×32."""
+    """Real images, uint8: FashionMNIST's as they are, or tinted on 32x32."""
     data = Path(__file__).parent.parent / "examples" / "data"
     images = FashionMNIST(data, train=False).data[:40, None]
     if channels == 1:
@@ -49,6 +49,17 @@ def test_every_bundled_flow_loads_and_is_exact():
         back = flow.decode(flow.encode(pixels / 255))
         assert torch.equal((back.clamp(0, 1) * 255).round().byte(), pixels)
         assert (directory / "README.md").is_file()
+
+
+def test_images_off_a_flow_s_data_come_back_as_they_were():
+    checkerboard = 255 * ((torch.arange(32)[:, None] + torch.arange(32)) % 2).byte()
+    noise = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
+    images = torch.stack([checkerboard.expand(3, 32, 32), noise, clothes(3)[0]])
+    transform = LatentPerturb(0.25, flow="glow-cifar10")
+    out = transform(images)
+    assert torch.equal(out[:2], images[:2])
+    assert not torch.equal(out[2], images[2])
+    assert transform.fallbacks == 2
 
 
 def test_bundled_flows_fit_into_the_wheel():
