@@ -175,6 +175,24 @@ def test_p_is_an_exact_share(model, batch, glow, p):
     assert changed.sum() == int(6 * p)
 
 
+def test_a_share_of_the_batch_stays_in_its_place(model, glow):
+    images = torch.linspace(0.1, 0.9, 8)[:, None, None, None].expand(8, 3, 16, 16)
+    targets = torch.arange(8) % 4
+    seen = []
+
+    def record(logits, labels):
+        seen.append(labels)
+        return F.cross_entropy(logits, labels)
+
+    attack = LatentAdversarial(
+        model, eps=0.1, alpha=0.05, steps=1, p=0.5, flow=Identity(), loss=record
+    )
+    out = attack(images, targets)
+    assert (out - images).abs().max() < 0.05
+    changed = (out != images).flatten(1).any(1)
+    assert sorted(seen[0].tolist()) == sorted(targets[changed].tolist())
+
+
 def test_p_of_single_images_is_right_on_average(model, glow):
     attack = LatentAdversarial(model, flow=Identity(), p=0.3, steps=1)
     images = torch.full((1, 3, 4, 4), 0.5)
@@ -374,9 +392,12 @@ class TestNoTrace:
         loss.backward()
         assert all(p.grad is not None for p in model.parameters())
 
-    def test_data_parallel_is_looked_through(self, batch, glow):
-        model = nn.DataParallel(classifier())
-        out = LatentAdversarial(model, flow=glow).step(batch)
+    def test_data_parallel_is_looked_through(self, batch, glow, monkeypatch):
+        def refuse(self, *args):
+            raise AssertionError("the wrapper was called")
+
+        monkeypatch.setattr(nn.DataParallel, "forward", refuse)
+        out = LatentAdversarial(nn.DataParallel(classifier()), flow=glow).step(batch)
         assert not torch.equal(out[0], batch[0])
 
     def test_inside_no_grad(self, model, batch, glow):
