@@ -222,6 +222,9 @@ def test_all_frames_of_a_video_share_their_noise(glow):
     video = tv_tensors.Video(frame.repeat(4, 1, 1, 1))
     out = LatentPerturb(0.3, flow=glow)(video)
     torch.testing.assert_close(out[0].as_subclass(torch.Tensor), out[3].as_subclass(torch.Tensor))
+    clips = LatentPerturb(0.3, flow=glow)(tv_tensors.Video(frame.repeat(2, 4, 1, 1, 1)))
+    assert torch.equal(clips[:, 0], clips[:, 3])
+    assert not torch.equal(clips[0, 0], clips[1, 0])
     batch = LatentPerturb(0.3, flow=glow)(frame.repeat(4, 1, 1, 1))
     assert not torch.allclose(batch[0], batch[3])
 
