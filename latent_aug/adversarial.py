@@ -16,22 +16,14 @@ from torchvision import tv_tensors
 from latent_aug import functional as LF
 from latent_aug.arguments import Range, distance, number_range, one_of, probability
 from latent_aug.flows import Flow
-from latent_aug.hub import HeldFlow
-from latent_aug.images import (
-    FallbackCounter,
-    Normalization,
-    check_range,
-    fit_to_flow,
-    is_tv_tensor,
-    to_float,
-)
-from latent_aug.randomness import Draws
+from latent_aug.images import fit_to_flow, is_tv_tensor, to_float
+from latent_aug.perturbation import UsesFlow
 
 IMAGE_KEYS = ("pixel_values", "image", "images")
 LABEL_KEYS = ("labels", "label")
 
 
-class LatentAdversarial:
+class LatentAdversarial(UsesFlow):
     """Replace images by on-manifold adversarial ones: k ascent steps on the user's classifier.
 
     Searches, within a ball of radius eps around each image's latent, for the point whose decoded
@@ -108,23 +100,7 @@ class LatentAdversarial:
         self.model_mode = one_of("model_mode", model_mode, ("eval", "unchanged"))
         self.p, self.clip = probability("p", p), distance("clip", clip)
         self.loss, self.labels_getter = loss, labels_getter
-        self._held = HeldFlow(flow)
-        if self.flow.num_classes:
-            raise NotImplementedError("class-conditional flows are not supported yet")
-        self._normalization = Normalization(normalize, self.flow.channels)
-        self._draws = Draws(generator)
-        self._fallbacks = FallbackCounter()
-        self._checked_devices: set[torch.device] = set()
-
-    @property
-    def flow(self) -> Flow:
-        """The flow; shared, so treat it as read-only."""
-        return self._held.flow
-
-    @property
-    def fallbacks(self) -> int:
-        """Samples that came back as they were, because the flow could not perturb them."""
-        return int(self._fallbacks)
+        self._use(flow, normalize, generator)
 
     def step(self, batch: Any) -> Any:
         """The batch with its images replaced; a new container of the same type.
@@ -179,7 +155,10 @@ class LatentAdversarial:
         if self.labels == "predicted":
             return
         if labels is None:
-            raise ValueError("labels are needed for labels='true'")
+            raise ValueError(
+                "labels='true' needs labels: second in a tuple, or in a mapping under one of "
+                f"{LABEL_KEYS}; name them with labels_getter= otherwise"
+            )
         if not isinstance(labels, Tensor) or labels.ndim < 1 or len(labels) != len(images):
             found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(f"labels must be a tensor of {len(images)} entries, got {found}")
@@ -192,11 +171,7 @@ class LatentAdversarial:
 
     def _attack(self, original: Tensor, labels: Tensor | None) -> Tensor:
         """Adversarial versions of every image of a batch, in the units and dtype it came in."""
-        x = self._normalization.undo(to_float(original))
-        if x.is_cpu or x.device not in self._checked_devices:  # elsewhere a check is a sync
-            check_range(x)
-            self._checked_devices.add(x.device)
-        x = x.clamp(0, 1)
+        x = self._unit_range(to_float(original))
         with torch.no_grad():
             z = self.flow.encode(fit_to_flow(x, self.flow))
         eps = self._draws.between(*self.eps, len(z), z)
@@ -218,9 +193,7 @@ class LatentAdversarial:
                 (grad,) = torch.autograd.grad(loss, delta)
                 delta = LF.ascent_step(delta.detach(), grad, alpha, eps, self.norm)
         with torch.no_grad():
-            result, fallen = LF.restore_unusable(images_at(delta), original, z)
-        self._fallbacks.add(fallen)
-        return result
+            return self._restore_unusable(images_at(delta), original, z)
 
     def _start(self, z: Tensor, eps: float | Tensor) -> Tensor:
         """Where the ascent begins."""

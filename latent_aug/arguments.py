@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 Range = float | tuple[float, float]
@@ -13,9 +14,9 @@ def number_range(name: str, value: Any) -> tuple[float, float]:
     """A finite number of at least 0, or a (low, high) pair of such, as a pair."""
     low, high = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
     for bound in (low, high):
-        if isinstance(bound, bool) or not isinstance(bound, (int, float)):
+        if isinstance(bound, bool) or not isinstance(bound, Real):
             raise TypeError(f"{name} must be a number or a (low, high) pair, got {value!r}")
-        if not (math.isfinite(bound) and bound >= 0):
+        if not (math.isfinite(bound) and float(bound) >= 0):
             raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
     if low > high:
         raise ValueError(f"{name} must be (low, high) with low at most high, got {value!r}")
@@ -24,9 +25,9 @@ def number_range(name: str, value: Any) -> tuple[float, float]:
 
 def probability(name: str, value: Any) -> float:
     """A number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number in [0, 1], got {value!r}")
-    if not 0 <= value <= 1:
+    if not 0 <= float(value) <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
     return float(value)
 

@@ -42,7 +42,8 @@ by {multiple} (the transforms pad and crop). SHA-256 of `{weights}`:
 
 ## Training
 
-Maximum likelihood on {training_data}: {images_seen:,} images seen, {minutes:.0f} minutes.
+{origin} by maximum likelihood on {training_data}:
+{images_seen:,} images seen, {minutes:.0f} minutes.
 Made by
 
 ```
@@ -76,6 +77,7 @@ def write_card(
     *,
     command: str,
     training_data: str,
+    fine_tuned_from: str | None = None,
     measured_on: str,
     images_seen: int,
     minutes: float,
@@ -91,6 +93,7 @@ def write_card(
         output: The flow's directory; its name is the flow's.
         command: What made it.
         training_data: Its training images, in words.
+        fine_tuned_from: The flow that training began with, if it was not a new one.
         measured_on: The held-out images, in words.
         images_seen: Images that went through training.
         minutes: Time that training took.
@@ -110,6 +113,7 @@ def write_card(
         table="\n".join(rows(figures)),
         command=command,
         training_data=training_data,
+        origin=f"Fine-tuned from {fine_tuned_from}" if fine_tuned_from else "Trained",
         measured_on=measured_on,
         images_seen=images_seen,
         minutes=minutes,

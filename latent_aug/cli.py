@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 try:
     import typer
@@ -41,10 +41,16 @@ def train(
     init: Annotated[
         str | None, typer.Option(help="Fine-tune this flow: a name, directory or org/repo.")
     ] = None,
-    channels: Annotated[int, typer.Option(help="1 for grey images, 3 for colour.")] = 3,
-    levels: Annotated[int, typer.Option(help="Scales; sides must divide by 2**levels.")] = 3,
-    k: Annotated[int, typer.Option("--steps-per-level", "-K", help="Glow steps a level.")] = 8,
-    hidden: Annotated[int, typer.Option("--hidden", "-H", help="Coupling network width.")] = 128,
+    channels: Annotated[int | None, typer.Option(help="1 for grey images, else 3.")] = None,
+    levels: Annotated[
+        int | None, typer.Option(help="Scales, else 3; sides must divide by 2**levels.")
+    ] = None,
+    k: Annotated[
+        int | None, typer.Option("--steps-per-level", "-K", help="Glow steps a level, else 8.")
+    ] = None,
+    hidden: Annotated[
+        int | None, typer.Option("--hidden", "-H", help="Coupling network width, else 128.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = TrainConfig.steps,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = TrainConfig.batch_size,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = TrainConfig.lr,
@@ -95,13 +101,7 @@ def train(
         dataset = open_images(data, root=root)
         held_out = None if validation is None else open_images(validation, root=root, train=False)
         torch.manual_seed(seed)
-        if init is None:
-            flow = Glow(channels, levels=levels, steps=k, hidden=hidden)
-        else:
-            loaded = load_flow(init)
-            if not isinstance(loaded, Glow):
-                raise ValueError(f"--init must name a Glow, got a {type(loaded).__name__}")
-            flow = loaded
+        flow = starting_flow(init, channels, levels, k, hidden)
         trained = train_flow(flow, dataset, config, validation=held_out)
         measured = held_out if held_out is not None else dataset
         card = write_card(
@@ -110,6 +110,7 @@ def train(
             output,
             command=shlex.join(["latent-aug", *sys.argv[1:]]),
             training_data=about or data,
+            fine_tuned_from=init,
             measured_on=validation or data,
             images_seen=steps * min(batch_size, len(dataset)),
             minutes=minutes_of(output),
@@ -120,6 +121,22 @@ def train(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     typer.echo(f"{output}: {card['bits_per_dim']:.3f} bits/dim on {card['images']} images")
+
+
+def starting_flow(
+    init: str | None, channels: int | None, levels: int | None, k: int | None, hidden: int | None
+) -> Glow:
+    """A new Glow, or the one to fine-tune, whose sizes are its own."""
+    sizes = {"channels": channels, "levels": levels, "steps": k, "hidden": hidden}
+    asked: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+    if init is None:
+        return Glow(**{"channels": 3, "levels": 3, "steps": 8, "hidden": 128, **asked})
+    if asked:
+        raise ValueError("--init brings its own --channels, --levels, -K and -H; omit them")
+    flow = load_flow(init)
+    if not isinstance(flow, Glow):
+        raise ValueError(f"--init must name a Glow, got a {type(flow).__name__}")
+    return flow
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ class EncodedImages(Dataset[Image.Image]):
                     members = (m for m in tar if m.isfile() and is_image(m.name))
                     self.files += [read_member(tar, m) for m in sorted(members, key=by_name)]
             except (tarfile.TarError, EOFError, zlib.error) as error:
-                raise ValueError(f"{path} is no folder and no readable tar: {error}") from error
+                raise ValueError(f"{path} is no folder and no readable tar") from error
         if not self.files:
             raise FileNotFoundError(f"no images ({', '.join(EXTENSIONS)}) found in {path}")
 

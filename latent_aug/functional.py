@@ -36,6 +36,8 @@ def root_mean_square(t: Tensor) -> Tensor:
 
 def l2_radius(t: Tensor, eps: Size, norm: Norm) -> Size:
     """The l2 radius that `eps` stands for: itself, or eps·√d for the root mean square."""
+    if norm not in ("l2", "rms"):
+        raise ValueError(f"norm must be 'linf', 'l2', 'rms' or None, got {norm!r}")
     return eps * math.sqrt(t[0].numel()) if norm == "rms" else eps
 
 

@@ -81,6 +81,8 @@ def locate(name: str, revision: str | None = None) -> tuple[Path, tuple[str, str
 
 def read_flow(directory: Path) -> Flow:
     """Build a flow from config and weights in a directory; strict in both."""
+    if not (directory / CONFIG_NAME).exists() and (directory / "run.pt").exists():
+        raise FileNotFoundError(f"{directory} holds an unfinished training run; finish it first")
     config = read_config(directory / CONFIG_NAME)
     architecture = config.pop("architecture", None)
     if not isinstance(architecture, str) or architecture not in Flow.architectures:

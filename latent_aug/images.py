@@ -45,7 +45,8 @@ def to_batch(image: Any, channels: int) -> tuple[Tensor, Callable[[Tensor], Any]
     if image.shape[-3] != channels:
         raise ValueError(
             f"the flow maps images of {channels} channels, got a tensor of {image.shape[-3]} "
-            f"channels, shape {tuple(image.shape)}; convert it, or choose another flow"
+            f"channels, shape {tuple(image.shape)}; channels come before height and width; "
+            "convert it, or choose another flow"
         )
     pixels = image.as_subclass(Tensor)
     if pixels.dtype != torch.uint8 and not pixels.is_floating_point():
@@ -124,8 +125,8 @@ def check_range(x: Tensor) -> None:
     if bool(far.any()):
         raise ValueError(
             f"images must lie in [0, 1], got values from {low[far].min():.3g} to "
-            f"{high[far].max():.3g}; put the transform before Normalize, or pass normalize= with "
-            "its mean and std"
+            f"{high[far].max():.3g}; divide 8-bit values by 255; put the transform before "
+            "Normalize, or pass normalize= with its mean and std"
         )
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -106,7 +106,8 @@ def train_flow(
 
     Every random choice of a step follows from the seed and the step's number, and the state of
     the run is replaced atomically every few minutes, so a run that is killed and started again
-    with the same arguments ends in the weights it would have reached undisturbed.
+    with the same arguments ends in the weights it would have reached undisturbed. (Two runs in
+    two directories agree only with a `network_dtype` other than "auto", which is measured.)
 
     Args:
         flow: An untrained Glow, or a trained one to fine-tune; it is trained in place.
@@ -138,11 +139,19 @@ def train_flow(
     """
     images = UInt8Images(dataset, flow.channels, config.size)
     held_out = None if validation is None else UInt8Images(validation, flow.channels, config.size)
+    if any(side % flow.multiple for side in images.shape[1:]):
+        raise ValueError(
+            f"images are {images.shape[1]}x{images.shape[2]}, this flow needs sides that divide "
+            f"by {flow.multiple}: give a size to resize to, or a flow of fewer levels"
+        )
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     run = Run(flow.to(device), config, images)
     output = Path(config.output)
-    bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=not progress)
-    last_save = time.monotonic()
+    resumed = f"resumed at step {run.step}" if run.step else "training"
+    bar = tqdm(
+        total=config.steps, initial=run.step, unit="step", desc=resumed, disable=not progress
+    )
+    last_save, loss = time.monotonic(), None
     for batch in run.batches():
         started = time.monotonic()
         loss = run.train_step(batch)
@@ -156,8 +165,9 @@ def train_flow(
             report(run, output, held_out, loss)
             last_save = time.monotonic()
     bar.close()
-    run.save()
-    report(run, output, held_out, None)
+    if loss is not None:
+        run.save()
+        report(run, output, held_out, loss)
     flow.network_dtype = None
     averaged = run.averaged()
     averaged.save_pretrained(output)
@@ -188,13 +198,15 @@ class Run:
             )
         flow.requires_grad_(True).train()
         self.optimizer = torch.optim.Adam(flow.parameters(), lr=config.lr)
-        self.average = AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.average = AveragedModel(flow, multi_avg_fn=warmed_up_ema(config.ema))
         if saved:
             flow.load_state_dict(saved["flow"])
             self.average.load_state_dict(saved["average"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step, self.seconds = saved["step"], saved["seconds"]
         flow.network_dtype = getattr(torch, self.dtype_name)
+        if not saved:
+            self.save()  # what was decided and initialised is this run's from now on
 
     def first_batch(self) -> Tensor:
         """Up to 256 images for the data-dependent initialisation."""
@@ -237,7 +249,7 @@ class Run:
         if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
             raise FloatingPointError(
                 f"step {self.step}: loss {loss.item()}, gradient norm {norm.item()}; lower lr or "
-                f"raise warmup (last saved state: {self.path if self.path.exists() else 'none'})"
+                f"raise warmup (last saved state: {self.path})"
             )
         self.optimizer.step()
         self.average.update_parameters(self.flow)
@@ -341,6 +353,16 @@ def random_crop(batch: Tensor, padding: int, generator: torch.Generator) -> Tens
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2p+1, 2p+1, H, W), a view
     top, left = torch.randint(0, 2 * padding + 1, (2, count), generator=generator)
     return windows[torch.arange(count), :, top, left]
+
+
+def warmed_up_ema(ema: float) -> Callable[[Any, Any, Any], None]:
+    """An exponential moving average that forgets its first, untrained weights sooner."""
+
+    def update(averaged: Any, current: Any, count: Any) -> None:
+        decay = min(ema, (1 + int(count)) / (10 + int(count)))
+        get_ema_multi_avg_fn(decay)(averaged, current, count)
+
+    return update
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -14,15 +14,8 @@ from torchvision.transforms import v2
 from latent_aug import functional as LF
 from latent_aug.arguments import Range, distance, number_range, one_of, probability
 from latent_aug.flows import Flow
-from latent_aug.hub import HeldFlow
-from latent_aug.images import (
-    FallbackCounter,
-    Normalization,
-    check_range,
-    fit_to_flow,
-    to_batch,
-)
-from latent_aug.randomness import Draws
+from latent_aug.images import fit_to_flow, to_batch
+from latent_aug.perturbation import UsesFlow
 
 
 class Draw(NamedTuple):
@@ -32,7 +25,7 @@ class Draw(NamedTuple):
     chosen: Tensor  # (B,) bool
 
 
-class LatentPerturb(v2.Transform):
+class LatentPerturb(UsesFlow, v2.Transform):
     """Move images a little in the latent space of a flow: x̃ = F⁻¹(F(x) + noise).
 
     Takes what v2 transforms take: PIL images, uint8 or float tensors, tv_tensors, alone or in any
@@ -44,7 +37,7 @@ class LatentPerturb(v2.Transform):
 
     The flow is private to the transform: not among its parameters, not in its `state_dict`.
     Samples that are not finite, or that lie too far off the flow's data to be decoded exactly,
-    come back as they were; `fallbacks` counts them.
+    come back as they were; `fallbacks` counts them in this process (not in loader workers).
 
     Args:
         eps: Size of the perturbation in standard deviations of the prior, or (low, high) to draw
@@ -109,27 +102,17 @@ class LatentPerturb(v2.Transform):
         self.p = probability("p", p)
         self.clip = distance("clip", clip)
         self.away = bool(away)
-        self.labels_getter = labels_getter
-        self._held = HeldFlow(flow)
-        if self.flow.num_classes:
-            raise NotImplementedError("class-conditional flows are not supported yet")
-        self._normalization = Normalization(normalize, self.flow.channels)
-        self._draws = Draws(generator)
-        self._fallbacks = FallbackCounter()
-        self._checked_devices: set[torch.device] = set()
-
-    @property
-    def flow(self) -> Flow:
-        """The flow; shared, so treat it as read-only."""
-        return self._held.flow
-
-    @property
-    def fallbacks(self) -> int:
-        """Samples that came back as they were, because the flow could not perturb them."""
-        return int(self._fallbacks)
+        if labels_getter != "default":
+            raise NotImplementedError("labels_getter is for class-conditional flows, to come")
+        self._use(flow, normalize, generator)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw for each shape of image in the sample; images of one shape share the draw."""
+        if not flat_inputs:
+            raise TypeError(
+                "the sample holds no image: a PIL image, tensor or tv_tensors.Image is needed; "
+                "put v2.ToImage() before this transform for NumPy arrays"
+            )
         draws: dict[Any, Draw] = {}
         for image in flat_inputs:
             x, _ = to_batch(image, self.flow.channels)
@@ -165,11 +148,7 @@ class LatentPerturb(v2.Transform):
 
     def _perturb(self, original: Tensor, noise: Tensor) -> Tensor:
         """Perturb a batch in the units and at the size it came in."""
-        x = self._normalization.undo(original)
-        if x.is_cpu or x.device not in self._checked_devices:  # elsewhere a check is a sync
-            check_range(x)
-            self._checked_devices.add(x.device)
-        x = x.clamp(0, 1)
+        x = self._unit_range(original)
         padded = fit_to_flow(x, self.flow)
         z = self.flow.encode(padded)
         if self.away:
@@ -177,9 +156,7 @@ class LatentPerturb(v2.Transform):
         perturbed = self.flow.decode(z + noise)[..., : x.shape[-2], : x.shape[-1]]
         perturbed = LF.clip_change(perturbed.clamp(0, 1), x, self.clip, self.norm)
         perturbed = self._normalization.apply(perturbed)
-        perturbed, count = LF.restore_unusable(perturbed, original, z)
-        self._fallbacks.add(count)
-        return perturbed
+        return self._restore_unusable(perturbed, original, z)
 
     def extra_repr(self) -> str:
         """The arguments that matter, for `print`."""

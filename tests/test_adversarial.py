@@ -456,7 +456,7 @@ class TestBadInput:
             ((torch.zeros(2).long(), torch.rand(2, 3, 8, 8)), ValueError, r"\(images, labels\)"),
             ((torch.zeros(2, 3, 8, 8).byte(), torch.zeros(2).long()), TypeError, "uint8"),
             ((torch.rand(2, 3, 8, 8), torch.zeros(3).long()), ValueError, "2 entries"),
-            ((torch.rand(2, 3, 8, 8),), ValueError, "labels are needed"),
+            ((torch.rand(2, 3, 8, 8),), ValueError, "needs labels"),
             ((torch.rand(2, 3, 8, 8) * 9, torch.zeros(2).long()), ValueError, "normalize="),
             ({"x": torch.rand(2, 3, 8, 8)}, ValueError, "pixel_values"),
             (torch.rand(2, 3, 8, 8), TypeError, "batch must be"),

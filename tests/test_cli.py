@@ -76,6 +76,11 @@ def test_init_fine_tunes(folder, tmp_path):
     a, b = (next(load_flow(tmp_path / n).parameters()) for n in "ab")
     assert torch.allclose(a, b, atol=1e-4)
 
+    assert "Fine-tuned from" in (tmp_path / "b" / "README.md").read_text()
+    result = run(*again, "-K", 3)
+    assert result.exit_code == 1
+    assert "--init brings its own" in result.output
+
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
@@ -85,6 +90,7 @@ def test_init_fine_tunes(folder, tmp_path):
         (["torchvision:folder", "--output", "x"], "folder"),
         (["torchvision:EMNIST", "--output", "x"], "EMNIST"),
         ([__file__, "--output", "x"], "no readable tar"),
+        ([__file__, "--output", "x", "--channels", "0"], "no readable tar"),
         (["nowhere", "--output", "x", "--steps", "0"], "steps must be above 0"),
     ],
 )

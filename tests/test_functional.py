@@ -117,6 +117,17 @@ def test_clip_limits_the_distance_in_image_space(norm, measured):
     assert torch.equal(LF.clip_change(x + 1, x, None, norm), x + 1)
 
 
+def test_an_unknown_norm_is_refused():
+    for call in (
+        lambda norm: LF.project(latents(0), 1.0, norm),
+        lambda norm: LF.noise_of_norm(latents(0), 1.0, norm),
+        lambda norm: LF.random_start(latents(0), 1.0, norm),
+        lambda norm: LF.ascent_step(latents(0), latents(1), 1.0, 1.0, norm),
+    ):
+        with pytest.raises(ValueError, match="norm must be 'linf'"):
+            call("Linf")
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1.0, 1e20, 1e30])
 def test_unit_vectors_of_tiny_and_huge_ones(size):
     vectors = LF.unit(latents(0) * size)

@@ -122,6 +122,12 @@ def test_a_flow_in_lower_precision_is_pickled_with_it(saved):
     assert transform.flow.network_dtype == torch.bfloat16
 
 
+def test_an_unfinished_run_is_said_to_be_one(tmp_path):
+    (tmp_path / "run.pt").touch()
+    with pytest.raises(OSError, match="unfinished training run"):
+        load_flow(tmp_path)
+
+
 def test_an_empty_directory_is_an_error(tmp_path):
     with pytest.raises(OSError, match=r"config\.json"):
         load_flow(tmp_path)

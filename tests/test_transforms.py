@@ -255,6 +255,7 @@ class TestBadInput:
             ({"flow": 3}, TypeError, "flow"),
             ({"generator": 3}, TypeError, "generator"),
             ({"resolution": 32}, NotImplementedError, "resolution"),
+            ({"labels_getter": len}, NotImplementedError, "labels_getter"),
         ],
     )
     def test_arguments(self, arguments, error, words):
@@ -286,6 +287,10 @@ class TestBadInput:
         with pytest.raises(error, match=words):
             transform(image)
         assert np.array_equal(as_array(image), as_array(before))
+
+    def test_a_sample_without_an_image(self, glow):
+        with pytest.raises(TypeError, match="ToImage"):
+            LatentPerturb(flow=glow)(np.zeros((16, 16, 3), dtype=np.uint8))
 
     def test_labels_first_in_a_tuple(self, glow):
         with pytest.raises(ValueError, match="put images before labels"):
