@@ -18,7 +18,8 @@ from latent_aug.card import write_card
 from latent_aug.data import UInt8Images, open_images
 from latent_aug.flows import Glow
 from latent_aug.hub import load_flow
-from latent_aug.train import TrainConfig, minutes_of, train_flow
+from latent_aug.report import minutes_of
+from latent_aug.train import TrainConfig, train_flow
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 

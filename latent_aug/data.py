@@ -150,6 +150,10 @@ class UInt8Images(Dataset[Tensor]):
             )
         return image
 
+    def spread(self, count: int) -> list[int]:
+        """Up to `count` indices, evenly spread: a folder is sorted by class."""
+        return torch.linspace(0, self.count - 1, min(count, self.count)).long().tolist()
+
     def __getitems__(self, indices: Iterable[int]) -> list[Tensor] | Tensor:
         """A whole batch at once; the DataLoader calls this where it exists."""
         indices = list(indices)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import time
@@ -17,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
-from torchvision.utils import save_image
 from tqdm import tqdm
 
+from latent_aug.batches import StepSampler, generator_for, random_crop
 from latent_aug.data import UInt8Images, as_batch
-from latent_aug.flows import Flow, Glow
+from latent_aug.flows import Glow
+from latent_aug.report import append_to_log, draw, mean_bits_per_dim
 
 RUN_NAME = "run.pt"
-LOG_NAME = "log.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,12 +161,12 @@ def train_flow(
         )
         if time.monotonic() - last_save > 60 * config.checkpoint_minutes:
             run.save()
-            report(run, output, held_out, loss)
+            run.report(held_out, loss)
             last_save = time.monotonic()
     bar.close()
     if loss is not None:
         run.save()
-        report(run, output, held_out, loss)
+        run.report(held_out, loss)
     flow.network_dtype = None
     averaged = run.averaged()
     averaged.save_pretrained(output)
@@ -218,7 +217,13 @@ class Run:
         return iter(
             DataLoader(
                 self.images,
-                batch_sampler=StepSampler(len(self.images), self.config, self.step),
+                batch_sampler=StepSampler(
+                    len(self.images),
+                    self.config.batch_size,
+                    self.step,
+                    self.config.steps,
+                    self.config.seed,
+                ),
                 num_workers=0 if self.images.kept is not None else self.config.workers,
                 collate_fn=as_batch,
             )
@@ -281,10 +286,24 @@ class Run:
         torch.save(state, partial)
         os.replace(partial, self.path)
 
+    def report(self, held_out: UInt8Images | None, loss: float) -> None:
+        """Log where the run stands, and draw what its averaged flow does."""
+        output, flow, seed = self.path.parent, self.average_flow(), self.config.seed
+        entry: dict[str, Any] = {
+            "step": self.step,
+            "minutes": round(self.seconds / 60, 2),
+            "train_bits_per_dim": loss,
+        }
+        if held_out is not None:
+            entry["validation_bits_per_dim"] = mean_bits_per_dim(
+                flow, held_out, self.config.validation_images, seed
+            )
+        append_to_log(output, entry)
+        draw(flow, self.images if held_out is None else held_out, output, seed)
+
     def _identity(self) -> dict[str, dict[str, Any]]:
         """What makes two runs the same: recipe, architecture, images and where they started."""
-        spread = torch.linspace(0, len(self.images) - 1, min(len(self.images), 64)).long().tolist()
-        some = as_batch(self.images.__getitems__(spread))
+        some = as_batch(self.images.__getitems__(self.images.spread(64)))
         weights = self.flow.state_dict().values() if self.flow.is_initialized() else ()
         return {
             "recipe": self.config.recipe(),
@@ -309,50 +328,12 @@ class Run:
         return saved
 
 
-class StepSampler:
-    """Index lists of the batches from a given step on; each epoch is a permutation of its own."""
-
-    def __init__(self, count: int, config: TrainConfig, start: int) -> None:
-        self.count, self.config, self.start = count, config, start
-
-    def __len__(self) -> int:
-        return self.config.steps - self.start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        batch_size = min(self.config.batch_size, self.count)
-        per_epoch = self.count // batch_size
-        epoch, order = -1, torch.empty(0)
-        for step in range(self.start, self.config.steps):
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                order = torch.randperm(
-                    self.count, generator=generator_for(self.config.seed, -2 - epoch)
-                )
-            first = step % per_epoch * batch_size
-            yield order[first : first + batch_size].tolist()
-
-
-def generator_for(seed: int, step: int) -> torch.Generator:
-    """The generator of one step (or, below 0, of one epoch): the same whenever it is asked for."""
-    # torch's CPU generator looks at 32 bits of a seed; the odd factor spreads seeds over them.
-    return torch.Generator().manual_seed((seed * 0x9E3779B1 + step) % 2**32)
-
-
 def digest(tensors: Iterable[Tensor]) -> str:
     """A fingerprint of tensors' values."""
     sha = hashlib.sha256()
     for tensor in tensors:
         sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()
-
-
-def random_crop(batch: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Zero-pad (B, C, H, W) and cut a window of the old size out of each image at random."""
-    count, _, height, width = batch.shape
-    padded = F.pad(batch, [padding] * 4)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2p+1, 2p+1, H, W), a view
-    top, left = torch.randint(0, 2 * padding + 1, (2, count), generator=generator)
-    return windows[torch.arange(count), :, top, left]
 
 
 def warmed_up_ema(ema: float) -> Callable[[Any, Any, Any], None]:
@@ -389,40 +370,3 @@ def resolve_dtype(config: TrainConfig, flow: Glow, device: torch.device) -> str:
             float(out.flatten()[0])  # waits for an accelerator
             seconds[name] = time.perf_counter() - started
     return min(seconds, key=lambda name: seconds[name])
-
-
-@torch.no_grad()
-def report(run: Run, output: Path, held_out: UInt8Images | None, loss: float | None) -> None:
-    """Append a line to the log and draw samples and reconstructions of the averaged flow."""
-    flow = run.average_flow()
-    entry = {"step": run.step, "minutes": round(run.seconds / 60, 2), "train_bits_per_dim": loss}
-    images = run.images if held_out is None else held_out
-    chosen = torch.linspace(0, len(images) - 1, min(len(images), 64)).long().tolist()
-    some = as_batch(images.__getitems__(chosen)).to(run.device) / 255
-    if held_out is not None:
-        entry["validation_bits_per_dim"] = validation_bits_per_dim(flow, held_out, run)
-    with open(output / LOG_NAME, "a") as log:
-        log.write(json.dumps(entry) + "\n")
-    generator = torch.Generator().manual_seed(run.config.seed)
-    z = torch.randn(some.shape, generator=generator).to(some)
-    save_image(flow.decode(0.7 * z).clamp(0, 1), output / "samples.png")
-    pairs = torch.stack([some, flow.decode(flow.encode(some)).clamp(0, 1)], dim=1).flatten(0, 1)
-    save_image(pairs, output / "reconstructions.png", nrow=16)
-
-
-def minutes_of(output: Path) -> float:
-    """Training time of the run in a directory, from its log's last line."""
-    last = (output / LOG_NAME).read_text().splitlines()[-1]
-    return float(json.loads(last)["minutes"])
-
-
-def validation_bits_per_dim(flow: Flow, held_out: UInt8Images, run: Run) -> float:
-    """Mean bits/dim of held-out images spread over the data set, with the same noise each time."""
-    count = min(len(held_out), run.config.validation_images)
-    chosen = torch.linspace(0, len(held_out) - 1, count).long()  # a folder is sorted by class
-    generator = torch.Generator(run.device).manual_seed(run.config.seed)
-    total = 0.0
-    for indices in chosen.split(100):
-        batch = as_batch(held_out.__getitems__(indices.tolist()))
-        total += flow.bits_per_dim(batch.to(run.device) / 255, generator=generator).sum().item()
-    return total / count

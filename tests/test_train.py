@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import TensorDataset
 
 from latent_aug import Glow, TrainConfig, load_flow, train_flow
-from latent_aug.train import learning_rate, random_crop
+from latent_aug.batches import random_crop
+from latent_aug.train import learning_rate
 
 
 def stripes(count=96):

@@ -1,0 +1,50 @@
+"""What a training run leaves to look at: its log, bits/dim on held-out images, pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.utils import save_image
+
+from latent_aug.data import UInt8Images, as_batch
+from latent_aug.flows import Glow
+
+LOG_NAME = "log.jsonl"
+
+
+def append_to_log(output: Path, entry: dict[str, Any]) -> None:
+    """Add a line to the run's log."""
+    with open(output / LOG_NAME, "a") as log:
+        log.write(json.dumps(entry) + "\n")
+
+
+def minutes_of(output: Path) -> float:
+    """Training time of the run in a directory, from its log's last line."""
+    last = (output / LOG_NAME).read_text().splitlines()[-1]
+    return float(json.loads(last)["minutes"])
+
+
+@torch.no_grad()
+def mean_bits_per_dim(flow: Glow, images: UInt8Images, count: int, seed: int) -> float:
+    """Mean bits/dim of up to `count` images spread over the data set, the same noise each time."""
+    device = next(flow.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    chosen, total = images.spread(count), 0.0
+    for first in range(0, len(chosen), 100):
+        x = as_batch(images.__getitems__(chosen[first : first + 100])).to(device) / 255
+        total += flow.bits_per_dim(x, generator=generator).sum().item()
+    return total / len(chosen)
+
+
+@torch.no_grad()
+def draw(flow: Glow, images: UInt8Images, output: Path, seed: int) -> None:
+    """Write samples at temperature 0.7, and images beside their reconstructions."""
+    device = next(flow.parameters()).device
+    x = as_batch(images.__getitems__(images.spread(64))).to(device) / 255
+    z = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
+    save_image(flow.decode(0.7 * z).clamp(0, 1), output / "samples.png")
+    pairs = torch.stack([x, flow.decode(flow.encode(x)).clamp(0, 1)], dim=1).flatten(0, 1)
+    save_image(pairs, output / "reconstructions.png", nrow=16)
