@@ -20,7 +20,7 @@ Norm = Literal["linf", "l2", "rms"]
 Size = float | Tensor
 
 FARTHEST_LATENT = 5.0
-"""Root mean square of a latent (1 under the prior, at most 2 on photographs of other data sets)
+"""Root mean square of a latent (1 under the prior, about 2 at most on photographs of other data sets)
 above which an image stops coming back exactly; measured by examples/benchmarks/off_data.py."""
 
 

@@ -35,7 +35,10 @@ def main(name: str, folder: str) -> None:
         z = flow.encode(x)
         sizes.append(root_mean_square(z).flatten())
         errors.append(255 * (flow.decode(z) - x).abs().flatten(1).amax(dim=1))
-        print(f"noise of {std:2} grey levels: median rms of the latents {sizes[-1].median():.2f}")
+        middle, largest = sizes[-1].median(), sizes[-1].max()
+        print(
+            f"noise of {std:2} grey levels: rms of the latents {middle:.2f}, at most {largest:.2f}"
+        )
     size, error = torch.cat(sizes), torch.cat(errors)
     print("\n| rms of the latent | images | greatest error (grey levels) | not byte for byte |")
     print("|---|---|---|---|")
