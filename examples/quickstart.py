@@ -23,7 +23,7 @@ from tqdm import tqdm
 from latent_aug import LatentAdversarial, LatentPerturb, load_flow
 
 HERE = Path(__file__).parent
-TRAIN_IMAGES = 600  # of the 1,000 that ship; the rest was for choosing the settings below
+TRAIN_IMAGES = 600  # of the 1,000 that ship; the rest is for trying settings of your own
 Batch = tuple[Tensor, Tensor]
 Augmentation = Callable[[Batch], Batch]
 

@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 from latent_aug import functional as LF
 from latent_aug.arguments import Range, distance, number_range, one_of, probability
 from latent_aug.flows import Flow
-from latent_aug.images import fit_to_flow, is_tv_tensor, to_float
+from latent_aug.images import is_tv_tensor, to_float
 from latent_aug.perturbation import UsesFlow
 
 IMAGE_KEYS = ("pixel_values", "image", "images")
@@ -67,6 +67,8 @@ class LatentAdversarial(UsesFlow):
         >>> images.shape, labels
         (torch.Size([2, 1, 28, 28]), tensor([3, 7]))
     """
+
+    norm: LF.Norm
 
     def __init__(
         self,
@@ -173,15 +175,13 @@ class LatentAdversarial(UsesFlow):
         """Adversarial versions of every image of a batch, in the units and dtype it came in."""
         x = self._unit_range(to_float(original))
         with torch.no_grad():
-            z = self.flow.encode(fit_to_flow(x, self.flow))
+            z = self._encode(x)
         eps = self._draws.between(*self.eps, len(z), z)
         alpha = self._draws.between(*self.alpha, len(z), z)
         delta = self._start(z, eps)
 
         def images_at(delta: Tensor) -> Tensor:
-            decoded = self.flow.decode(z + delta)[..., : x.shape[-2], : x.shape[-1]].clamp(0, 1)
-            limited = LF.clip_change(decoded, x, self.clip, self.norm)
-            return self._normalization.apply(limited).to(original.dtype)
+            return self._image_at(z + delta, x).to(original.dtype)
 
         with attacked(self.model, self.model_mode) as model, torch.enable_grad():
             if self.labels == "predicted":

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from latent_aug import functional as LF
 from latent_aug.data import UInt8Images, as_batch
 from latent_aug.flows import Glow
+from latent_aug.images import from_float
 
 SETTINGS = (("linf", 0.1), ("linf", 0.25), ("linf", 0.4), ("l2", 10.0), ("l2", 20.0))
 
@@ -54,7 +55,7 @@ def measure_flow(
         z = flow.encode(x)
         back = flow.decode(z)
         largest = max(largest, (back - x).abs().max().item())
-        same = ((back.clamp(0, 1) * 255).round() == pixels.to(device)).flatten(1).all(dim=1)
+        same = (from_float(back, torch.uint8) == pixels.to(device)).flatten(1).all(dim=1)
         identical += int(same.sum())
         for sums, level in zip(moments, flow.split_levels(z), strict=True):
             sums += torch.tensor([level.numel(), level.sum().item(), level.square().sum().item()])

@@ -17,6 +17,8 @@ from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as tvf
 
+from latent_aug.images import from_float
+
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
@@ -109,7 +111,7 @@ def to_uint8(sample: Any, channels: int, size: int | None = None) -> Tensor:
         raise ValueError(f"a dataset of {channels}-channel images is needed, got {found}")
     if size is not None:
         image = tvf.center_crop(tvf.resize(image, [size], antialias=True), [size])
-    return (image.clamp(0, 1) * 255).round().byte() if image.is_floating_point() else image
+    return from_float(image, torch.uint8) if image.is_floating_point() else image
 
 
 class UInt8Images(Dataset[Tensor]):

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from latent_aug.flows import Flow
-from latent_aug.flows.base import CONFIG_NAME, WEIGHTS_NAME
+from latent_aug.flows.base import CONFIG_NAME, RUN_NAME, WEIGHTS_NAME
 
 LARGEST_CONFIG = 2**16  # bytes; a config is a handful of numbers
 
@@ -81,7 +81,7 @@ def locate(name: str, revision: str | None = None) -> tuple[Path, tuple[str, str
 
 def read_flow(directory: Path) -> Flow:
     """Build a flow from config and weights in a directory; strict in both."""
-    if not (directory / CONFIG_NAME).exists() and (directory / "run.pt").exists():
+    if not (directory / CONFIG_NAME).exists() and (directory / RUN_NAME).exists():
         raise FileNotFoundError(f"{directory} holds an unfinished training run; finish it first")
     config = read_config(directory / CONFIG_NAME)
     architecture = config.pop("architecture", None)

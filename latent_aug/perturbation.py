@@ -11,12 +11,15 @@ from torch import Tensor
 from latent_aug import functional as LF
 from latent_aug.flows import Flow
 from latent_aug.hub import HeldFlow
-from latent_aug.images import FallbackCounter, Normalization, check_range
+from latent_aug.images import FallbackCounter, Normalization, check_range, fit_to_flow
 from latent_aug.randomness import Draws
 
 
 class UsesFlow:
-    """Holds a flow privately, brings images into its range, and counts what it cannot perturb."""
+    """Holds a flow privately, takes images to it and back, and counts what it cannot perturb."""
+
+    norm: LF.Norm | None
+    clip: float | None
 
     def _use(
         self, flow: Flow | str | Path, normalize: Any, generator: torch.Generator | None
@@ -55,6 +58,15 @@ class UsesFlow:
             check_range(x)
             self._checked_devices.add(x.device)
         return x.clamp(0, 1)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        """Latents of images in [0, 1], padded to a size that the flow maps."""
+        return self.flow.encode(fit_to_flow(x, self.flow))
+
+    def _image_at(self, z: Tensor, x: Tensor) -> Tensor:
+        """The image of a latent, of x's size, in the user's units, within `clip` of x."""
+        decoded = self.flow.decode(z)[..., : x.shape[-2], : x.shape[-1]].clamp(0, 1)
+        return self._normalization.apply(LF.clip_change(decoded, x, self.clip, self.norm))
 
     def _restore_unusable(self, perturbed: Tensor, original: Tensor, z: Tensor) -> Tensor:
         """Fall back where the flow failed, and count it."""

@@ -21,9 +21,8 @@ from tqdm import tqdm
 from latent_aug.batches import StepSampler, generator_for, random_crop
 from latent_aug.data import UInt8Images, as_batch
 from latent_aug.flows import Glow
+from latent_aug.flows.base import RUN_NAME
 from latent_aug.report import append_to_log, draw, mean_bits_per_dim
-
-RUN_NAME = "run.pt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,13 +159,13 @@ def train_flow(
             f"{loss:.3f} bits/dim, {len(batch) / (time.monotonic() - started):.0f} images/s"
         )
         if time.monotonic() - last_save > 60 * config.checkpoint_minutes:
-            run.save()
             run.report(held_out, loss)
+            run.save()
             last_save = time.monotonic()
     bar.close()
     if loss is not None:
+        run.report(held_out, loss)  # first: a run saved as finished has its last report
         run.save()
-        run.report(held_out, loss)
     flow.network_dtype = None
     averaged = run.averaged()
     averaged.save_pretrained(output)
@@ -242,12 +241,9 @@ class Run:
         """One step; the batch's bits/dim."""
         generator = generator_for(self.config.seed, self.step)
         x = self.augment(batch, generator)
-        noise = torch.rand(x.shape, generator=generator).to(x) - 0.5
-        x = x + noise / 255
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
-        nats = self.flow.log_prob(x) / x[0].numel()
-        loss = (math.log(255) - nats.mean()) / math.log(2)
+        loss = self.flow.bits_per_dim(x, generator=generator).mean()
         self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), self.config.clip_norm)

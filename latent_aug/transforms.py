@@ -149,14 +149,10 @@ class LatentPerturb(UsesFlow, v2.Transform):
     def _perturb(self, original: Tensor, noise: Tensor) -> Tensor:
         """Perturb a batch in the units and at the size it came in."""
         x = self._unit_range(original)
-        padded = fit_to_flow(x, self.flow)
-        z = self.flow.encode(padded)
+        z = self._encode(x)
         if self.away:
             noise = LF.away_from_origin(noise, z)
-        perturbed = self.flow.decode(z + noise)[..., : x.shape[-2], : x.shape[-1]]
-        perturbed = LF.clip_change(perturbed.clamp(0, 1), x, self.clip, self.norm)
-        perturbed = self._normalization.apply(perturbed)
-        return self._restore_unusable(perturbed, original, z)
+        return self._restore_unusable(self._image_at(z + noise, x), original, z)
 
     def extra_repr(self) -> str:
         """The arguments that matter, for `print`."""

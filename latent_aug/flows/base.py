@@ -11,9 +11,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from latent_aug.randomness import uniform
+
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
+RUN_NAME = "run.pt"  # the state of a training run, beside the flow it ends in
 
 
 class Flow(nn.Module):
@@ -80,7 +83,7 @@ class Flow(nn.Module):
         Uniform dequantization noise, one bin wide, is added to x (values v / 255); the result is
         an upper bound on the bits of the discrete image (Theis et al. 2016, §3.1).
         """
-        noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        noise = uniform(x.shape, x, generator)
         nats = self.log_prob(x + (noise - 0.5) / 255, y)
         return (math.log(255) - nats / x[0].numel()) / math.log(2)
 
