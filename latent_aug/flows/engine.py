@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import normflows as nf
 import torch
@@ -55,6 +55,15 @@ class Level:
     log_scale: Tensor
 
 
+class Activations(NamedTuple):
+    """What the gradient of a decoding step needs of it."""
+
+    hidden1: Tensor  # (B, hidden, H, W), after their ReLU
+    hidden2: Tensor
+    log_scale: Tensor  # (B, C/2, H, W)
+    z2: Tensor  # the half that moves, before it did
+
+
 def read_levels(
     multiscale: nf.MultiscaleFlow,
     like: Tensor,
@@ -63,6 +72,7 @@ def read_levels(
     inverse: bool,
     frozen: bool,
     network_dtype: torch.dtype | None = None,
+    networks: dict[nn.Module, Network] | None = None,
 ) -> tuple[Level, ...]:
     """Read normflows' parameters, finest level first.
 
@@ -74,21 +84,21 @@ def read_levels(
         frozen: True for use: detached, and folded in float64 on the CPU, since a 1x1
             convolution's inverse deserves it. False for training: differentiable.
         network_dtype: Precision of the coupling networks; None for that of `like`.
+        networks: Coupling networks that were read before, by block, to be shared between the
+            directions; those read now are added.
     """
-    levels = []
+    levels, networks = [], {} if networks is None else networks
     for flows, base in zip(reversed(multiscale.flows), reversed(multiscale.q0), strict=True):
         blocks = [flow for flow in flows if isinstance(flow, nf.flows.GlowBlock)]
         # normflows stores blocks in the order latent -> image.
         ordered = blocks if inverse else reversed(blocks)
-        steps = tuple(
-            Step(
-                *read_mix(block, like, inverse=inverse, frozen=frozen),
-                read_network(block, like, network_dtype, frozen=frozen),
-                bound,
-            )
-            for block in ordered
-        )
-        levels.append(Level(steps, *read_prior(base, like, frozen=frozen)))
+        steps = []
+        for block in ordered:
+            if block not in networks:
+                networks[block] = read_network(block, like, network_dtype, frozen=frozen)
+            mix = read_mix(block, like, inverse=inverse, frozen=frozen)
+            steps.append(Step(*mix, networks[block], bound))
+        levels.append(Level(tuple(steps), *read_prior(base, like, frozen=frozen)))
     return tuple(levels)
 
 
@@ -153,11 +163,20 @@ def for_folding(parameter: Tensor, frozen: bool) -> Tensor:
     return parameter.detach().to("cpu", torch.float64) if frozen else parameter
 
 
-def shift_and_log_scale(z: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-    """Run the coupling network on the half that stays: two tensors of its shape."""
+def shift_and_log_scale(
+    z: Tensor, step: Step, kept: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run the coupling network on the half that stays: two tensors of its shape.
+
+    If `kept` is given, the two hidden activations are appended to it.
+    """
     (w1, b1), (w2, b2), (w3, b3) = step.network
     hidden = F.relu_(F.conv2d(z.to(w1.dtype), w1, b1, padding=1))
+    if kept is not None:
+        kept.append(hidden)
     hidden = F.relu_(F.conv2d(hidden, w2, b2))
+    if kept is not None:
+        kept.append(hidden)
     out = F.conv2d(hidden, w3, b3, padding=1).to(z.dtype)
     shift, raw = out.chunk(2, dim=1)
     return shift, step.bound * torch.tanh(raw)
@@ -170,12 +189,25 @@ def encode_step(z: Tensor, step: Step) -> tuple[Tensor, Tensor]:
     return torch.cat([z1, (z2 - shift) * torch.exp(-log_scale)], dim=1), log_scale
 
 
-def decode_step(z: Tensor, step: Step) -> Tensor:
-    """One step towards the image."""
+def decode_step(z: Tensor, step: Step, kept: list[Activations] | None = None) -> Tensor:
+    """One step towards the image; its activations are appended to `kept`, if given."""
     z1, z2 = z.chunk(2, dim=1)
-    shift, log_scale = shift_and_log_scale(z1, step)
+    hidden: list[Tensor] | None = None if kept is None else []
+    shift, log_scale = shift_and_log_scale(z1, step, hidden)
+    if kept is not None and hidden is not None:
+        kept.append(Activations(hidden[0], hidden[1], log_scale, z2))
     z2 = torch.addcmul(shift, z2, torch.exp(log_scale))
     return F.conv2d(torch.cat([z1, z2], dim=1), *step.mix)
+
+
+def squeeze(x: Tensor) -> Tensor:
+    """(B, C, H, W) to (B, 4 C, H/2, W/2), channels last in memory."""
+    return F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)
+
+
+def unsqueeze(z: Tensor) -> Tensor:
+    """Undo `squeeze`."""
+    return F.pixel_shuffle(z, 2)
 
 
 def encode(x: Tensor, levels: Sequence[Level], log_dets: list[Tensor] | None = None) -> Tensor:
@@ -190,7 +222,7 @@ def encode(x: Tensor, levels: Sequence[Level], log_dets: list[Tensor] | None = N
         log_dets: If given, every term of the log-determinant, (B,) or (), is appended to it.
     """
     level, *coarser = levels
-    z = F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)
+    z = squeeze(x)
     for step in level.steps:
         z, log_scale = encode_step(z, step)
         if log_dets is not None:
@@ -201,17 +233,24 @@ def encode(x: Tensor, levels: Sequence[Level], log_dets: list[Tensor] | None = N
     latent = (latent - level.loc) * torch.exp(-level.log_scale)
     if rest is not None:
         latent = torch.cat([encode(rest, coarser, log_dets), latent], dim=1)
-    return F.pixel_shuffle(latent, 2)
+    return unsqueeze(latent)
 
 
-def decode(z: Tensor, levels: Sequence[Level]) -> Tensor:
-    """Exact inverse of `encode`; `levels` come from `read_levels(..., inverse=True)`."""
+def decode(z: Tensor, levels: Sequence[Level], kept: list[Activations] | None = None) -> Tensor:
+    """Exact inverse of `encode`.
+
+    Args:
+        z: Latents (B, C, H, W).
+        levels: From `read_levels(..., inverse=True)`.
+        kept: If given, every step's activations are appended to it, in the order of decoding.
+    """
     level, *coarser = levels
-    z = F.pixel_unshuffle(z, 2).contiguous(memory_format=torch.channels_last)
-    rest, latent = z.chunk(2, dim=1) if coarser else (None, z)
+    rest, latent = None, squeeze(z)
+    if coarser:
+        rest, latent = latent.chunk(2, dim=1)
     latent = torch.addcmul(level.loc, latent, torch.exp(level.log_scale))
     if rest is not None:
-        latent = torch.cat([decode(rest, coarser), latent], dim=1)
+        latent = torch.cat([decode(rest, coarser, kept), latent], dim=1)
     for step in level.steps:
-        latent = decode_step(latent, step)
-    return F.pixel_shuffle(latent, 2)
+        latent = decode_step(latent, step, kept)
+    return unsqueeze(latent)

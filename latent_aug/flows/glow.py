@@ -5,27 +5,40 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import normflows as nf
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from latent_aug.flows import engine
+from latent_aug.arguments import one_of
+from latent_aug.flows import engine, latent_gradient
 from latent_aug.flows.base import Flow
+from latent_aug.flows.latent_gradient import Gradient
 
 MOST_PARAMETERS = 2**28  # of a config from outside; the paper's Glow has 44 million
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The parameters as the engine reads them, and which ones they were."""
+    """Frozen parameters as the engine reads them, for one device and dtype.
+
+    Args:
+        version: Of the weights they were read from.
+        tensors: Those weights; the old storage stays allocated, so that no other weights can
+            take its address.
+        networks: What both directions share.
+        levels: By direction, True for decoding; read when first asked for.
+        adjoints: Of the decoding levels; empty until a gradient is asked for.
+    """
 
     version: tuple[Any, ...]
-    levels: tuple[engine.Level, ...]
     tensors: list[Tensor]
+    networks: dict[nn.Module, engine.Network] = field(default_factory=dict)
+    levels: dict[bool, tuple[engine.Level, ...]] = field(default_factory=dict)
+    adjoints: list[latent_gradient.Adjoints] = field(default_factory=list)
 
 
 class BoundedConvNet2d(nf.nets.ConvNet2d):
@@ -142,13 +155,41 @@ class Glow(Flow):
         with torch.autocast(x.device.type, enabled=False):
             return engine.encode(preprocess(x), self._levels(x, inverse=False)).contiguous()
 
-    def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
-        """Exact inverse of `encode`; (B, C, H, W), not clamped."""
+    def decode(self, z: Tensor, y: Tensor | None = None, *, gradient: Gradient = "auto") -> Tensor:
+        """Exact inverse of `encode`; (B, C, H, W), not clamped.
+
+        Args:
+            z: Latents (B, C, H, W).
+            y: Unused; this flow is unconditional.
+            gradient: How a frozen flow gets the gradient of z, where z requires it: "fast" keeps
+                activations, "lean" keeps the image and recomputes them in memory that does not
+                grow with the flow's depth, "auto" is lean where fast would keep more than
+                2 GiB. Either can be differentiated once.
+
+        Raises:
+            ValueError: z does not fit; or "lean" is asked of a flow whose weights want gradients.
+        """
+        one_of("gradient", gradient, ("auto", "fast", "lean"))
         self._check(z, "z")
         if not len(z):
             return z.clone()
         with torch.autocast(z.device.type, enabled=False):
-            return postprocess(engine.decode(z, self._levels(z, inverse=True))).contiguous()
+            return postprocess(self._decode(z, gradient)).contiguous()
+
+    def _decode(self, z: Tensor, gradient: Gradient) -> Tensor:
+        """Choose the way by who wants gradients, and how much may be kept for them."""
+        levels = self._levels(z, inverse=True)
+        if self._weights_want_gradients():
+            if gradient == "lean":
+                raise ValueError("gradient='lean' needs frozen weights: flow.requires_grad_(False)")
+            return engine.decode(z, levels)
+        if not (torch.is_grad_enabled() and z.requires_grad):
+            return engine.decode(z, levels)
+        lean = gradient == "lean" or (
+            gradient == "auto" and latent_gradient.kept_bytes(z, levels) > latent_gradient.MOST_KEPT
+        )
+        inverse = self._levels(z, inverse=False) if lean else None
+        return latent_gradient.decode(z, levels, self._adjoints(z), inverse)
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Log-density of x in [0, 1], exact at x: (B,), in nats."""
@@ -260,16 +301,33 @@ class Glow(Flow):
         Weights that want gradients are read anew; others come from a cache that notices every
         in-place change of a parameter (its version counter) at no cost on the device.
         """
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self._tensors()):
-            return self._read(t, inverse=inverse, frozen=False)
-        version, key = self.weights_version(), (t.device, t.dtype, inverse)
-        if key not in self._prepared or self._prepared[key].version != version:
+        if self._weights_want_gradients():
+            return self._read(t, inverse=inverse, frozen=False, networks={})
+        prepared = self._prepared_for(t)
+        if inverse not in prepared.levels:
             # Tensors made in inference mode could not serve a later attack's backward pass.
             with torch.inference_mode(False):
-                levels = self._read(t, inverse=inverse, frozen=True)
-            # The old storage stays allocated, so that no other weights can take its address.
-            self._prepared[key] = Prepared(version, levels, [w.detach() for w in self._tensors()])
-        return self._prepared[key].levels
+                prepared.levels[inverse] = self._read(
+                    t, inverse=inverse, frozen=True, networks=prepared.networks
+                )
+        return prepared.levels[inverse]
+
+    def _adjoints(self, t: Tensor) -> latent_gradient.Adjoints:
+        """The transposed maps of the decoding levels that `_levels` gives for t."""
+        prepared = self._prepared_for(t)
+        if not prepared.adjoints:
+            prepared.adjoints.append(latent_gradient.read_adjoints(prepared.levels[True]))
+        return prepared.adjoints[0]
+
+    def _prepared_for(self, t: Tensor) -> Prepared:
+        """What was prepared for t's device and dtype; new where the weights have changed."""
+        version, key = self.weights_version(), (t.device, t.dtype)
+        if key not in self._prepared or self._prepared[key].version != version:
+            self._prepared[key] = Prepared(version, [w.detach() for w in self._tensors()])
+        return self._prepared[key]
+
+    def _weights_want_gradients(self) -> bool:
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self._tensors())
 
     def _tensors(self) -> list[Tensor]:
         return [t for table in self._tables for t in table.values() if t is not None]
@@ -279,7 +337,9 @@ class Glow(Flow):
         tensors = tuple((t.data_ptr(), t._version) for t in self._tensors())
         return (self.network_dtype, self.log_scale_bound, *tensors)
 
-    def _read(self, t: Tensor, *, inverse: bool, frozen: bool) -> tuple[engine.Level, ...]:
+    def _read(
+        self, t: Tensor, *, inverse: bool, frozen: bool, networks: dict[nn.Module, engine.Network]
+    ) -> tuple[engine.Level, ...]:
         return engine.read_levels(
             self.multiscale,
             t,
@@ -287,6 +347,7 @@ class Glow(Flow):
             inverse=inverse,
             frozen=frozen,
             network_dtype=self.network_dtype,
+            networks=networks,
         )
 
     def _apply(self, *args: Any, **kwargs: Any) -> Glow:
