@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,15 @@ from torchvision import tv_tensors
 
 from latent_aug import functional as LF
 from latent_aug.arguments import Range, distance, number_range, one_of, probability
+from latent_aug.classifier import check_targets, lent, scaled_up
 from latent_aug.flows import Flow
 from latent_aug.images import is_tv_tensor, to_float
 from latent_aug.perturbation import UsesFlow
+from latent_aug.regions import Levels, Mask, movable, pixels_of
+from latent_aug.structures import LABEL_KEYS, find_labels, image_key, rows, with_images
 
-IMAGE_KEYS = ("pixel_values", "image", "images")
-LABEL_KEYS = ("labels", "label")
+Forward = Callable[[nn.Module, Any], Tensor]
+Loss = Callable[[Tensor, Any], Tensor]
 
 
 class LatentAdversarial(UsesFlow):
@@ -30,9 +33,12 @@ class LatentAdversarial(UsesFlow):
     image the model classifies worst, by projected gradient ascent with normalized gradients.
     The model is left as it was: modes, buffers, gradients and flags, also after an exception.
 
+    The model may run under autocast, in half precision, compiled, frozen in part, or wrapped in
+    DataParallel or DistributedDataParallel, which is looked through: the attack itself never
+    talks to other processes. Under float16 small gradients survive, as they are scaled up.
+
     Args:
-        model: The classifier: images (B, C, H, W) to logits (B, K). DataParallel and
-            DistributedDataParallel wrappers are looked through.
+        model: The classifier: images (B, C, H, W) to logits (B, K).
         eps: Radius of the ball in standard deviations of the prior, or (low, high) to draw it
             per sample.
         alpha: Step size in the same unit, or (low, high).
@@ -48,8 +54,19 @@ class LatentAdversarial(UsesFlow):
             as l2 norm otherwise.
         random_start: Begin at a random point of the ball, not at its centre.
         model_mode: "eval" attacks the model in evaluation mode, "unchanged" in the mode it is in.
+        mask: Perturb only where it is 1: zeros and ones (H, W) or (B, H, W), or a callable that
+            takes the batch and returns them. Latents move at those pixels only, and the other
+            pixels come back exactly as they were.
+        levels: Perturb only these levels of the flow: 0 is the finest, -1 the coarsest; an
+            integer or several. "rms" counts only what may move.
         labels_getter: "default" finds labels second in a tuple or list, or in a dict under
             "labels" or "label"; a callable takes the batch and returns them.
+        forward: For models of several inputs or outputs: called with (model, batch) in place of
+            model(images), gives the logits. The batch is the user's with the images replaced
+            and, where p is below 1, without the rows of the samples that are not attacked.
+        gradient: How the gradient passes the flow: "fast" keeps activations, "lean" recomputes
+            them in memory that does not grow with the flow's depth, "auto" decides by size
+            (`Glow.decode`). Flows other than `Glow` may know only "auto".
         generator: Where to draw from; torch's global generators by default.
 
     Raises:
@@ -79,14 +96,18 @@ class LatentAdversarial(UsesFlow):
         steps: int = 3,
         norm: str = "l2",
         flow: Flow | str | Path = "glow-cifar10",
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        loss: Loss | None = None,
         labels: str = "true",
         normalize: Any = None,
         p: float = 1.0,
         clip: float | None = None,
         random_start: bool = True,
         model_mode: str = "eval",
+        mask: Mask = None,
+        levels: Levels = None,
         labels_getter: Any = "default",
+        forward: Forward | None = None,
+        gradient: str = "auto",
         generator: torch.Generator | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -95,14 +116,23 @@ class LatentAdversarial(UsesFlow):
             raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
         if labels_getter != "default" and not callable(labels_getter):
             raise TypeError(f"labels_getter must be 'default' or callable, got {labels_getter!r}")
+        for name, value in (("loss", loss), ("forward", forward)):
+            if value is not None and not callable(value):
+                raise TypeError(f"{name} must be callable or None, got {value!r}")
         self.model, self.steps, self.random_start = model, steps, bool(random_start)
         self.eps, self.alpha = number_range("eps", eps), number_range("alpha", alpha)
         self.norm = one_of("norm", norm, ("linf", "l2", "rms"))
         self.labels = one_of("labels", labels, ("true", "predicted"))
         self.model_mode = one_of("model_mode", model_mode, ("eval", "unchanged"))
         self.p, self.clip = probability("p", p), distance("clip", clip)
-        self.loss, self.labels_getter = loss, labels_getter
-        self._use(flow, normalize, generator)
+        self.loss, self.forward, self.labels_getter = loss, forward, labels_getter
+        self._use(flow, normalize=normalize, mask=mask, levels=levels, generator=generator)
+        self.gradient = one_of("gradient", gradient, ("auto", "fast", "lean"))
+        if gradient != "auto" and not has_argument(self.flow.decode, "gradient"):
+            raise ValueError(
+                f"{type(self.flow).__name__}.decode takes no gradient argument: leave "
+                f"gradient='auto', got {gradient!r}"
+            )
 
     def step(self, batch: Any) -> Any:
         """The batch with its images replaced; a new container of the same type.
@@ -115,25 +145,35 @@ class LatentAdversarial(UsesFlow):
         """
         key = image_key(batch)
         labels = self.labels_getter(batch) if callable(self.labels_getter) else find_labels(batch)
-        return with_images(batch, key, self(batch[key], labels))
+        return with_images(batch, key, self._replace(batch, key, labels))
 
     def __call__(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Adversarial images (B, C, H, W) for labels (B,) or (B, K); the dtype stays."""
-        self._check(images, labels)
-        result = self._attack_some(images.detach().as_subclass(Tensor), labels)
-        return tv_tensors.wrap(result, like=images) if is_tv_tensor(images) else result
+        return self._replace((images, labels), 0, labels)
 
-    def _attack_some(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        """Attack a random share p of a batch."""
+    def _replace(self, batch: Any, key: Any, labels: Any) -> Tensor:
+        """The images of a batch with a random share p of them attacked."""
+        given: Tensor = batch[key]
+        self._check(given, labels)
+        images = given.detach().as_subclass(Tensor)
+        pixels = pixels_of(self.mask, batch, images)
         count = self._how_many(len(images))
         if not count:
-            return images
-        if count == len(images):
-            return self._attack(images, labels)
-        order = self._draws.uniform((len(images),), to_float(images.new_empty(0))).argsort()
-        chosen = order[:count]
-        picked = labels[chosen] if isinstance(labels, Tensor) else None
-        return images.index_copy(0, chosen, self._attack(images[chosen], picked))
+            result = images
+        elif count == len(images):
+            result = self._attack(images, labels, pixels, batch, key)
+        else:
+            order = self._draws.uniform((len(images),), to_float(images.new_empty(0))).argsort()
+            chosen = order[:count]
+            picked = self._attack(
+                images[chosen],
+                labels[chosen.to(labels.device)] if isinstance(labels, Tensor) else labels,
+                pixels[chosen] if pixels is not None and len(pixels) > 1 else pixels,
+                batch if self.forward is None else rows(batch, chosen, len(images)),
+                key,
+            )
+            result = images.index_copy(0, chosen, picked)
+        return tv_tensors.wrap(result, like=given) if is_tv_tensor(given) else result
 
     def _check(self, images: Tensor, labels: Tensor | None) -> None:
         """Refuse what the attack cannot work on."""
@@ -167,108 +207,84 @@ class LatentAdversarial(UsesFlow):
 
     def _how_many(self, count: int) -> int:
         """The share p of a batch; a fraction of a sample is rounded at random, right on average."""
-        if self.p == 1:
-            return count
-        return int(self.p * count + float(self._draws.uniform((), torch.empty(()))))
+        share = self.p * count
+        if share == int(share):
+            return int(share)
+        return int(share + float(self._draws.uniform((), torch.empty(()))))
 
-    def _attack(self, original: Tensor, labels: Tensor | None) -> Tensor:
+    def _attack(
+        self, original: Tensor, labels: Any, pixels: Tensor | None, batch: Any, key: Any
+    ) -> Tensor:
         """Adversarial versions of every image of a batch, in the units and dtype it came in."""
         x = self._unit_range(to_float(original))
         with torch.no_grad():
             z = self._encode(x)
+        mask = movable(self.flow, z, pixels, self.levels)
         eps = self._draws.between(*self.eps, len(z), z)
         alpha = self._draws.between(*self.alpha, len(z), z)
-        delta = self._start(z, eps)
+        delta = self._start(z, eps, mask)
+        decode = self._decode()
 
         def images_at(delta: Tensor) -> Tensor:
-            return self._image_at(z + delta, x).to(original.dtype)
+            return self._to_image(decode(z + delta), x, pixels).to(original.dtype)
 
-        with attacked(self.model, self.model_mode) as model, torch.enable_grad():
+        with lent(self.model, self.model_mode) as model, torch.enable_grad():
+
+            def logits_of(images: Tensor) -> Tensor:
+                return self._logits(model, with_images(batch, key, images), key)
+
             if self.labels == "predicted":
                 with torch.no_grad():
-                    labels = model(original.clone()).argmax(dim=1)  # it may work in place
+                    labels = logits_of(original.clone()).argmax(dim=1)  # it may work in place
             for _ in range(self.steps):
                 delta.requires_grad_(True)
-                loss = self._loss(model(images_at(delta)), labels)
+                loss = self._loss(logits_of(images_at(delta)), labels)
                 (grad,) = torch.autograd.grad(loss, delta)
-                delta = LF.ascent_step(delta.detach(), grad, alpha, eps, self.norm)
+                delta = LF.ascent_step(delta.detach(), grad, alpha, eps, self.norm, mask=mask)
         with torch.no_grad():
-            return self._restore_unusable(images_at(delta), original, z)
+            return self._restore(images_at(delta), original, z, pixels)
 
-    def _start(self, z: Tensor, eps: float | Tensor) -> Tensor:
+    def _decode(self) -> Callable[[Tensor], Tensor]:
+        """The flow's decode, with the user's choice of gradient where there is one."""
+        decode: Callable[..., Tensor] = self.flow.decode
+        return decode if self.gradient == "auto" else partial(decode, gradient=self.gradient)
+
+    def _start(self, z: Tensor, eps: float | Tensor, mask: Tensor | None) -> Tensor:
         """Where the ascent begins."""
         if not self.random_start:
             return torch.zeros_like(z)
-        return LF.random_start(z, eps, self.norm, generator=self._draws.current())
+        return LF.random_start(z, eps, self.norm, mask=mask, generator=self._draws.current())
+
+    def _logits(self, model: nn.Module, batch: Any, key: Any) -> Tensor:
+        """The model's output for a batch, in float32 at least."""
+        logits = model(batch[key]) if self.forward is None else self.forward(model, batch)
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"the model must give a tensor of logits, got {type(logits).__name__}; pass "
+                "forward=, e.g. lambda model, batch: model(batch[0]).logits"
+            )
+        logits = to_float(logits)
+        if logits.requires_grad:
+            logits.register_hook(partial(scaled_up, each=self.model_mode == "eval"))
+        return logits
 
     def _loss(self, logits: Tensor, labels: Any) -> Tensor:
         """Summed over the samples, so that each one's gradient is its own."""
-        if self.loss is not None:
-            return self.loss(logits, labels).sum()
-        return F.cross_entropy(logits.float(), labels, reduction="sum")
-
-
-@contextmanager
-def attacked(model: nn.Module, mode: str) -> Iterator[nn.Module]:
-    """The bare model in the mode for an attack; modes and buffers are put back at the end."""
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = model.module
-    modes = [(module, module.training) for module in model.modules()]
-    tables = [
-        (module, dict(module._buffers), set(module._non_persistent_buffers_set))
-        for module in model.modules()
-    ]
-    contents = [(b, b.clone()) for b in model.buffers() if not is_expanded(b)]
-    try:
-        if mode == "eval":
-            model.eval()
-        yield model
-    finally:
-        for module, training in modes:
-            module.training = training
-        for module, buffers, non_persistent in tables:
-            module._buffers.clear()
-            module._buffers.update(buffers)
-            module._non_persistent_buffers_set = non_persistent
-        for buffer, content in contents:
-            # .data leaves the version counter alone: a forward pass of the user's that waits for
-            # its backward pass may have saved this buffer.
-            buffer.data.copy_(content)
-        # A forward pass without gradients leaves autocast casts of the weights that have none.
-        torch.clear_autocast_cache()
-
-
-def is_expanded(tensor: Tensor) -> bool:
-    """Whether several elements are one in memory, so that nobody can write to it in place."""
-    return any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def image_key(batch: Any) -> Any:
-    """Where a batch keeps its images: a key, or 0 for a tuple or list."""
-    if isinstance(batch, Mapping):
-        found = [key for key in IMAGE_KEYS if key in batch]
-        if len(found) != 1:
+        if self.loss is None:
+            targets = check_targets(logits, labels)
+            loss = F.cross_entropy(logits, targets, reduction="sum")
+        else:
+            loss = self.loss(logits, labels).sum()
+        if not loss.requires_grad:
             raise ValueError(
-                f"a batch must have one of the keys {IMAGE_KEYS}, got {list(batch.keys())}"
+                "the loss has no gradient to the images: the model, forward= or loss= detaches it"
             )
-        return found[0]
-    if not isinstance(batch, (tuple, list)) or not batch:
-        raise TypeError(f"batch must be a tuple, list or mapping, got {type(batch).__name__}")
-    return 0
+        return loss
+
+    def __repr__(self) -> str:
+        return f"LatentAdversarial({self._describe('alpha', 'steps')})"
 
 
-def find_labels(batch: Any) -> Any:
-    """The labels of a batch where they usually are; None where they are not."""
-    if isinstance(batch, Mapping):
-        return next((batch[key] for key in LABEL_KEYS if key in batch), None)
-    return batch[1] if len(batch) > 1 else None
-
-
-def with_images(batch: Any, key: Any, images: Tensor) -> Any:
-    """A container of the batch's type with other images; the batch itself stays."""
-    if isinstance(batch, Mapping):
-        result: Any = copy.copy(batch)
-        result[key] = images
-        return result
-    items = [images, *batch[1:]]
-    return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+def has_argument(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function takes an argument of this name."""
+    return name in inspect.signature(function).parameters

@@ -1,13 +1,13 @@
 """Latent perturbations as pure functions on tensors.
 
 Latents are (B, C, H, W); norms are taken per sample over everything but the batch. `eps` and
-`alpha` are numbers or (B, 1, 1, 1) tensors. Nothing here draws unless it says so, and what
-draws takes a `generator`.
+`alpha` are numbers or (B, 1, 1, 1) tensors. A `mask` of zeros and ones, broadcastable to the
+latent, holds still what is 0 in it: norms, balls and dimensions are those of the rest. Nothing
+here draws unless it says so, and what draws takes a `generator`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -33,14 +33,21 @@ def l2_norm(t: Tensor) -> Tensor:
 
 def root_mean_square(t: Tensor) -> Tensor:
     """Root mean square of each sample: (B, 1, 1, 1)."""
-    return l2_norm(t) / math.sqrt(max(t[0].numel(), 1))
+    return l2_norm(t) / dimensions(t) ** 0.5
 
 
-def l2_radius(t: Tensor, eps: Size, norm: Norm) -> Size:
+def dimensions(t: Tensor, mask: Tensor | None = None) -> Size:
+    """Components of each sample that may move, at least 1: a number, or (B, 1, 1, 1)."""
+    if mask is None:
+        return max(t[0].numel(), 1)
+    return mask.expand_as(t).flatten(1).sum(dim=1, dtype=t.dtype).clamp(min=1)[:, None, None, None]
+
+
+def l2_radius(t: Tensor, eps: Size, norm: Norm, mask: Tensor | None = None) -> Size:
     """The l2 radius that `eps` stands for: itself, or eps·√d for the root mean square."""
     if norm not in ("l2", "rms"):
         raise ValueError(f"norm must be 'linf', 'l2', 'rms' or None, got {norm!r}")
-    return eps * math.sqrt(t[0].numel()) if norm == "rms" else eps
+    return eps * dimensions(t, mask) ** 0.5 if norm == "rms" else eps
 
 
 def unit(t: Tensor) -> Tensor:
@@ -51,7 +58,7 @@ def unit(t: Tensor) -> Tensor:
     return scaled / torch.where(largest > 0, l2_norm(scaled), 1)
 
 
-def project(delta: Tensor, eps: Size, norm: Norm | None) -> Tensor:
+def project(delta: Tensor, eps: Size, norm: Norm | None, *, mask: Tensor | None = None) -> Tensor:
     """Π of the paper's §2: the point of the ball of radius eps next to each sample.
 
     Args:
@@ -59,6 +66,7 @@ def project(delta: Tensor, eps: Size, norm: Norm | None) -> Tensor:
         eps: Radius.
         norm: "linf" clips each component, "l2" and "rms" rescale a sample that is outside,
             None leaves everything.
+        mask: What may move; `delta` is 0 elsewhere.
 
     Example:
         >>> import torch
@@ -70,11 +78,13 @@ def project(delta: Tensor, eps: Size, norm: Norm | None) -> Tensor:
     if norm == "linf":
         return torch.clamp(delta, -eps, eps)  # type: ignore[arg-type]  # numbers or tensors
     length = l2_norm(delta)
-    radius = l2_radius(delta, eps, norm)
+    radius = l2_radius(delta, eps, norm, mask)
     return torch.where(length > radius, unit(delta) * radius, delta)
 
 
-def noise_of_norm(draws: Tensor, eps: Size, norm: Norm | None) -> Tensor:
+def noise_of_norm(
+    draws: Tensor, eps: Size, norm: Norm | None, *, mask: Tensor | None = None
+) -> Tensor:
     """Randomized-LA (§2.1) from standard normal draws (B, C, H, W).
 
     Args:
@@ -82,14 +92,16 @@ def noise_of_norm(draws: Tensor, eps: Size, norm: Norm | None) -> Tensor:
         eps: Size of the noise.
         norm: "linf": eps·N(0, I) clipped to ±eps. "l2", "rms": scaled to radius eps, eps·√d.
             None: eps·N(0, I).
+        mask: What may move.
 
     Example:
         >>> import torch
         >>> noise_of_norm(torch.tensor([[[[3.0, -4.0]]]]), 1.0, "l2")
         tensor([[[[ 0.6000, -0.8000]]]])
     """
+    draws = draws if mask is None else draws * mask
     if norm in ("l2", "rms"):
-        return unit(draws) * l2_radius(draws, eps, norm)
+        return unit(draws) * l2_radius(draws, eps, norm, mask)
     return project(eps * draws, eps, norm)
 
 
@@ -99,18 +111,33 @@ def away_from_origin(noise: Tensor, z: Tensor) -> Tensor:
 
 
 def random_start(
-    like: Tensor, eps: Size, norm: Norm, *, generator: torch.Generator | None = None
+    like: Tensor,
+    eps: Size,
+    norm: Norm,
+    *,
+    mask: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """A draw from the uniform distribution on the ball of radius eps, shaped as `like`."""
     if norm == "linf":
-        return (2 * uniform(like.shape, like, generator) - 1) * eps
-    direction = unit(normal(like.shape, like, generator))
+        cube = (2 * uniform(like.shape, like, generator) - 1) * eps
+        return cube if mask is None else cube * mask
+    draws = normal(like.shape, like, generator)
+    direction = unit(draws if mask is None else draws * mask)
     # A d-dimensional ball's volume grows with radius^d, so the radius is a d-th root.
-    share = uniform((len(like), 1, 1, 1), like, generator) ** (1 / max(like[0].numel(), 1))
-    return direction * share * l2_radius(like, eps, norm)
+    share = uniform((len(like), 1, 1, 1), like, generator) ** (1 / dimensions(like, mask))
+    return direction * share * l2_radius(like, eps, norm, mask)
 
 
-def ascent_step(delta: Tensor, grad: Tensor, alpha: Size, eps: Size, norm: Norm) -> Tensor:
+def ascent_step(
+    delta: Tensor,
+    grad: Tensor,
+    alpha: Size,
+    eps: Size,
+    norm: Norm,
+    *,
+    mask: Tensor | None = None,
+) -> Tensor:
     """One step of Adversarial-LA (§2.2): up the normalized gradient, then back into the ball.
 
     Args:
@@ -119,10 +146,13 @@ def ascent_step(delta: Tensor, grad: Tensor, alpha: Size, eps: Size, norm: Norm)
         alpha: Step size, in the unit of eps.
         eps: Radius of the ball.
         norm: "linf" steps along the sign, "l2" and "rms" along the gradient divided by its norm.
+        mask: What may move; `delta` is 0 elsewhere.
     """
+    grad = grad if mask is None else grad * mask
     if norm == "linf":
         return project(delta + alpha * grad.sign(), eps, norm)
-    return project(delta + unit(grad) * l2_radius(grad, alpha, norm), eps, norm)
+    moved = delta + unit(grad) * l2_radius(grad, alpha, norm, mask)
+    return project(moved, eps, norm, mask=mask)
 
 
 def clip_change(

@@ -13,6 +13,7 @@ from latent_aug.flows import Flow
 from latent_aug.hub import HeldFlow
 from latent_aug.images import FallbackCounter, Normalization, check_range, fit_to_flow
 from latent_aug.randomness import Draws
+from latent_aug.regions import Levels, Mask, check_levels, check_mask
 
 
 class UsesFlow:
@@ -22,7 +23,13 @@ class UsesFlow:
     clip: float | None
 
     def _use(
-        self, flow: Flow | str | Path, normalize: Any, generator: torch.Generator | None
+        self,
+        flow: Flow | str | Path,
+        *,
+        normalize: Any,
+        mask: Mask,
+        levels: Levels,
+        generator: torch.Generator | None,
     ) -> None:
         """Take the arguments that both perturbations share.
 
@@ -33,6 +40,7 @@ class UsesFlow:
         if self.flow.num_classes:
             raise NotImplementedError("class-conditional flows are not supported yet")
         self._normalization = Normalization(normalize, self.flow.channels)
+        self.mask, self.levels = check_mask(mask), check_levels(levels, self.flow)
         self._draws = Draws(generator)
         self._fallbacks = FallbackCounter()
         self._checked_devices: set[torch.device] = set()
@@ -63,13 +71,33 @@ class UsesFlow:
         """Latents of images in [0, 1], padded to a size that the flow maps."""
         return self.flow.encode(fit_to_flow(x, self.flow))
 
-    def _image_at(self, z: Tensor, x: Tensor) -> Tensor:
-        """The image of a latent, of x's size, in the user's units, within `clip` of x."""
-        decoded = self.flow.decode(z)[..., : x.shape[-2], : x.shape[-1]].clamp(0, 1)
+    def _to_image(self, decoded: Tensor, x: Tensor, pixels: Tensor | None) -> Tensor:
+        """What the flow decoded as an image beside x: in the user's units, at most `clip` away."""
+        decoded = decoded[..., : x.shape[-2], : x.shape[-1]].clamp(0, 1)
+        if pixels is not None:
+            decoded = torch.where(pixels, decoded, x)
         return self._normalization.apply(LF.clip_change(decoded, x, self.clip, self.norm))
 
-    def _restore_unusable(self, perturbed: Tensor, original: Tensor, z: Tensor) -> Tensor:
-        """Fall back where the flow failed, and count it."""
+    def _restore(
+        self, perturbed: Tensor, original: Tensor, z: Tensor, pixels: Tensor | None
+    ) -> Tensor:
+        """Put the original back where the flow failed, and count it, and outside the mask."""
         result, count = LF.restore_unusable(perturbed, original, z)
         self._fallbacks.add(count)
-        return result
+        return result if pixels is None else torch.where(pixels, result, original)
+
+    def _describe(self, *more: str) -> str:
+        """The arguments that matter, those named and those shared, for `print`."""
+        loaded = self.flow.loaded_from
+        values = {name: getattr(self, name) for name in ("eps", *more, "norm")}
+        values = {name: v[0] if is_point(v) else v for name, v in values.items()}
+        values["flow"] = loaded[0] if loaded else type(self.flow).__name__
+        values |= {name: getattr(self, name) for name in ("p", "clip", "levels")}
+        shown = {name: v for name, v in values.items() if v is not None or name == "norm"}
+        masked = [] if self.mask is None else ["mask=..."]
+        return ", ".join([*(f"{name}={value!r}" for name, value in shown.items()), *masked])
+
+
+def is_point(value: Any) -> bool:
+    """Whether a (low, high) range is one number."""
+    return isinstance(value, tuple) and value[0] == value[1]

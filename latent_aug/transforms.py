@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten  # as torchvision.transforms.v2 does
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -16,6 +17,7 @@ from latent_aug.arguments import Range, distance, number_range, one_of, probabil
 from latent_aug.flows import Flow
 from latent_aug.images import fit_to_flow, to_batch
 from latent_aug.perturbation import UsesFlow
+from latent_aug.regions import Levels, Mask, movable, pixels_of
 
 
 class Draw(NamedTuple):
@@ -23,6 +25,14 @@ class Draw(NamedTuple):
 
     noise: Tensor  # (B, C, H, W), H and W padded to the flow's multiple
     chosen: Tensor  # (B,) bool
+    pixels: Tensor | None  # (1 or B, 1, H, W) bool: the mask
+
+    def of_chosen(self) -> Draw:
+        """The same for the chosen images only."""
+        pixels = self.pixels
+        if pixels is not None and len(pixels) > 1:
+            pixels = pixels[self.chosen]
+        return Draw(self.noise[self.chosen], self.chosen[self.chosen], pixels)
 
 
 class LatentPerturb(UsesFlow, v2.Transform):
@@ -51,6 +61,11 @@ class LatentPerturb(UsesFlow, v2.Transform):
         away: Point every component of the noise away from the latent's origin.
         resolution: Not available yet.
         normalize: v2.Normalize or (mean, std) that the images have been through already.
+        mask: Perturb only where it is 1: zeros and ones (H, W), or (B, H, W) for batches; or a
+            callable that takes the sample, as it comes to the transform, and returns one. Latents
+            move at those pixels only, and the other pixels come back exactly as they were.
+        levels: Perturb only these levels of the flow: 0 is the finest, -1 the coarsest; an
+            integer or several. "rms" counts only what may move.
         labels_getter: Reserved for class-conditional flows, which are not supported yet.
         generator: Where to draw from; torch's global generators by default. In loader workers it
             is re-seeded from the worker's seed.
@@ -91,6 +106,8 @@ class LatentPerturb(UsesFlow, v2.Transform):
         away: bool = False,
         resolution: int | None = None,
         normalize: Any = None,
+        mask: Mask = None,
+        levels: Levels = None,
         labels_getter: Any = "default",
         generator: torch.Generator | None = None,
     ) -> None:
@@ -104,9 +121,22 @@ class LatentPerturb(UsesFlow, v2.Transform):
         self.away = bool(away)
         if labels_getter != "default":
             raise NotImplementedError("labels_getter is for class-conditional flows, to come")
-        self._use(flow, normalize, generator)
+        self._use(flow, normalize=normalize, mask=mask, levels=levels, generator=generator)
 
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+    def forward(self, *inputs: Any) -> Any:
+        """As every v2 transform does, with the whole sample at hand, where its mask may be."""
+        sample = inputs if len(inputs) > 1 else inputs[0]
+        flat, spec = tree_flatten(sample)
+        needed = self._needs_transform_list(flat)
+        images = [value for value, is_image in zip(flat, needed, strict=True) if is_image]
+        params = self.make_params(images, sample)
+        results = [
+            self.transform(value, params) if is_image else value
+            for value, is_image in zip(flat, needed, strict=True)
+        ]
+        return tree_unflatten(results, spec)
+
+    def make_params(self, flat_inputs: list[Any], sample: Any = None) -> dict[str, Any]:
         """Draw for each shape of image in the sample; images of one shape share the draw."""
         if not flat_inputs:
             raise TypeError(
@@ -117,7 +147,7 @@ class LatentPerturb(UsesFlow, v2.Transform):
         for image in flat_inputs:
             x, _ = to_batch(image, self.flow.channels)
             if x.numel() and kind(x, image) not in draws:
-                draws[kind(x, image)] = self._draw(x, frames_of(image))
+                draws[kind(x, image)] = self._draw(x, frames_of(image), sample)
         return {"draws": draws}
 
     @torch.no_grad()
@@ -132,33 +162,36 @@ class LatentPerturb(UsesFlow, v2.Transform):
                 return restore(x)
             if not bool(draw.chosen.all()):
                 result = x.clone()
-                result[draw.chosen] = self._perturb(x[draw.chosen], draw.noise[draw.chosen])
+                result[draw.chosen] = self._perturb(x[draw.chosen], draw.of_chosen())
                 return restore(result)
-        perturbed = self._perturb(x, draw.noise)
+        perturbed = self._perturb(x, draw)
         return restore(torch.where(draw.chosen[:, None, None, None], perturbed, x))
 
-    def _draw(self, x: Tensor, frames: int) -> Draw:
+    def _draw(self, x: Tensor, frames: int, sample: Any) -> Draw:
         """Noise and choice for a batch (B, C, H, W) of clips of so many frames."""
-        count = len(x) // frames
-        shape = (count, *fit_to_flow(x[:1], self.flow).shape[1:])
-        eps = self._draws.between(*self.eps, count, x)
-        noise = LF.noise_of_norm(self._draws.normal(shape, x), eps, self.norm)
-        chosen = self._draws.uniform((count,), x) < self.p
-        return Draw(noise.repeat_interleave(frames, 0), chosen.repeat_interleave(frames, 0))
+        first = x[::frames]
+        like = fit_to_flow(first[:1], self.flow).expand(len(first), -1, -1, -1)
+        pixels = pixels_of(self.mask, sample, first)
+        mask = movable(self.flow, like, pixels, self.levels)
+        eps = self._draws.between(*self.eps, len(first), x)
+        draws = self._draws.normal(like.shape, x)
+        noise = LF.noise_of_norm(draws, eps, self.norm, mask=mask)
+        chosen = self._draws.uniform((len(first),), x) < self.p
+        if pixels is not None and len(pixels) > 1:
+            pixels = pixels.repeat_interleave(frames, 0)
+        return Draw(noise.repeat_interleave(frames, 0), chosen.repeat_interleave(frames, 0), pixels)
 
-    def _perturb(self, original: Tensor, noise: Tensor) -> Tensor:
+    def _perturb(self, original: Tensor, draw: Draw) -> Tensor:
         """Perturb a batch in the units and at the size it came in."""
         x = self._unit_range(original)
         z = self._encode(x)
-        if self.away:
-            noise = LF.away_from_origin(noise, z)
-        return self._restore_unusable(self._image_at(z + noise, x), original, z)
+        noise = LF.away_from_origin(draw.noise, z) if self.away else draw.noise
+        perturbed = self._to_image(self.flow.decode(z + noise), x, draw.pixels)
+        return self._restore(perturbed, original, z, draw.pixels)
 
     def extra_repr(self) -> str:
         """The arguments that matter, for `print`."""
-        eps = self.eps[0] if self.eps[0] == self.eps[1] else self.eps
-        name = self.flow.loaded_from[0] if self.flow.loaded_from else type(self.flow).__name__
-        return f"eps={eps}, norm={self.norm!r}, flow={name!r}, p={self.p}"
+        return self._describe()
 
 
 def kind(x: Tensor, image: Any) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +31,7 @@ class Flow(nn.Module):
         multiple: Height and width must divide by it; the transforms pad and crop.
         size: The only (H, W) it maps; None for any size.
         num_classes: Above 0 for a conditional flow, whose `encode` and `decode` need `y`.
+        levels: Scales of its latent, see `split_levels`.
 
     Source: the paper's §2 writes F for `encode` and F⁻¹ for `decode`.
 
@@ -54,6 +56,7 @@ class Flow(nn.Module):
     multiple: int = 1
     size: tuple[int, int] | None = None
     num_classes: int = 0
+    levels: int = 1
     loaded_from: tuple[str, str | None, Any] | None = None  # name, commit, version when loaded
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -74,6 +77,15 @@ class Flow(nn.Module):
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Log-density of x in [0, 1], exact at x: (B,), in nats."""
         raise NotImplementedError
+
+    def split_levels(self, z: Tensor) -> list[Tensor]:
+        """The parts of a latent (B, C, H, W), finest level first, each at its own resolution."""
+        return [z]
+
+    def join_levels(self, parts: Sequence[Tensor]) -> Tensor:
+        """Undo `split_levels`."""
+        (z,) = parts
+        return z
 
     def bits_per_dim(
         self, x: Tensor, y: Tensor | None = None, *, generator: torch.Generator | None = None

@@ -211,6 +211,14 @@ class Glow(Flow):
             parts.append(part)
         return [*parts, F.pixel_unshuffle(z, 2)]
 
+    def join_levels(self, parts: Sequence[Tensor]) -> Tensor:
+        """Undo `split_levels`."""
+        *finer, coarsest = parts
+        z = F.pixel_shuffle(coarsest, 2)
+        for part in reversed(finer):
+            z = F.pixel_shuffle(torch.cat([z, part], dim=1), 2)
+        return z
+
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """Set every ActNorm from one batch (B, C, H, W) in [0, 1], as Glow's §3.1 does.

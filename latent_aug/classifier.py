@@ -1,0 +1,112 @@
+"""The user's classifier under attack: lent without a trace, its logits' gradient, its labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+Wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+IGNORED = -100  # F.cross_entropy gives such labels no loss
+
+
+@contextmanager
+def lent(model: nn.Module, mode: str) -> Iterator[nn.Module]:
+    """The bare model in the mode for an attack; modes and buffers are put back at the end.
+
+    Raises:
+        ValueError: The model is lazy and has not seen a batch.
+    """
+    model = bare(model)
+    if any(nn.parameter.is_lazy(t) for t in (*model.parameters(), *model.buffers())):
+        raise ValueError("the model has uninitialized lazy layers: run one batch through it first")
+    modes = [(module, module.training) for module in model.modules()]
+    tables = [
+        (module, dict(module._buffers), set(module._non_persistent_buffers_set))
+        for module in model.modules()
+    ]
+    contents = [(b, b.clone()) for b in model.buffers() if not is_expanded(b)]
+    try:
+        if mode == "eval":
+            model.eval()
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+        for module, buffers, non_persistent in tables:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            module._non_persistent_buffers_set = non_persistent
+        for buffer, content in contents:
+            # .data leaves the version counter alone: a forward pass of the user's that waits for
+            # its backward pass may have saved this buffer.
+            buffer.data.copy_(content)
+        # A forward pass without gradients leaves autocast casts of the weights that have none.
+        torch.clear_autocast_cache()
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The module inside DataParallel and DistributedDataParallel.
+
+    Through them every pass of an attack would talk to the other processes, and one that ends in
+    no backward pass of theirs would leave them waiting. A compiled wrapper is opened too: what
+    is inside then runs uncompiled.
+    """
+    while True:
+        inside = getattr(model, "_orig_mod", model)  # of torch.compile
+        if not isinstance(inside, Wrappers):
+            return model
+        model = inside.module
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether several elements are one in memory, so that nobody can write to it in place."""
+    return any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def scaled_up(grad: Tensor, each: bool) -> Tensor:
+    """The gradient of logits (B, ...) with 256 as its greatest component, which float16 holds.
+
+    Ascent steps are normalized, so a factor for each sample changes nothing where samples do
+    not meet in the model; in training mode BatchNorm mixes them, and the batch shares one.
+    """
+    size = grad.abs().flatten(1).amax(dim=1) if each else grad.abs().amax().expand(len(grad))
+    size = size.reshape(-1, *[1] * (grad.ndim - 1))
+    return grad / torch.where(size > 0, size, 1) * 256
+
+
+def check_targets(logits: Tensor, labels: Tensor) -> Tensor:
+    """Labels as `F.cross_entropy` takes them beside these logits.
+
+    Raises:
+        ValueError: They are neither indices of the logits' classes nor probabilities of them.
+    """
+    classes = logits.shape[1] if logits.ndim > 1 else 1
+    if classes < 2:
+        raise ValueError(
+            f"cross-entropy needs logits (B, K) of at least 2 classes, got {tuple(logits.shape)}; "
+            "pass loss=, e.g. one from F.binary_cross_entropy_with_logits"
+        )
+    if labels.is_floating_point():
+        if labels.shape != logits.shape:
+            raise ValueError(
+                f"labels must be integers (B,), or probabilities of the logits' shape "
+                f"{tuple(logits.shape)}, got {labels.dtype} of shape {tuple(labels.shape)}"
+            )
+        return labels.to(logits)
+    if labels.shape != (len(logits), *logits.shape[2:]):
+        raise ValueError(
+            f"labels must be class indices (B,), got shape {tuple(labels.shape)} for logits "
+            f"{tuple(logits.shape)}"
+        )
+    labels = labels.long()
+    if labels.is_cpu and labels.numel():  # elsewhere a check is a sync
+        wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= classes)]
+        if len(wrong):
+            raise ValueError(
+                f"labels must lie in 0 to {classes - 1}, the model's classes, got {int(wrong[0])}"
+            )
+    return labels
