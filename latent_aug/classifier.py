@@ -15,7 +15,10 @@ IGNORED = -100  # F.cross_entropy gives such labels no loss
 
 @contextmanager
 def lent(model: nn.Module, mode: str) -> Iterator[nn.Module]:
-    """The bare model in the mode for an attack; modes and buffers are put back at the end.
+    """The bare model in the mode for an attack; modes, buffers and flags are put back at the end.
+
+    Its parameters require no gradients meanwhile: a compiled model would compute them all, and
+    autocast would keep casts of them, without gradients, for the user's own forward pass.
 
     Raises:
         ValueError: The model is lazy and has not seen a batch.
@@ -23,6 +26,7 @@ def lent(model: nn.Module, mode: str) -> Iterator[nn.Module]:
     model = bare(model)
     if any(nn.parameter.is_lazy(t) for t in (*model.parameters(), *model.buffers())):
         raise ValueError("the model has uninitialized lazy layers: run one batch through it first")
+    wanting = [p for p in model.parameters() if p.requires_grad]
     modes = [(module, module.training) for module in model.modules()]
     tables = [
         (module, dict(module._buffers), set(module._non_persistent_buffers_set))
@@ -30,10 +34,14 @@ def lent(model: nn.Module, mode: str) -> Iterator[nn.Module]:
     ]
     contents = [(b, b.clone()) for b in model.buffers() if not is_expanded(b)]
     try:
+        for parameter in wanting:
+            parameter.requires_grad_(False)
         if mode == "eval":
             model.eval()
         yield model
     finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
         for module, training in modes:
             module.training = training
         for module, buffers, non_persistent in tables:
@@ -44,8 +52,6 @@ def lent(model: nn.Module, mode: str) -> Iterator[nn.Module]:
             # .data leaves the version counter alone: a forward pass of the user's that waits for
             # its backward pass may have saved this buffer.
             buffer.data.copy_(content)
-        # A forward pass without gradients leaves autocast casts of the weights that have none.
-        torch.clear_autocast_cache()
 
 
 def bare(model: nn.Module) -> nn.Module:

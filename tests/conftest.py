@@ -1,7 +1,10 @@
 """Fixtures and tables that every test module shares."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 from latent_aug import Flow, Glow
 
@@ -28,6 +31,40 @@ def random_glow(channels=3, *, levels=2, steps=2, hidden=8, dtype=torch.float32,
             if "q0" in name or "net.4" in name:  # priors and last convolutions start at zero
                 parameter.normal_(std=0.1)
     return flow.requires_grad_(False).eval()
+
+
+def convolutional_classifier():
+    """A convolutional classifier with all that an attack could disturb."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+
+
+def trace_of(model):
+    """Everything of a model that an attack must not change."""
+    return {
+        "modes": [module.training for module in model.modules()],
+        "state": copy.deepcopy(model.state_dict()),
+        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "flags": [p.requires_grad for p in model.parameters()],
+        "buffers": [id(b) for b in model.buffers()],
+    }
+
+
+def same_trace(a, b):
+    """Whether two traces are equal."""
+    tensors = zip(
+        [*a["state"].values(), *a["grads"]], [*b["state"].values(), *b["grads"]], strict=True
+    )
+    equal = all((x is None and y is None) or torch.equal(x, y) for x, y in tensors)
+    return equal and all(a[k] == b[k] for k in ("modes", "flags", "buffers"))
 
 
 # One line here puts a new flow through every test of the contract.

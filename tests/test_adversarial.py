@@ -1,13 +1,12 @@
 """LatentAdversarial: the attack, the batches it takes, and that it leaves no trace."""
 
 import collections
-import copy
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Identity, random_glow
+from conftest import Identity, convolutional_classifier, random_glow, same_trace, trace_of
 from torch import nn
 from torchvision import tv_tensors
 
@@ -15,43 +14,9 @@ from latent_aug import LatentAdversarial
 from latent_aug import functional as LF
 
 
-def classifier():
-    """A convolutional classifier with all that an attack could disturb."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 4),
-    )
-
-
-def trace(model):
-    """Everything of a model that an attack must not change."""
-    return {
-        "modes": [module.training for module in model.modules()],
-        "state": copy.deepcopy(model.state_dict()),
-        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-        "flags": [p.requires_grad for p in model.parameters()],
-        "buffers": [id(b) for b in model.buffers()],
-    }
-
-
-def same(a, b):
-    """Whether two traces are equal."""
-    tensors = zip(
-        [*a["state"].values(), *a["grads"]], [*b["state"].values(), *b["grads"]], strict=True
-    )
-    equal = all((x is None and y is None) or torch.equal(x, y) for x, y in tensors)
-    return equal and all(a[k] == b[k] for k in ("modes", "flags", "buffers"))
-
-
 @pytest.fixture
 def model():
-    return classifier()
+    return convolutional_classifier()
 
 
 @pytest.fixture
@@ -236,7 +201,7 @@ def test_normalized_batches_are_attacked_as_their_originals(model, batch, glow):
 
 def test_images_of_any_size_and_dtype(model, glow):
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        model = classifier().to(dtype)
+        model = convolutional_classifier().to(dtype)
         images = torch.rand(2, 3, 13, 9).to(dtype)
         out = LatentAdversarial(model, flow=glow)(images, torch.tensor([0, 1]))
         assert (out.dtype, out.shape) == (dtype, images.shape)
@@ -304,19 +269,19 @@ class TestNoTrace:
         model[0].requires_grad_(False)
         model[1].eval()  # a frozen BatchNorm in a model that trains
         model[6].weight.grad = torch.ones(4, 8)
-        before = trace(model)
+        before = trace_of(model)
         LatentAdversarial(model, flow=glow, model_mode=mode).step(batch)
-        assert same(trace(model), before)
+        assert same_trace(trace_of(model), before)
 
     def test_of_an_exception(self, model, batch, glow):
         def fails(logits, labels):
             raise RuntimeError("out of luck")
 
-        before = trace(model)
+        before = trace_of(model)
         attack = LatentAdversarial(model, flow=glow, loss=fails, model_mode="unchanged")
         with pytest.raises(RuntimeError, match="out of luck"):
             attack.step(batch)
-        assert same(trace(model), before)
+        assert same_trace(trace_of(model), before)
 
     def test_the_mode_is_the_one_asked_for(self, batch, glow):
         seen = []
@@ -324,7 +289,7 @@ class TestNoTrace:
         class Spy(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.inner = classifier()
+                self.inner = convolutional_classifier()
 
             def forward(self, x):
                 seen.append(self.training)
@@ -346,7 +311,7 @@ class TestNoTrace:
         """Given the same images, the model takes the same step whether or not it was attacked."""
         states = []
         for attacked in (False, True):
-            model = classifier()
+            model = convolutional_classifier()
             if attacked:
                 LatentAdversarial(model, flow=glow).step(batch)
             torch.manual_seed(9)
@@ -360,7 +325,7 @@ class TestNoTrace:
         class Lazy(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.inner = classifier()
+                self.inner = convolutional_classifier()
                 self.register_buffer("seen", None)
                 self.register_buffer("wide", torch.zeros(1).expand(10))
 
@@ -371,21 +336,22 @@ class TestNoTrace:
                 return self.inner(x)
 
         model = Lazy()
-        before = trace(model)
+        before = trace_of(model)
         LatentAdversarial(model, flow=glow).step(batch)
-        assert same(trace(model), before)
+        assert same_trace(trace_of(model), before)
         assert list(model._buffers) == ["seen", "wide"]
         assert model._non_persistent_buffers_set == set()
 
-    def test_on_the_images_by_a_model_that_works_in_place(self, batch, glow):
-        model = nn.Sequential(nn.Hardtanh(0.5, 0.6, inplace=True), classifier())
+    @pytest.mark.parametrize("p", [0.5, 1.0])
+    def test_on_the_images_by_a_model_that_works_in_place(self, batch, glow, p):
+        model = nn.Sequential(nn.Hardtanh(0.5, 0.6, inplace=True), convolutional_classifier())
         before = batch[0].clone()
-        LatentAdversarial(model, flow=glow, labels="predicted", p=0.5).step(batch)
+        LatentAdversarial(model, flow=glow, labels="predicted", p=p).step(batch)
         assert torch.equal(batch[0], before)
 
     @pytest.mark.parametrize("labels", ["true", "predicted"])
     def test_on_training_under_autocast(self, batch, glow, labels):
-        model = classifier()
+        model = convolutional_classifier()
         with torch.autocast("cpu", torch.bfloat16):
             images, targets = LatentAdversarial(model, flow=glow, labels=labels).step(batch)
             loss = F.cross_entropy(model(images), targets)
@@ -397,7 +363,7 @@ class TestNoTrace:
             raise AssertionError("the wrapper was called")
 
         monkeypatch.setattr(nn.DataParallel, "forward", refuse)
-        out = LatentAdversarial(nn.DataParallel(classifier()), flow=glow).step(batch)
+        out = LatentAdversarial(nn.DataParallel(convolutional_classifier()), flow=glow).step(batch)
         assert not torch.equal(out[0], batch[0])
 
     def test_inside_no_grad(self, model, batch, glow):
@@ -463,10 +429,10 @@ class TestBadInput:
         ],
     )
     def test_batches(self, model, batch, error, words):
-        before = trace(model)
+        before = trace_of(model)
         with pytest.raises(error, match=words):
             LatentAdversarial(model, flow=Identity()).step(batch)
-        assert same(trace(model), before)
+        assert same_trace(trace_of(model), before)
 
 
 def test_a_spawned_process_gets_the_flow_by_name(model, tmp_path):

@@ -1,0 +1,325 @@
+"""The classifier under attack: precisions, compilers, wrappers; its labels and what it shares."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Identity, convolutional_classifier, random_glow, same_trace, trace_of
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from latent_aug import LatentAdversarial
+from latent_aug.classifier import bare, check_targets, lent, scaled_up
+
+
+@pytest.fixture
+def model():
+    return convolutional_classifier()
+
+
+@pytest.fixture
+def batch():
+    return 0.4 + 0.2 * torch.rand(6, 3, 16, 16), torch.randint(4, (6,))
+
+
+def sure_model():
+    """A classifier that is so sure of class 0 that its loss's gradient underflows in float16."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4))
+    with torch.no_grad():
+        model[1].bias.copy_(torch.tensor([25.0, 0.0, 0.0, 0.0]))
+    return model
+
+
+class TestFloat16:
+    @pytest.mark.parametrize("how", ["autocast", "half", "accelerate"])
+    def test_small_gradients_survive(self, how):
+        images, labels = torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+        options = {"flow": Identity(), "random_start": False, "eps": 0.3, "alpha": 0.1}
+        expected = LatentAdversarial(sure_model(), **options)(images, labels) - images
+        model = sure_model()
+        if how == "half":
+            model, images = model.half(), images.half()
+        if how == "accelerate":  # its wrapper casts the outputs back to float32
+
+            class Wrapped(nn.Module):
+                def __init__(self, inner):
+                    super().__init__()
+                    self.inner = inner
+
+                def forward(self, x):
+                    with torch.autocast("cpu", torch.float16):
+                        return self.inner(x).float()
+
+            model = Wrapped(model)
+        with torch.autocast("cpu", torch.float16, enabled=how == "autocast"):
+            out = LatentAdversarial(model, **options)(images, labels)
+        assert out.dtype == images.dtype
+        moved = (out - images).float().flatten(1)
+        cosine = F.cosine_similarity(moved, expected.flatten(1))
+        assert (moved.norm(dim=1) > 0.25).all()
+        assert (cosine > 0.98).all()
+
+    def test_beside_a_grad_scaler(self, batch):
+        """The attack before a scaled step leaves scale and step as they were."""
+        states = []
+        for attacked in (False, True):
+            model = convolutional_classifier().train()
+            scaler, optimizer = torch.amp.GradScaler("cpu"), torch.optim.SGD(model.parameters())
+            with torch.autocast("cpu", torch.bfloat16):
+                if attacked:
+                    LatentAdversarial(model, flow=random_glow()).step(batch)
+                torch.manual_seed(1)
+                loss = F.cross_entropy(model(batch[0]), batch[1])
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            states.append((model.state_dict(), scaler.get_scale()))
+        assert states[0][1] == states[1][1]
+        assert all(torch.equal(states[0][0][k], states[1][0][k]) for k in states[0][0])
+
+    def test_a_factor_for_each_sample_or_one_for_all(self):
+        grad = torch.tensor([[1e-9, -2e-9], [0.0, 0.0], [3.0, 4.0]])
+        each = scaled_up(grad, each=True)
+        torch.testing.assert_close(
+            each, torch.tensor([[128.0, -256.0], [0.0, 0.0], [192.0, 256.0]])
+        )
+        torch.testing.assert_close(scaled_up(grad, each=False), grad * 64)
+        assert scaled_up(torch.rand(2, 4, 8, 8), each=True).shape == (2, 4, 8, 8)
+
+    def test_in_train_mode_samples_keep_their_weights(self, batch):
+        """BatchNorm ties the samples: the gradient must be that of the summed loss."""
+        model = convolutional_classifier().train()
+        model[3].p = 0.0  # no dropout
+        with torch.no_grad():
+            model[6].weight *= 30  # some samples are sure, so that their gradients are smaller
+        images, labels = batch
+        x = images.clone().requires_grad_(True)
+        (grad,) = torch.autograd.grad(
+            F.cross_entropy(copy.deepcopy(model)(x), labels, reduction="sum"), x
+        )
+        attack = LatentAdversarial(
+            model, model_mode="unchanged", flow=Identity(), steps=1, random_start=False, alpha=0.1
+        )
+        moved = (attack(images, labels) - images).flatten(1)
+        assert (F.cosine_similarity(moved, grad.flatten(1)) > 0.999).all()
+
+
+class TestKindsOfModels:
+    """Each is attacked as the plain model is, and left as it was."""
+
+    def attacked(self, model, batch, **options):
+        torch.manual_seed(3)
+        attack = LatentAdversarial(model, flow=random_glow(), steps=2, **options)
+        torch.manual_seed(4)
+        return attack.step(batch)[0]
+
+    # torch hides this warning of its own from everybody but those who make warnings errors
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+    @pytest.mark.parametrize("mode", ["eval", "unchanged"])
+    def test_compiled(self, model, batch, mode):
+        model.eval()
+        expected = self.attacked(model, batch, model_mode=mode)
+        model.train(mode == "eval")
+        compiled = torch.compile(model, backend="aot_eager")
+        before = trace_of(compiled)
+        out = self.attacked(compiled, batch, model_mode=mode)
+        torch.testing.assert_close(out, expected, atol=1e-4, rtol=0)
+        assert same_trace(trace_of(compiled), before)
+        F.cross_entropy(compiled(batch[0]), batch[1]).backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+    def test_with_synchronized_batch_norm(self, model, batch):
+        expected = self.attacked(model, batch)
+        synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(model).train()
+        before = trace_of(synchronized)
+        torch.testing.assert_close(self.attacked(synchronized, batch), expected)
+        assert same_trace(trace_of(synchronized), before)
+
+    def test_an_average_of_weights(self, model, batch):
+        expected = self.attacked(model, batch)
+        average = AveragedModel(model, use_buffers=True)
+        before = trace_of(average)
+        torch.testing.assert_close(self.attacked(average, batch), expected)
+        assert same_trace(trace_of(average), before)
+
+    def test_beside_an_average_of_weights(self, model, batch):
+        average = AveragedModel(model, use_buffers=True)
+        before = trace_of(average)
+        self.attacked(model, batch, model_mode="unchanged")
+        average.update_parameters(model)
+        after = trace_of(average)
+        after["state"]["n_averaged"] -= 1
+        assert same_trace(after, before)
+
+    @pytest.mark.parametrize("frozen", ["first layer", "everything"])
+    def test_frozen_in_part(self, model, batch, frozen):
+        expected = self.attacked(model, batch)
+        (model if frozen == "everything" else model[0]).requires_grad_(False)
+        before = trace_of(model)
+        torch.testing.assert_close(self.attacked(model, batch), expected)
+        assert same_trace(trace_of(model), before)
+
+    def test_lazy(self, batch):
+        model = nn.Sequential(nn.Flatten(), nn.LazyLinear(4))
+        with pytest.raises(ValueError, match="run one batch through it first"):
+            self.attacked(model, batch)
+        model(batch[0])
+        assert not torch.equal(self.attacked(model, batch), batch[0])
+
+    def test_no_weight_gets_a_gradient(self, model, batch):
+        seen = []
+
+        def loss(logits, labels):
+            seen.append([p.requires_grad for p in model.parameters()])
+            return F.cross_entropy(logits, labels)
+
+        self.attacked(model, batch, loss=loss)
+        assert not any(any(flags) for flags in seen)
+
+
+class TestWrappers:
+    def test_data_parallel_is_opened(self, model):
+        assert bare(nn.DataParallel(model)) is model
+
+    def test_compiled_outside_a_wrapper_is_opened(self, model):
+        assert bare(torch.compile(nn.DataParallel(model))) is model
+
+    def test_compiled_inside_a_wrapper_stays_compiled(self, model):
+        compiled = torch.compile(model)
+        assert bare(nn.DataParallel(compiled)) is compiled
+        assert bare(compiled) is compiled
+
+    def test_a_model_of_that_attribute_is_none(self, model):
+        model._orig_mod = None
+        assert bare(model) is model
+
+
+@pytest.mark.parametrize("mode", ["eval", "unchanged"])
+def test_lent_puts_flags_back_after_an_exception(model, mode):
+    model[0].requires_grad_(False)
+    before = trace_of(model)
+
+    def fail():
+        with lent(model, mode) as borrowed:
+            borrowed(torch.rand(2, 3, 8, 8))
+            raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fail()
+    assert same_trace(trace_of(model), before)
+
+
+class TestTargets:
+    logits = torch.randn(3, 4)
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+    def test_indices_of_any_integer_type(self, dtype):
+        labels = torch.tensor([0, 3, 1], dtype=dtype)
+        assert torch.equal(check_targets(self.logits, labels), labels.long())
+
+    def test_ignored_labels_pass(self):
+        labels = torch.tensor([0, -100, 1])
+        assert torch.equal(check_targets(self.logits, labels), labels)
+
+    def test_probabilities_take_the_logits_type(self):
+        assert check_targets(self.logits, torch.rand(3, 4).double()).dtype == torch.float32
+
+    def test_a_label_for_each_pixel(self):
+        labels = torch.zeros(3, 8, 8, dtype=torch.long)
+        assert check_targets(torch.randn(3, 4, 8, 8), labels) is not None
+
+    @pytest.mark.parametrize(
+        ("logits", "labels", "words"),
+        [
+            (torch.randn(3, 4), torch.tensor([0, 4, 1]), "labels must lie in 0 to 3, .* got 4"),
+            (torch.randn(3, 4), torch.tensor([0, -1, 1]), "labels must lie in 0 to 3, .* got -1"),
+            (torch.randn(3, 4), torch.tensor([0.0, 1.0, 2.0]), "labels must be integers"),
+            (torch.randn(3, 4), torch.rand(3, 5), "probabilities of the logits' shape"),
+            (torch.randn(3, 4), torch.zeros(3, 1).long(), r"class indices \(B,\)"),
+            (torch.randn(3, 1), torch.zeros(3).long(), "at least 2 classes"),
+            (torch.randn(3), torch.zeros(3).long(), "at least 2 classes"),
+        ],
+    )
+    def test_what_does_not_fit(self, logits, labels, words):
+        with pytest.raises(ValueError, match=words):
+            check_targets(logits, labels)
+
+
+class TestForward:
+    def test_of_several_inputs_and_outputs(self, batch):
+        class TwoInputs(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = convolutional_classifier()
+
+            def forward(self, pixel_values, shift, labels=None):
+                return {"logits": self.inner(pixel_values) + shift, "loss": None}
+
+        images, labels = batch
+        model, shift = TwoInputs(), torch.zeros(6, 4)
+        given = {"pixel_values": images, "labels": labels, "shift": shift}
+        flow = random_glow()
+        attack = LatentAdversarial(
+            model, flow=flow, forward=lambda model, batch: model(**batch)["logits"]
+        )
+        torch.manual_seed(1)
+        out = attack.step(given)
+        torch.manual_seed(1)
+        plain = LatentAdversarial(model.inner, flow=flow)(images, labels)
+        torch.testing.assert_close(out["pixel_values"], plain)
+        assert out["shift"] is shift
+        assert given["pixel_values"] is images
+
+    def test_of_a_share_of_the_batch_sees_its_rows(self, model, batch):
+        images, labels = batch
+        seen = []
+
+        def forward(model, batch):
+            seen.append(batch)
+            return model(batch[0])
+
+        attack = LatentAdversarial(model, flow=Identity(), p=0.5, forward=forward, steps=1)
+        names, numbers = list("abcdef"), torch.arange(6)
+        out = attack.step((images, labels, names, {"n": numbers, "scale": 2.0}))
+        changed = (out[0] != images).flatten(1).any(1).nonzero().flatten()
+        x, y, letters, extra = seen[-1]
+        order = extra["n"]
+        assert torch.equal(order.sort().values, changed)
+        assert torch.equal(y, labels[order])
+        assert letters == [names[i] for i in order]
+        assert len(x) == 3
+        assert extra["scale"] == 2.0
+        assert out[2] is names
+
+    def test_predicted_labels_come_through_it(self, model, batch):
+        attack = LatentAdversarial(
+            model,
+            flow=random_glow(),
+            labels="predicted",
+            forward=lambda model, batch: model(batch[0]),
+        )
+        assert not torch.equal(attack(batch[0]), batch[0])
+
+    def test_an_output_that_is_no_tensor(self, batch):
+        class Detector(nn.Module):
+            def forward(self, x):
+                return {"logits": x.mean(dim=(2, 3))}
+
+        before = batch[0].clone()
+        with pytest.raises(TypeError, match="tensor of logits, got dict; pass forward="):
+            LatentAdversarial(Detector(), flow=Identity()).step(batch)
+        assert torch.equal(batch[0], before)
+
+    @pytest.mark.parametrize("where", ["forward", "loss"])
+    def test_one_that_detaches(self, model, batch, where):
+        given = {
+            "forward": lambda model, batch: model(batch[0]).detach(),
+            "loss": lambda logits, labels: F.cross_entropy(logits.detach(), labels),
+        }
+        attack = LatentAdversarial(model, flow=Identity(), **{where: given[where]})
+        before = trace_of(model)
+        with pytest.raises(ValueError, match="no gradient to the images"):
+            attack.step(batch)
+        assert same_trace(trace_of(model), before)
