@@ -45,7 +45,8 @@ class LatentAdversarial(UsesFlow):
         steps: Ascent steps, k.
         norm: "l2", "linf", or "rms" (l2 with eps and alpha times √d).
         flow: A `Flow`, or a name or path for `load_flow`.
-        loss: Called with (logits, labels), gives a scalar or (B,); cross-entropy by default.
+        loss: Called with (logits, labels), gives a scalar or (B,); by default cross-entropy,
+            in float64, as confident samples have no loss in float32.
         labels: "true" raises the loss at the batch's labels, "predicted" at the model's own
             predictions on the clean images (the authors' code).
         normalize: v2.Normalize or (mean, std) that the images have been through already.
@@ -271,8 +272,10 @@ class LatentAdversarial(UsesFlow):
     def _loss(self, logits: Tensor, labels: Any) -> Tensor:
         """Summed over the samples, so that each one's gradient is its own."""
         if self.loss is None:
-            targets = check_targets(logits, labels)
-            loss = F.cross_entropy(logits, targets, reduction="sum")
+            # In float32 a sample classified with a margin above 16 has a loss of exactly 0, and
+            # half of its gradient is lost; a fifth of a small training set can be like that.
+            exact = logits if logits.device.type == "mps" else logits.double()
+            loss = F.cross_entropy(exact, check_targets(exact, labels), reduction="sum")
         else:
             loss = self.loss(logits, labels).sum()
         if not loss.requires_grad:

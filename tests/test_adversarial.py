@@ -405,6 +405,9 @@ class TestBadInput:
             ({"model_mode": "train"}, ValueError, "model_mode"),
             ({"labels_getter": 3}, TypeError, "labels_getter"),
             ({"flow": None}, TypeError, "flow"),
+            ({"loss": "ce"}, TypeError, "loss must be callable"),
+            ({"forward": 3}, TypeError, "forward must be callable"),
+            ({"gradient": "slow"}, ValueError, "gradient must be one of"),
         ],
     )
     def test_arguments(self, model, arguments, error, words):
@@ -433,6 +436,35 @@ class TestBadInput:
         with pytest.raises(error, match=words):
             LatentAdversarial(model, flow=Identity()).step(batch)
         assert same_trace(trace_of(model), before)
+
+
+def test_repr_names_what_matters(model):
+    attack = LatentAdversarial(
+        model, flow="glow-fashionmnist", eps=(0.5, 1.0), p=0.5, levels=-1, mask=torch.ones(28, 28)
+    )
+    assert repr(attack) == (
+        "LatentAdversarial(eps=(0.5, 1.0), alpha=0.5, steps=3, norm='l2', "
+        "flow='glow-fashionmnist', p=0.5, levels=(1,), mask=...)"
+    )
+
+
+def test_a_flow_without_a_choice_of_gradient(model, batch):
+    assert LatentAdversarial(model, flow=Identity(), gradient="auto").step(batch)
+    with pytest.raises(ValueError, match=r"Identity\.decode takes no gradient argument"):
+        LatentAdversarial(model, flow=Identity(), gradient="lean")
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_lean_and_fast_attacks_agree(model, batch, norm):
+    flow, results = random_glow(steps=4, dtype=torch.float64), []
+    images = batch[0].double()
+    for gradient in ("fast", "lean"):
+        torch.manual_seed(2)
+        attack = LatentAdversarial(
+            model.double(), eps=0.5, alpha=0.2, norm=norm, flow=flow, gradient=gradient
+        )
+        results.append(attack(images, batch[1]))
+    torch.testing.assert_close(results[1], results[0], atol=1e-6, rtol=0)
 
 
 def test_a_spawned_process_gets_the_flow_by_name(model, tmp_path):

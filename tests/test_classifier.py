@@ -106,6 +106,21 @@ class TestFloat16:
         assert (F.cosine_similarity(moved, grad.flatten(1)) > 0.999).all()
 
 
+def test_confident_samples_are_attacked_in_the_right_direction():
+    """At a margin of 25 float32's softmax is exactly 1, and the true class's gradient 0."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[50.0, 0, 0, 0], [0, 1.0, 0, 0]]))
+    images = torch.full((1, 1, 2, 2), 0.5)
+
+    class Grey(Identity):
+        channels = 1
+
+    attack = LatentAdversarial(model, eps=0.1, alpha=0.1, steps=1, flow=Grey(), random_start=False)
+    moved = (attack(images, torch.tensor([0])) - images).flatten()
+    torch.testing.assert_close(moved, torch.tensor([-0.1, 0.002, 0, 0]), atol=1e-4, rtol=0)
+
+
 class TestKindsOfModels:
     """Each is attacked as the plain model is, and left as it was."""
 
