@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from latent_aug.adversarial import LatentAdversarial
+from latent_aug.cache import LatentCache
 from latent_aug.flows import Flow, Glow
 from latent_aug.hub import load_flow
+from latent_aug.loaders import LatentCollate, LatentLoader
+from latent_aug.schedules import LatentSchedule
 from latent_aug.transforms import LatentPerturb
 
 if TYPE_CHECKING:
@@ -18,7 +21,11 @@ __all__ = [
     "Flow",
     "Glow",
     "LatentAdversarial",
+    "LatentCache",
+    "LatentCollate",
+    "LatentLoader",
     "LatentPerturb",
+    "LatentSchedule",
     "TrainConfig",
     "load_flow",
     "train_flow",

@@ -16,11 +16,12 @@ from torchvision import tv_tensors
 from latent_aug import functional as LF
 from latent_aug.arguments import Range, distance, number_range, one_of, probability
 from latent_aug.classifier import check_targets, lent, scaled_up
+from latent_aug.conditions import condition, labels_in
 from latent_aug.flows import Flow
 from latent_aug.images import is_tv_tensor, to_float
 from latent_aug.perturbation import UsesFlow
 from latent_aug.regions import Levels, Mask, movable, pixels_of
-from latent_aug.structures import LABEL_KEYS, find_labels, image_key, rows, with_images
+from latent_aug.structures import LABEL_KEYS, image_key, rows, with_images
 
 Forward = Callable[[nn.Module, Any], Tensor]
 Loss = Callable[[Tensor, Any], Tensor]
@@ -61,7 +62,8 @@ class LatentAdversarial(UsesFlow):
         levels: Perturb only these levels of the flow: 0 is the finest, -1 the coarsest; an
             integer or several. "rms" counts only what may move.
         labels_getter: "default" finds labels second in a tuple or list, or in a dict under
-            "labels" or "label"; a callable takes the batch and returns them.
+            "labels" or "label"; a callable takes the batch and returns them. A class-conditional
+            flow is given the same labels.
         forward: For models of several inputs or outputs: called with (model, batch) in place of
             model(images), gives the logits. The batch is the user's with the images replaced
             and, where p is below 1, without the rows of the samples that are not attacked.
@@ -72,7 +74,6 @@ class LatentAdversarial(UsesFlow):
 
     Raises:
         TypeError, ValueError: An argument or a batch is not as described.
-        NotImplementedError: The flow is class-conditional.
 
     Source: the paper's §2.2; its CIFAR-10 setting is l2, eps 1.0, alpha 0.5, k = 3. p=0.5 is
     Stutz et al. 2019.
@@ -115,8 +116,6 @@ class LatentAdversarial(UsesFlow):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
-        if labels_getter != "default" and not callable(labels_getter):
-            raise TypeError(f"labels_getter must be 'default' or callable, got {labels_getter!r}")
         for name, value in (("loss", loss), ("forward", forward)):
             if value is not None and not callable(value):
                 raise TypeError(f"{name} must be callable or None, got {value!r}")
@@ -126,8 +125,15 @@ class LatentAdversarial(UsesFlow):
         self.labels = one_of("labels", labels, ("true", "predicted"))
         self.model_mode = one_of("model_mode", model_mode, ("eval", "unchanged"))
         self.p, self.clip = probability("p", p), distance("clip", clip)
-        self.loss, self.forward, self.labels_getter = loss, forward, labels_getter
-        self._use(flow, normalize=normalize, mask=mask, levels=levels, generator=generator)
+        self.loss, self.forward = loss, forward
+        self._use(
+            flow,
+            normalize=normalize,
+            mask=mask,
+            levels=levels,
+            labels_getter=labels_getter,
+            generator=generator,
+        )
         self.gradient = one_of("gradient", gradient, ("auto", "fast", "lean"))
         if gradient != "auto" and not has_argument(self.flow.decode, "gradient"):
             raise ValueError(
@@ -145,7 +151,7 @@ class LatentAdversarial(UsesFlow):
                 probabilities (B, K).
         """
         key = image_key(batch)
-        labels = self.labels_getter(batch) if callable(self.labels_getter) else find_labels(batch)
+        labels = labels_in(batch, self.labels_getter)
         return with_images(batch, key, self._replace(batch, key, labels))
 
     def __call__(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -219,7 +225,8 @@ class LatentAdversarial(UsesFlow):
         """Adversarial versions of every image of a batch, in the units and dtype it came in."""
         x = self._unit_range(to_float(original))
         with torch.no_grad():
-            z = self._encode(x)
+            y = condition(self.flow, labels, len(x), x)
+            z = self._encode(x, y)
         mask = movable(self.flow, z, pixels, self.levels)
         eps = self._draws.between(*self.eps, len(z), z)
         alpha = self._draws.between(*self.alpha, len(z), z)
@@ -227,7 +234,7 @@ class LatentAdversarial(UsesFlow):
         decode = self._decode()
 
         def images_at(delta: Tensor) -> Tensor:
-            return self._to_image(decode(z + delta), x, pixels).to(original.dtype)
+            return self._to_image(decode(z + delta, y), x, pixels).to(original.dtype)
 
         with lent(self.model, self.model_mode) as model, torch.enable_grad():
 
@@ -245,7 +252,7 @@ class LatentAdversarial(UsesFlow):
         with torch.no_grad():
             return self._restore(images_at(delta), original, z, pixels)
 
-    def _decode(self) -> Callable[[Tensor], Tensor]:
+    def _decode(self) -> Callable[[Tensor, Tensor | None], Tensor]:
         """The flow's decode, with the user's choice of gradient where there is one."""
         decode: Callable[..., Tensor] = self.flow.decode
         return decode if self.gradient == "auto" else partial(decode, gradient=self.gradient)
@@ -254,7 +261,9 @@ class LatentAdversarial(UsesFlow):
         """Where the ascent begins."""
         if not self.random_start:
             return torch.zeros_like(z)
-        return LF.random_start(z, eps, self.norm, mask=mask, generator=self._draws.current())
+        return LF.random_start(
+            z, eps, self.norm, mask=mask, generator=self._draws.current(z.device)
+        )
 
     def _logits(self, model: nn.Module, batch: Any, key: Any) -> Tensor:
         """The model's output for a batch, in float32 at least."""

@@ -29,16 +29,13 @@ class UsesFlow:
         normalize: Any,
         mask: Mask,
         levels: Levels,
+        labels_getter: Any,
         generator: torch.Generator | None,
     ) -> None:
-        """Take the arguments that both perturbations share.
-
-        Raises:
-            NotImplementedError: The flow is class-conditional.
-        """
-        self._held = HeldFlow(flow)
-        if self.flow.num_classes:
-            raise NotImplementedError("class-conditional flows are not supported yet")
+        """Take the arguments that both perturbations share."""
+        if labels_getter != "default" and not callable(labels_getter):
+            raise TypeError(f"labels_getter must be 'default' or callable, got {labels_getter!r}")
+        self._held, self.labels_getter = HeldFlow(flow), labels_getter
         self._normalization = Normalization(normalize, self.flow.channels)
         self.mask, self.levels = check_mask(mask), check_levels(levels, self.flow)
         self._draws = Draws(generator)
@@ -49,6 +46,11 @@ class UsesFlow:
     def flow(self) -> Flow:
         """The flow; shared, so treat it as read-only."""
         return self._held.flow
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether images come normalized."""
+        return self._normalization.mean_std is not None
 
     @property
     def fallbacks(self) -> int:
@@ -67,9 +69,9 @@ class UsesFlow:
             self._checked_devices.add(x.device)
         return x.clamp(0, 1)
 
-    def _encode(self, x: Tensor) -> Tensor:
+    def _encode(self, x: Tensor, y: Tensor | None) -> Tensor:
         """Latents of images in [0, 1], padded to a size that the flow maps."""
-        return self.flow.encode(fit_to_flow(x, self.flow))
+        return self.flow.encode(fit_to_flow(x, self.flow), y)
 
     def _to_image(self, decoded: Tensor, x: Tensor, pixels: Tensor | None) -> Tensor:
         """What the flow decoded as an image beside x: in the user's units, at most `clip` away."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
@@ -30,11 +32,34 @@ def uniform(
 _reseeded: dict[int, tuple[int, torch.Generator]] = {}
 
 
+def rank() -> int | None:
+    """Of this process in distributed training; None in a training of one process.
+
+    Loader workers, where torch.distributed is not set up, know it from their environment.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() if dist.get_world_size() > 1 else None
+    given, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return int(given) if given.isdecimal() and size not in ("", "1") else None
+
+
+def mixed(*numbers: int) -> int:
+    """A seed of 32 bits, all that torch's CPU generator uses, in which every number counts."""
+    seed = 0
+    for number in numbers:
+        seed = (seed ^ number) * 0x9E3779B1 % 2**32
+        seed ^= seed >> 15
+    return seed
+
+
 class Draws:
     """Random tensors from a user's generator, or from torch's global one.
 
     Forked or spawned workers all begin with copies of the user's generator; the first draw in a
-    worker re-seeds its copy with the worker's own seed, so that workers and epochs differ.
+    worker re-seeds its copy with the worker's own seed, so that workers and epochs differ. The
+    ranks of distributed training often share their seed: without a generator, each draw there is
+    from a generator that is seeded from one number of the global one, which so stays in step
+    between ranks, and the rank.
 
     Args:
         generator: The user's generator, or None for torch's global ones.
@@ -46,14 +71,15 @@ class Draws:
                 f"generator must be a torch.Generator or None, got {type(generator).__name__}"
             )
         self.generator = generator
+        self._sender: int | None = None  # the rank of the process that sent it to this worker
 
     def normal(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """N(0, I) draws on like's device and in its dtype."""
-        return normal(shape, like, self.current())
+        return normal(shape, like, self.current(like.device))
 
     def uniform(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Uniform draws from [0, 1) on like's device and in its dtype."""
-        return uniform(shape, like, self.current())
+        return uniform(shape, like, self.current(like.device))
 
     def between(self, low: float, high: float, count: int, like: Tensor) -> float | Tensor:
         """One number per sample, (count, 1, 1, 1), uniform in [low, high]; low where they agree."""
@@ -61,27 +87,33 @@ class Draws:
             return low
         return low + (high - low) * self.uniform((count, 1, 1, 1), like)
 
-    def current(self) -> torch.Generator | None:
-        """The generator to draw from in this process."""
+    def current(self, device: torch.device) -> torch.Generator | None:
+        """The generator to draw from in this process; None for torch's global one."""
         worker = get_worker_info()
+        own_rank = rank()
+        if own_rank is None and worker is not None:
+            own_rank = self._sender
+        if self.generator is None and own_rank is not None:
+            seed = int(torch.randint(2**31, ()))
+            return torch.Generator(device).manual_seed(mixed(seed, own_rank))
         if self.generator is not None and worker is not None:
             seeded_for, _ = _reseeded.get(id(self.generator), (None, None))
             if seeded_for != worker.seed:
                 # The generator's own seed is mixed in, so that two generators stay different.
-                mixed = (worker.seed + 0x9E3779B1 * (self.generator.initial_seed() + 1)) % 2**32
-                self.generator.manual_seed(mixed)
+                seed = mixed(worker.seed, self.generator.initial_seed(), own_rank or 0)
+                self.generator.manual_seed(seed)
                 _reseeded[id(self.generator)] = (worker.seed, self.generator)
         return self.generator
 
     def __getstate__(self) -> dict[str, Any]:
         """A generator as bytes: torch's own pickling fails between spawned processes."""
         if self.generator is None:
-            return {"device": None}
+            return {"device": None, "rank": rank()}
         state = self.generator.get_state().numpy().tobytes()
-        return {"device": str(self.generator.device), "state": state}
+        return {"device": str(self.generator.device), "state": state, "rank": rank()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.generator = None
+        self.generator, self._sender = None, state["rank"]
         if state["device"] is not None:
             self.generator = torch.Generator(state["device"])
             self.generator.set_state(torch.frombuffer(bytearray(state["state"]), dtype=torch.uint8))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -27,24 +27,41 @@ def image_key(batch: Any) -> Any:
 
 
 def find_labels(batch: Any) -> Any:
-    """The labels of a batch where they usually are; None where they are not."""
+    """The labels of a sample or batch where they usually are; None where they are not."""
     if isinstance(batch, Mapping):
         return next((batch[key] for key in LABEL_KEYS if key in batch), None)
-    return batch[1] if len(batch) > 1 else None
+    return batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
 
 
 def with_images(batch: Any, key: Any, images: Tensor) -> Any:
     """A container of the batch's type with other images; the batch itself stays."""
     if isinstance(batch, Mapping):
-        result: Any = copy.copy(batch)
-        result[key] = images
-        return result
+        return with_items(batch, {key: images})
     return like_sequence(batch, [images, *batch[1:]])
 
 
 def like_sequence(sequence: Any, items: list[Any]) -> Any:
     """A tuple, named tuple or list of the type of another."""
     return type(sequence)(*items) if hasattr(sequence, "_fields") else type(sequence)(items)
+
+
+def over_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A function on every tensor of nested tuples, lists and mappings; the rest stays."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return with_items(batch, {k: over_tensors(v, function) for k, v in batch.items()})
+    if isinstance(batch, (tuple, list)):
+        return like_sequence(batch, [over_tensors(value, function) for value in batch])
+    return batch
+
+
+def with_items(mapping: Any, items: Mapping[Any, Any]) -> Any:
+    """A mapping of the type of another, with these items in place of its own."""
+    result = copy.copy(mapping)
+    for key, value in items.items():
+        result[key] = value
+    return result
 
 
 def rows(batch: Any, chosen: Tensor, count: int) -> Any:
@@ -61,10 +78,7 @@ def rows(batch: Any, chosen: Tensor, count: int) -> Any:
     if isinstance(batch, Tensor):
         return batch[chosen.to(batch.device)] if batch.ndim and len(batch) == count else batch
     if isinstance(batch, Mapping):
-        result: Any = copy.copy(batch)
-        for key, value in batch.items():
-            result[key] = rows(value, chosen, count)
-        return result
+        return with_items(batch, {k: rows(v, chosen, count) for k, v in batch.items()})
     if not isinstance(batch, (tuple, list)):
         return batch
     if len(batch) == count and not any(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,12 @@ from torchvision.transforms import v2
 
 from latent_aug import functional as LF
 from latent_aug.arguments import Range, distance, number_range, one_of, probability
+from latent_aug.conditions import condition, labels_in
 from latent_aug.flows import Flow
 from latent_aug.images import fit_to_flow, to_batch
 from latent_aug.perturbation import UsesFlow
 from latent_aug.regions import Levels, Mask, movable, pixels_of
+from latent_aug.structures import IMAGE_KEYS, with_items
 
 
 class Draw(NamedTuple):
@@ -26,13 +29,16 @@ class Draw(NamedTuple):
     noise: Tensor  # (B, C, H, W), H and W padded to the flow's multiple
     chosen: Tensor  # (B,) bool
     pixels: Tensor | None  # (1 or B, 1, H, W) bool: the mask
+    y: Tensor | None  # (B,) or (B, K): the labels, for a conditional flow
 
     def of_chosen(self) -> Draw:
         """The same for the chosen images only."""
-        pixels = self.pixels
+        pixels, y = self.pixels, self.y
         if pixels is not None and len(pixels) > 1:
             pixels = pixels[self.chosen]
-        return Draw(self.noise[self.chosen], self.chosen[self.chosen], pixels)
+        if y is not None:
+            y = y[self.chosen]
+        return Draw(self.noise[self.chosen], self.chosen[self.chosen], pixels, y)
 
 
 class LatentPerturb(UsesFlow, v2.Transform):
@@ -40,10 +46,11 @@ class LatentPerturb(UsesFlow, v2.Transform):
 
     Takes what v2 transforms take: PIL images, uint8 or float tensors, tv_tensors, alone or in any
     structure with labels, boxes and masks, which pass through; also whole batches
-    (..., C, H, W). Type, dtype, shape and device of the result are the input's. Floats lie in
-    [0, 1]: put it before Normalize, or pass `normalize`. Sizes that the flow cannot map are
-    padded and cropped back. All frames of a video get the same noise. Like other v2 transforms
-    it ignores `.eval()`: use it in the training pipeline only.
+    (..., C, H, W). Of plain tensors the first is the image, as in v2, except in a mapping that
+    names one "pixel_values", "image" or "images". Type, dtype, shape and device of the result
+    are the input's. Floats lie in [0, 1]: put it before Normalize, or pass `normalize`. Sizes
+    that the flow cannot map are padded and cropped back. All frames of a video get the same
+    noise. Like other v2 transforms it ignores `.eval()`: use it in the training pipeline only.
 
     The flow is private to the transform: not among its parameters, not in its `state_dict`.
     Samples that are not finite, or that lie too far off the flow's data to be decoded exactly,
@@ -66,14 +73,16 @@ class LatentPerturb(UsesFlow, v2.Transform):
             move at those pixels only, and the other pixels come back exactly as they were.
         levels: Perturb only these levels of the flow: 0 is the finest, -1 the coarsest; an
             integer or several. "rms" counts only what may move.
-        labels_getter: Reserved for class-conditional flows, which are not supported yet.
+        labels_getter: Where a class-conditional flow finds the label: "default" looks second in
+            a tuple or list, or in a dict under "labels" or "label"; a callable takes the sample.
+            An index or probabilities, for one image or for each; it comes back untouched.
         generator: Where to draw from; torch's global generators by default. In loader workers it
             is re-seeded from the worker's seed.
 
     Raises:
         ValueError, TypeError: An argument, or an image's channels, dtype, or range, is not as
             described.
-        NotImplementedError: `resolution`, or a class-conditional flow.
+        NotImplementedError: `resolution`.
 
     Source: the paper's §2.1 (Randomized-LA); its CIFAR-10 settings are linf 0.25 and l2 10.
     `away` is in the authors' code only.
@@ -119,13 +128,21 @@ class LatentPerturb(UsesFlow, v2.Transform):
         self.p = probability("p", p)
         self.clip = distance("clip", clip)
         self.away = bool(away)
-        if labels_getter != "default":
-            raise NotImplementedError("labels_getter is for class-conditional flows, to come")
-        self._use(flow, normalize=normalize, mask=mask, levels=levels, generator=generator)
+        self._use(
+            flow,
+            normalize=normalize,
+            mask=mask,
+            levels=levels,
+            labels_getter=labels_getter,
+            generator=generator,
+        )
 
     def forward(self, *inputs: Any) -> Any:
         """As every v2 transform does, with the whole sample at hand, where its mask may be."""
         sample = inputs if len(inputs) > 1 else inputs[0]
+        if isinstance(sample, Mapping) and (key := plain_images_key(sample)) is not None:
+            params = self.make_params([sample[key]], sample)
+            return with_items(sample, {key: self.transform(sample[key], params)})
         flat, spec = tree_flatten(sample)
         needed = self._needs_transform_list(flat)
         images = [value for value, is_image in zip(flat, needed, strict=True) if is_image]
@@ -167,6 +184,24 @@ class LatentPerturb(UsesFlow, v2.Transform):
         perturbed = self._perturb(x, draw)
         return restore(torch.where(draw.chosen[:, None, None, None], perturbed, x))
 
+    @torch.no_grad()
+    def to_latents(self, x: Tensor, labels: Any = None) -> Tensor:
+        """Latents of images (B, C, H, W), float in [0, 1], padded to a size that the flow maps."""
+        return self._encode(x, condition(self.flow, labels, len(x), x))
+
+    @torch.no_grad()
+    def from_latents(self, z: Tensor, x: Tensor, sample: Any = None) -> Tensor:
+        """Perturb images whose latents are known already.
+
+        Args:
+            z: From `to_latents`.
+            x: Images (B, C, H, W), float in [0, 1].
+            sample: What `mask` and `labels_getter` look at.
+        """
+        draw = self._draw(x, 1, sample)
+        perturbed = self._perturb_from(z, x, x, draw)
+        return torch.where(draw.chosen[:, None, None, None], perturbed, x)
+
     def _draw(self, x: Tensor, frames: int, sample: Any) -> Draw:
         """Noise and choice for a batch (B, C, H, W) of clips of so many frames."""
         first = x[::frames]
@@ -177,21 +212,35 @@ class LatentPerturb(UsesFlow, v2.Transform):
         draws = self._draws.normal(like.shape, x)
         noise = LF.noise_of_norm(draws, eps, self.norm, mask=mask)
         chosen = self._draws.uniform((len(first),), x) < self.p
+        y = None
+        if self.flow.num_classes:
+            y = condition(self.flow, labels_in(sample, self.labels_getter), len(first), first)
+        noise, chosen = noise.repeat_interleave(frames, 0), chosen.repeat_interleave(frames, 0)
         if pixels is not None and len(pixels) > 1:
             pixels = pixels.repeat_interleave(frames, 0)
-        return Draw(noise.repeat_interleave(frames, 0), chosen.repeat_interleave(frames, 0), pixels)
+        return Draw(noise, chosen, pixels, None if y is None else y.repeat_interleave(frames, 0))
 
     def _perturb(self, original: Tensor, draw: Draw) -> Tensor:
         """Perturb a batch in the units and at the size it came in."""
         x = self._unit_range(original)
-        z = self._encode(x)
+        return self._perturb_from(self._encode(x, draw.y), x, original, draw)
+
+    def _perturb_from(self, z: Tensor, x: Tensor, original: Tensor, draw: Draw) -> Tensor:
+        """The same from latents that are known."""
         noise = LF.away_from_origin(draw.noise, z) if self.away else draw.noise
-        perturbed = self._to_image(self.flow.decode(z + noise), x, draw.pixels)
+        perturbed = self._to_image(self.flow.decode(z + noise, draw.y), x, draw.pixels)
         return self._restore(perturbed, original, z, draw.pixels)
 
     def extra_repr(self) -> str:
         """The arguments that matter, for `print`."""
         return self._describe()
+
+
+def plain_images_key(sample: Mapping[Any, Any]) -> Any:
+    """The key of a mapping's images if they are a plain tensor and named as such, else None."""
+    keys = [key for key in IMAGE_KEYS if key in sample]
+    found = len(keys) == 1 and v2.functional.is_pure_tensor(sample[keys[0]])
+    return keys[0] if found else None
 
 
 def kind(x: Tensor, image: Any) -> tuple[Any, ...]:

@@ -1,6 +1,7 @@
 """Fixtures and tables that every test module shares."""
 
 import copy
+import socket
 
 import pytest
 import torch
@@ -19,6 +20,29 @@ class Identity(Flow):
 
     def decode(self, z, y=None):
         return z
+
+
+class ByClass(Flow):
+    """A conditional flow: each class has its own mean and scale of the pixels."""
+
+    channels, num_classes = 3, 4
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.0, 0.2, 0.4, 0.6]))
+        self.register_buffer("scale", torch.tensor([1.0, 2.0, 4.0, 8.0]))
+
+    def of(self, y):
+        weights = y if y.is_floating_point() else nn.functional.one_hot(y, 4).to(self.mean)
+        return ((weights @ t)[:, None, None, None] for t in (self.mean, self.scale))
+
+    def encode(self, x, y=None):
+        mean, scale = self.of(y)
+        return (x - mean) / scale
+
+    def decode(self, z, y=None):
+        mean, scale = self.of(y)
+        return z * scale + mean
 
 
 def random_glow(channels=3, *, levels=2, steps=2, hidden=8, dtype=torch.float32, seed=0):
@@ -65,6 +89,13 @@ def same_trace(a, b):
     )
     equal = all((x is None and y is None) or torch.equal(x, y) for x, y in tensors)
     return equal and all(a[k] == b[k] for k in ("modes", "flags", "buffers"))
+
+
+def free_port():
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 # One line here puts a new flow through every test of the contract.

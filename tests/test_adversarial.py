@@ -2,6 +2,7 @@
 
 import collections
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ import torch.nn.functional as F
 from conftest import Identity, convolutional_classifier, random_glow, same_trace, trace_of
 from torch import nn
 from torchvision import tv_tensors
+from torchvision.datasets import FashionMNIST
 
-from latent_aug import LatentAdversarial
+from latent_aug import LatentAdversarial, LatentPerturb
 from latent_aug import functional as LF
 
 
@@ -104,6 +106,31 @@ def test_more_steps_reach_a_higher_loss(model, glow):
         reached.append(F.cross_entropy(model(attack(images, targets)), targets).item())
     assert reached == sorted(reached)
     assert reached[0] < reached[2]
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 1.0), ("linf", 0.05), ("rms", 0.05)])
+def test_on_real_images_and_a_trained_flow(norm, eps):
+    """Every image's loss is above that under noise of the same norm, or nearly so."""
+    root = Path(__file__).parents[1] / "examples" / "data"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+    data = FashionMNIST(root, train=True)
+    images, labels = data.data[:600, None] / 255, data.targets[:600]
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(100):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    x, y = images[:200], labels[:200]
+    attack = LatentAdversarial(model, eps=eps, alpha=eps / 2, norm=norm, flow="glow-fashionmnist")
+    noise = LatentPerturb(eps, norm=norm, flow="glow-fashionmnist")
+    with torch.no_grad():
+        attacked, random = (
+            F.cross_entropy(model(t).double(), y, reduction="none")
+            for t in (attack(x, y), noise(x))
+        )
+    assert (attacked > random).float().mean() >= 0.99
+    assert attacked.mean() > 3 * random.mean()
 
 
 def test_one_hot_probabilities_act_as_indices(model, batch, glow):

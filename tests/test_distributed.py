@@ -1,13 +1,12 @@
 """Training under DistributedDataParallel with the attack in the step: two gloo processes."""
 
 import datetime
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import convolutional_classifier, random_glow
+from conftest import convolutional_classifier, free_port, random_glow
 from torch import nn
 
 from latent_aug import LatentAdversarial
@@ -78,12 +77,6 @@ def train_in_one_process(options):
         for optimizer in optimizers:
             optimizer.step()
     return attacked, models
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize("options", [{}, {"model_mode": "unchanged", "p": 0.5}], ids=str)

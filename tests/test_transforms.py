@@ -1,5 +1,6 @@
 """LatentPerturb: manners, arguments, randomness."""
 
+import collections
 import copy
 import pickle
 
@@ -255,19 +256,12 @@ class TestBadInput:
             ({"flow": 3}, TypeError, "flow"),
             ({"generator": 3}, TypeError, "generator"),
             ({"resolution": 32}, NotImplementedError, "resolution"),
-            ({"labels_getter": len}, NotImplementedError, "labels_getter"),
+            ({"labels_getter": "label"}, TypeError, "labels_getter"),
         ],
     )
     def test_arguments(self, arguments, error, words):
         with pytest.raises(error, match=words):
             LatentPerturb(**{"flow": Identity(), **arguments})
-
-    def test_conditional_flow(self):
-        class Conditional(Identity):
-            num_classes = 10
-
-        with pytest.raises(NotImplementedError, match="class-conditional"):
-            LatentPerturb(flow=Conditional())
 
     @pytest.mark.parametrize(
         ("image", "error", "words"),
@@ -437,3 +431,17 @@ def test_new_flows_and_old_agree_on_the_contract(any_flow):
 
 def test_glow_is_the_only_flow_that_ships():
     assert Flow.architectures["Glow"] is Glow
+
+
+@pytest.mark.parametrize("key", ["pixel_values", "image", "images"])
+@pytest.mark.parametrize("mapping", [dict, collections.UserDict])
+def test_a_mapping_s_named_images_are_found_behind_its_labels(glow, mapping, key):
+    labels, images = torch.arange(4), torch.rand(4, 3, 16, 16)
+    given = mapping({"labels": labels, key: images, "other": torch.rand(4, 3, 16, 16)})
+    out = LatentPerturb(0.3, flow=glow)(given)
+    assert type(out) is mapping
+    assert list(out) == list(given)
+    assert out["labels"] is labels
+    assert out["other"] is given["other"]
+    assert not torch.equal(out[key], images)
+    assert given[key] is images

@@ -1,0 +1,202 @@
+"""LatentCache: a data set encoded once, perturbed and decoded in every epoch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from latent_aug.conditions import labels_in
+from latent_aug.flows import Flow
+from latent_aug.images import from_float, to_batch
+from latent_aug.transforms import LatentPerturb
+
+INDEX_NAME = "index.json"
+SHARD = 1024  # samples a file: what a stopped encoding may have to do again
+
+logger = logging.getLogger(__name__)
+
+
+class LatentCache(Dataset[Any]):
+    """A data set whose images were encoded once and come out perturbed, another way each time.
+
+    For pipelines whose flow comes first: nothing random may happen to an image before it, so no
+    crops and no flips (put them into `then`, after the flow). What is saved is the encoding, half
+    of the flow's work, and reading the image. Images come out as uint8 tensors (C, H, W), and a
+    `DataLoader` has its batches decoded whole.
+
+    The directory keeps latents (float32), images and labels as safetensors, five bytes a value.
+    An encoding that was stopped goes on where it was; it is used again by the next run, and
+    refused where flow or data set are others.
+
+    Args:
+        dataset: Samples (image, label, ...) or images, of one size, uint8 or PIL. Labels that
+            are numbers or tensors are kept; anything else beside the image is not.
+        directory: Where the cache is, or will be.
+        perturb: Its flow encodes and decodes.
+        then: Applied to (image, label), or to the image alone, as a data set's `transforms`.
+        batch_size: Images encoded at once.
+
+    Raises:
+        TypeError, ValueError: A sample cannot be cached, or the directory holds another cache.
+
+    Example:
+        >>> import tempfile, torch
+        >>> data = [(torch.randint(256, (1, 28, 28), dtype=torch.uint8), i) for i in range(6)]
+        >>> perturb = LatentPerturb(flow="glow-fashionmnist")
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     image, label = LatentCache(data, directory, perturb)[2]
+        >>> image.shape, image.dtype, label
+        (torch.Size([1, 28, 28]), torch.uint8, tensor(2))
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        directory: str | Path,
+        perturb: LatentPerturb,
+        *,
+        then: Callable[..., Any] | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        if not isinstance(perturb, LatentPerturb):
+            raise TypeError(f"perturb must be a LatentPerturb, got {type(perturb).__name__}")
+        if perturb.normalizes:
+            raise ValueError("perturb must not have normalize=: put Normalize into then=")
+        if not hasattr(dataset, "__len__") or len(dataset) == 0:
+            raise ValueError(f"dataset must have a length above 0, got {type(dataset).__name__}")
+        self.directory, self.perturb, self.then = Path(directory), perturb, then
+        self.count = len(dataset)
+        self._open: dict[int, Any] = {}
+        self.directory.mkdir(parents=True, exist_ok=True)
+        check_index(self.directory / INDEX_NAME, index_of(dataset, perturb.flow))
+        for start in range(0, self.count, SHARD):
+            if not self._shard(start).exists():
+                logger.info("encoding samples %d to %d of %d", start, start + SHARD, self.count)
+                chosen = range(start, min(start + SHARD, self.count))
+                tensors = encode_samples(dataset, chosen, perturb, batch_size)
+                write_whole(self._shard(start), save(tensors))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Iterable[int]) -> list[Any]:
+        """Samples of a batch, decoded at once; the DataLoader calls this where it exists."""
+        rows = [self._read(range(self.count)[index]) for index in indices]
+        read = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        x, labels = read["images"] / 255, read.get("labels")
+        perturbed = self.perturb.from_latents(read["latents"], x, (x, labels))
+        images = from_float(perturbed, torch.uint8)
+        samples = images if labels is None else zip(images, labels, strict=True)
+        return [self._finish(sample) for sample in samples]
+
+    def _finish(self, sample: Any) -> Any:
+        """What comes after the flow."""
+        if self.then is None:
+            return sample
+        return self.then(*sample) if isinstance(sample, tuple) else self.then(sample)
+
+    def _shard(self, start: int) -> Path:
+        return self.directory / f"{start:09d}.safetensors"
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        """Latent, image and label of one sample."""
+        row = index % SHARD
+        start = index - row
+        if start not in self._open:
+            self._open[start] = safe_open(self._shard(start), framework="pt")
+        file = self._open[start]
+        return {name: file.get_slice(name)[row : row + 1][0] for name in file.keys()}  # noqa: SIM118
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+
+def index_of(dataset: Any, flow: Flow) -> dict[str, Any]:
+    """What a cache was made of: the flow's weights and precision, some of the images, their count.
+
+    The images are 16 spread over the data set: enough to tell another data set, or another
+    order, and not the odd image that was replaced.
+    """
+    weights, images = hashlib.sha256(), hashlib.sha256()
+    weights.update(f"{type(flow).__name__} {getattr(flow, 'network_dtype', None)}".encode())
+    for name, tensor in sorted(flow.state_dict().items()):
+        weights.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    for index in torch.linspace(0, len(dataset) - 1, 16).long().tolist():
+        pixels, _ = sample_of(dataset[index], flow.channels)
+        images.update(f"{tuple(pixels.shape)}".encode() + pixels.numpy().tobytes())
+    return {"count": len(dataset), "flow": weights.hexdigest(), "images": images.hexdigest()}
+
+
+def check_index(path: Path, index: dict[str, Any]) -> None:
+    """Write what the cache is made of, or refuse one that is made of something else."""
+    if not path.exists():
+        write_whole(path, (json.dumps(index, indent=1) + "\n").encode())
+        return
+    found = json.loads(path.read_text())
+    other = [name for name in index if found.get(name) != index[name]]
+    if other:
+        raise ValueError(
+            f"{path.parent} holds a cache of another {' and '.join(other)}; choose another "
+            "directory, or delete this one"
+        )
+
+
+def sample_of(sample: Any, channels: int) -> tuple[Tensor, Tensor | None]:
+    """The image (C, H, W) of a sample as uint8, and its label."""
+    image, label = sample, labels_in(sample, None)
+    if isinstance(sample, (tuple, list)):
+        image = sample[0]
+    if isinstance(image, Tensor) and image.dtype != torch.uint8:
+        raise TypeError(f"a cache is of uint8 or PIL images, got {image.dtype}")
+    x, _ = to_batch(image, channels)
+    if len(x) != 1:
+        raise ValueError(f"a sample must hold one image, got {tuple(x.shape)}")
+    try:
+        return from_float(x[0], torch.uint8), None if label is None else torch.as_tensor(label)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"labels must be numbers or tensors, got {label!r}") from error
+
+
+def encode_samples(
+    dataset: Any, chosen: range, perturb: LatentPerturb, batch_size: int
+) -> dict[str, Tensor]:
+    """Latents, images and labels of some samples."""
+    images, labels = zip(
+        *(sample_of(dataset[i], perturb.flow.channels) for i in chosen), strict=True
+    )
+    if len({image.shape for image in images}) > 1:
+        raise ValueError(
+            f"a cache is of images of one size, got {sorted({tuple(i.shape) for i in images})}; "
+            "resize them"
+        )
+    tensors = {"images": torch.stack(images)}
+    if labels[0] is not None:
+        tensors["labels"] = torch.stack(labels)
+    parts = zip(
+        tensors["images"].split(batch_size),
+        tensors.get("labels", torch.zeros(len(images))).split(batch_size),
+        strict=True,
+    )
+    tensors["latents"] = torch.cat([perturb.to_latents(x / 255, y) for x, y in parts])
+    return tensors
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_bytes(content)
+    part.replace(path)

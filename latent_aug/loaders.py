@@ -1,0 +1,246 @@
+"""Perturbing whole batches: in a collate function, or between a loader and the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate, get_worker_info
+from torchvision import tv_tensors
+
+from latent_aug.images import is_tv_tensor
+from latent_aug.randomness import mixed, rank
+from latent_aug.schedules import hooks_in
+from latent_aug.structures import image_key, over_tensors, with_images, with_items
+
+
+class LatentCollate:
+    """A collate function that perturbs the batch it has collated.
+
+    One round trip of the flow for a whole batch costs a fraction of one for each image. Loader
+    workers may run it on the CPU; on a GPU it runs in the main process only (``num_workers=0``),
+    and `LatentLoader` is the way to have both workers and a GPU.
+
+    Args:
+        transform: A `LatentPerturb`, a `LatentSchedule` of such, or any v2 transform of batches.
+        collate: Makes the batch: (images, labels, ...), or a mapping with images under
+            "pixel_values", "image" or "images".
+        device: Where to perturb and leave the batch; None leaves it where it is.
+
+    Raises:
+        TypeError: `transform` is or holds an attack hook, which belongs into the training step.
+        RuntimeError: The device is a GPU and the call comes from a worker.
+
+    Example:
+        >>> import torch
+        >>> from latent_aug import LatentPerturb
+        >>> collate = LatentCollate(LatentPerturb(flow="glow-fashionmnist"))
+        >>> images, labels = collate([(torch.rand(1, 28, 28), label) for label in range(4)])
+        >>> images.shape, labels
+        (torch.Size([4, 1, 28, 28]), tensor([0, 1, 2, 3]))
+    """
+
+    def __init__(
+        self,
+        transform: Callable[..., Any],
+        collate: Callable[[list[Any]], Any] = default_collate,
+        *,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.transform = check_transform(transform, "LatentCollate")
+        if not callable(collate):
+            raise TypeError(f"collate must be callable, got {collate!r}")
+        self.collate, self.device = collate, None if device is None else torch.device(device)
+
+    def __call__(self, samples: list[Any]) -> Any:
+        """Collate samples, move the batch, perturb it."""
+        elsewhere = self.device is not None and self.device.type != "cpu"
+        if elsewhere and get_worker_info() is not None:
+            raise RuntimeError(
+                f"LatentCollate cannot use {self.device} in a loader worker: wrap the loader in "
+                "LatentLoader(loader, transform, device), which perturbs in the main process, or "
+                "set num_workers=0"
+            )
+        return perturb_batch(self.transform, moved(self.collate(samples), self.device))
+
+
+class LatentLoader:
+    """A data loader whose batches are perturbed in the main process, on the device.
+
+    The workers load and decode images; here the batch goes to the device and through the flow.
+    On a GPU that happens one batch ahead on a stream of its own, while the training step runs;
+    give the loader ``pin_memory=True`` then. On a CPU it happens when the batch is asked for: a
+    thread beside the training step would take the cores that the step is using.
+
+    What the wrapped loader has (`dataset`, `sampler`, `batch_size`, ...) is to be had here too.
+
+    Each epoch draws from its own seed: one number from torch's global generator where the epoch
+    begins, as `DataLoader` takes one for its workers, or the `seed` and the number of the epoch.
+    The global generators stay as they are otherwise, and the draws do not depend on the number
+    of workers. Ranks of distributed training differ.
+
+    Args:
+        loader: Gives batches (images, labels, ...), or mappings with images under
+            "pixel_values", "image" or "images".
+        transform: A `LatentPerturb`, a `LatentSchedule` of such, or any v2 transform of batches.
+        device: Where to perturb and leave the batches; None leaves them where they are.
+        seed: Of the draws of all epochs; by default every epoch takes one from torch.
+
+    Raises:
+        TypeError: `transform` is or holds an attack hook: an attack one batch ahead would see
+            weights that are out of date.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from latent_aug import LatentPerturb
+        >>> data = TensorDataset(torch.rand(6, 1, 28, 28), torch.arange(6))
+        >>> loader = LatentLoader(DataLoader(data, 4), LatentPerturb(flow="glow-fashionmnist"))
+        >>> len(loader), [labels.tolist() for images, labels in loader]
+        (2, [[0, 1, 2, 3], [4, 5]])
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        transform: Callable[..., Any],
+        device: str | torch.device | None = None,
+        *,
+        seed: int | None = None,
+    ) -> None:
+        if not hasattr(loader, "__iter__"):
+            raise TypeError(f"loader must be iterable, as a DataLoader is, got {loader!r}")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise TypeError(f"seed must be an integer or None, got {seed!r}")
+        self.transform = check_transform(transform, "LatentLoader")
+        self.loader, self.seed = loader, seed
+        self.device = None if device is None else torch.device(device)
+        self._epoch = -1
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader":  # while unpickling
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the sampler (or the loader) and the transform which epoch is next."""
+        self._epoch = epoch - 1
+        parts: list[Any] = [self.loader, getattr(self.loader, "sampler", None), self.transform]
+        for part in parts:
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._epoch += 1
+        # Before the loader's own draws, whose order depends on its workers.
+        if self.seed is None:
+            seed = mixed(int(torch.randint(2**31, ())), rank() or 0)
+        else:
+            seed = mixed(self.seed, self._epoch, rank() or 0)
+        batches = self._perturbed(iter(self.loader), seed)
+        if self.device is not None and self.device.type == "cuda":
+            return self._one_ahead(batches, torch.cuda.Stream(self.device))
+        return batches
+
+    def _perturbed(self, batches: Iterator[Any], seed: int) -> Iterator[Any]:
+        """The batches on the device, each perturbed with draws of its own."""
+        for number, batch in enumerate(batches):
+            there = moved(batch, self.device)
+            with seeded(mixed(seed, number), images_of(there).device):
+                perturbed = perturb_batch(self.transform, there)
+            yield perturbed
+
+    def _one_ahead(self, batches: Iterator[Any], stream: torch.cuda.Stream) -> Iterator[Any]:
+        """Work on the next batch on a side stream while the caller uses this one."""
+
+        def next_batch() -> Any:
+            with torch.cuda.stream(stream):
+                return next(batches, None)
+
+        ahead = next_batch()
+        while ahead is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(stream)
+            batch = recorded(ahead, current)
+            ahead = next_batch()
+            yield batch
+
+
+def check_transform(transform: Any, user: str) -> Callable[..., Any]:
+    """A transform that may run outside the training step."""
+    if hooks_in(transform):
+        raise TypeError(
+            f"{user} is for transforms: an attack needs the model as it is in this very step, so "
+            "call LatentAdversarial(model).step(batch) in the training loop"
+        )
+    if not callable(transform):
+        raise TypeError(f"transform must be callable, got {transform!r}")
+    return transform
+
+
+def perturb_batch(transform: Callable[..., Any], batch: Any) -> Any:
+    """A transform of samples on a batch: its images are marked as such, labels pass through."""
+    if isinstance(batch, Tensor):
+        return transform(batch)
+    key, images = image_key(batch), images_of(batch)
+    # Of plain tensors a transform would take the first, which in a mapping may be the labels.
+    marked = images if is_tv_tensor(images) else tv_tensors.Image(images)
+    if isinstance(batch, Mapping):  # torchvision looks into dicts only
+        result = with_items(batch, transform({**batch, key: marked}))
+    else:
+        result = transform(with_images(batch, key, marked))
+    return result if is_tv_tensor(images) else with_images(result, key, plain(result[key]))
+
+
+def plain(images: Tensor) -> Tensor:
+    """Without the mark of a tv_tensor."""
+    return images.as_subclass(Tensor)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's global generators of the CPU and a device start from a seed, and are put back."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(seed)
+        for there in devices:
+            torch.cuda.default_generators[there.index].manual_seed(seed)
+        yield
+
+
+def images_of(batch: Any) -> Tensor:
+    """The images of a batch.
+
+    Raises:
+        TypeError: They are not a tensor.
+    """
+    images = batch if isinstance(batch, Tensor) else batch[image_key(batch)]
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"the images of a batch must be a tensor, got {type(images).__name__}; make tensors of "
+            "them in the data set's transform, e.g. with v2.ToImage()"
+        )
+    return images
+
+
+def moved(batch: Any, device: torch.device | None) -> Any:
+    """The tensors of a batch on a device, without waiting where the memory is pinned."""
+    if device is None:
+        return batch
+    return over_tensors(batch, lambda t: t.to(device, non_blocking=True))
+
+
+def recorded(batch: Any, stream: torch.cuda.Stream) -> Any:
+    """The same batch, its memory kept until the stream is done with it."""
+
+    def record(t: Tensor) -> Tensor:
+        t.record_stream(stream)
+        return t
+
+    return over_tensors(batch, record)

@@ -1,0 +1,108 @@
+"""LatentSchedule: perturbations that follow one another over the epochs of a training run."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from latent_aug.adversarial import LatentAdversarial
+
+Perturbation = Callable[..., Any] | LatentAdversarial | None
+
+
+class LatentSchedule:
+    """One perturbation after another: "multi-step training", usually from strong to weak.
+
+    Call it as you would call what is in it: on images or samples where it holds transforms, on
+    batches (images, labels) or mappings where it holds a hook. Then a hook's `step` is called,
+    and either gives back the structure that came in, so that a hook and a transform may follow
+    each other.
+
+    The epoch is kept in shared memory: `set_epoch` and `step` in the main process are seen by
+    loader workers too, persistent ones included. Set it between epochs, as batches are
+    prefetched.
+
+    Args:
+        phases: (epochs, perturbation) pairs. A perturbation is a transform, a
+            `LatentAdversarial`, or None for none. After the last phase's epochs it stays.
+
+    Raises:
+        TypeError, ValueError: The phases are not as described.
+
+    Source: the paper's Table 8, rows marked with +.
+
+    Example:
+        >>> import torch
+        >>> from latent_aug import LatentPerturb
+        >>> strong, weak = (LatentPerturb(e, flow="glow-fashionmnist") for e in (0.5, 0.1))
+        >>> schedule = LatentSchedule([(30, strong), (10, weak)])
+        >>> schedule.set_epoch(35)
+        >>> schedule.current is weak
+        True
+        >>> schedule(torch.rand(8, 1, 28, 28)).shape
+        torch.Size([8, 1, 28, 28])
+    """
+
+    def __init__(self, phases: Iterable[tuple[int, Perturbation]]) -> None:
+        self.phases = [check_phase(phase) for phase in phases]
+        if not self.phases:
+            raise ValueError("phases must hold at least one (epochs, perturbation), got none")
+        self._starts = [0, *itertools.accumulate(epochs for epochs, _ in self.phases)][:-1]
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are over, counted from 0."""
+        return int(self._epoch)
+
+    @property
+    def current(self) -> Perturbation:
+        """The perturbation of this epoch."""
+        return self.phases[bisect.bisect_right(self._starts, self.epoch) - 1][1]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to an epoch, counted from 0, as `DistributedSampler.set_epoch` does."""
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+            raise ValueError(f"epoch must be an integer of at least 0, got {epoch!r}")
+        self._epoch.fill_(epoch)
+
+    def step(self) -> None:
+        """One epoch is over, as for a learning rate scheduler."""
+        self._epoch += 1
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Apply the current perturbation to a sample or a batch."""
+        sample = inputs if len(inputs) > 1 else inputs[0]
+        current = self.current
+        if isinstance(current, LatentAdversarial):
+            return current.step(sample)
+        return sample if current is None else current(*inputs)
+
+    def __repr__(self) -> str:
+        phases = ", ".join(f"({epochs}, {perturbation!r})" for epochs, perturbation in self.phases)
+        return f"LatentSchedule([{phases}])"
+
+
+def check_phase(phase: Any) -> tuple[int, Perturbation]:
+    """One (epochs, perturbation) pair."""
+    if not isinstance(phase, (tuple, list)) or len(phase) != 2:
+        raise TypeError(f"phases must hold (epochs, perturbation) pairs, got {phase!r}")
+    epochs, perturbation = phase
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(f"the epochs of a phase must be an integer of at least 1, got {epochs!r}")
+    if perturbation is not None and not callable(perturbation):
+        raise TypeError(f"a phase holds a transform, a hook or None, got {perturbation!r}")
+    return epochs, perturbation
+
+
+def hooks_in(transform: Any) -> bool:
+    """Whether a transform is, or holds, an attack hook."""
+    if isinstance(transform, LatentSchedule):
+        return any(hooks_in(perturbation) for _, perturbation in transform.phases)
+    parts = getattr(transform, "transforms", [])
+    parts = parts if isinstance(parts, (list, tuple)) else []
+    return isinstance(transform, LatentAdversarial) or any(hooks_in(part) for part in parts)

@@ -1,0 +1,146 @@
+"""LatentCache: what it keeps, what it gives, and that it goes on where it was stopped."""
+
+import json
+
+import pytest
+import torch
+from conftest import ByClass, Identity, random_glow
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from latent_aug import LatentCache, LatentPerturb, cache
+
+
+@pytest.fixture(autouse=True)
+def _small_shards(monkeypatch):
+    monkeypatch.setattr(cache, "SHARD", 4)
+
+
+def samples(count=10, size=(3, 8, 8), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (count, *size), dtype=torch.uint8, generator=generator)
+    return [(image, index) for index, image in enumerate(images)]
+
+
+def test_eps_0_gives_the_data_set_back(tmp_path):
+    data = samples()
+    cached = LatentCache(data, tmp_path, LatentPerturb(0.0, flow=random_glow()))
+    assert len(cached) == 10
+    for (image, label), (given, index) in zip(cached, data, strict=True):
+        assert torch.equal(image, given)
+        assert label == index
+
+
+def test_it_is_the_transform_on_the_same_images(tmp_path):
+    transform = LatentPerturb(0.3, flow=random_glow(), clip=0.2, away=True)
+    data = samples()
+    batch = torch.stack([image for image, _ in data])
+    torch.manual_seed(3)
+    expected = transform(batch / 255)
+    cached = LatentCache(data, tmp_path, transform)
+    torch.manual_seed(3)
+    out = torch.stack([image for image, _ in cached.__getitems__(range(10))])
+    assert (out - 255 * expected).abs().max() < 0.51
+
+
+def test_epochs_differ(tmp_path):
+    cached = LatentCache(samples(), tmp_path, LatentPerturb(0.3, flow=random_glow()))
+    assert not torch.equal(cached[0][0], cached[0][0])
+    assert cached[-1][1] == 9
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_in_a_loader_with_what_comes_after(tmp_path, workers):
+    then = v2.Compose([v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True)])
+    cached = LatentCache(samples(), tmp_path, LatentPerturb(0.3, flow=random_glow()), then=then)
+    batches = list(DataLoader(cached, 4, num_workers=workers))
+    assert [len(labels) for _, labels in batches] == [4, 4, 2]
+    assert batches[0][0].dtype == torch.float32
+    assert batches[0][0].max() <= 1
+
+
+def test_pil_images_without_labels(tmp_path):
+    data = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image, _ in samples()]
+    cached = LatentCache(data, tmp_path, LatentPerturb(0.0, flow=random_glow()))
+    assert torch.equal(cached[3], samples()[3][0])
+
+
+def test_sizes_that_are_padded_and_masks(tmp_path):
+    mask = torch.zeros(7, 9)
+    mask[:, :4] = 1
+    transform = LatentPerturb(0.5, flow=random_glow(), mask=mask)
+    data = samples(size=(3, 7, 9))
+    cached = LatentCache(data, tmp_path, transform)
+    image, given = cached[0][0], data[0][0]
+    assert torch.equal(image[..., 4:], given[..., 4:])
+    assert not torch.equal(image, given)
+
+
+def test_a_conditional_flow(tmp_path):
+    data = [(torch.full((3, 8, 8), 127, dtype=torch.uint8), label) for label in range(4)]
+    cached = LatentCache(data, tmp_path, LatentPerturb(0.01, flow=ByClass()))
+    moved = [float((image.float() - 127).abs().max()) for image, _ in cached]
+    assert moved == pytest.approx([2.55, 5.1, 10.2, 20.4], abs=1)
+
+
+class Counting(list):
+    """A data set that counts how often it is read."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        Counting.reads += 1
+        return super().__getitem__(index)
+
+
+def test_it_encodes_once_and_goes_on_where_it_stopped(tmp_path):
+    transform = LatentPerturb(0.0, flow=random_glow())
+    LatentCache(samples(), tmp_path, transform)
+    for name in ("000000004.safetensors",):
+        (tmp_path / name).unlink()
+    (tmp_path / "000000004.safetensors.99.part").write_bytes(b"cut off")
+    Counting.reads = 0
+    again = LatentCache(Counting(samples()), tmp_path, transform)
+    assert Counting.reads == 16 + 4  # to recognize the data set, and the missing file
+    assert torch.equal(again[5][0], samples()[5][0])
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("data", "flow", "words"),
+        [
+            (samples(9), random_glow(), "another count and images"),
+            (samples(seed=1), random_glow(), "another images"),
+            (samples(), random_glow(seed=1), "another flow"),
+        ],
+    )
+    def test_of_another_cache(self, tmp_path, data, flow, words):
+        LatentCache(samples(), tmp_path, LatentPerturb(flow=random_glow()))
+        before = sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
+        with pytest.raises(ValueError, match=words):
+            LatentCache(data, tmp_path, LatentPerturb(flow=flow))
+        assert sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir()) == before
+        assert json.loads((tmp_path / "index.json").read_text())["count"] == 10
+
+    @pytest.mark.parametrize(
+        ("data", "error", "words"),
+        [
+            ([(torch.rand(3, 8, 8), 0)], TypeError, "uint8 or PIL images, got torch.float32"),
+            ([], ValueError, "length above 0"),
+            ([*samples(1), *samples(1, (3, 9, 9))], ValueError, "images of one size"),
+            ([(torch.zeros(1, 8, 8).byte(), 0)], ValueError, "3 channels"),
+            ([(torch.zeros(3, 8, 8).byte(), "cat")], TypeError, "labels"),
+        ],
+    )
+    def test_of_data(self, tmp_path, data, error, words):
+        with pytest.raises(error, match=words):
+            LatentCache(data, tmp_path, LatentPerturb(flow=Identity()))
+
+    def test_of_transforms(self, tmp_path):
+        with pytest.raises(TypeError, match="must be a LatentPerturb"):
+            LatentCache(samples(), tmp_path, v2.Identity())
+        with pytest.raises(ValueError, match="normalize="):
+            LatentCache(
+                samples(), tmp_path, LatentPerturb(flow=Identity(), normalize=([0.5], [0.5]))
+            )

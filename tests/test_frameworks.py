@@ -1,0 +1,47 @@
+"""The examples with other people's training loops, run as a user runs them, with the real thing."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "frameworks"
+ALONE = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "accelerate_loop.py")
+
+
+def run(*command):
+    """What a command prints, errors included."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def losses(printed):
+    return [float(found) for found in re.findall(r"loss (\d+\.\d+)$", printed, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_it_runs_and_learns(name):
+    found = losses(run(str(EXAMPLES / name), "--images", "96", "--epochs", "2"))
+    assert found
+    assert all(0 < loss < 4 for loss in found)
+
+
+def test_accelerate_runs_on_two_processes():
+    printed = run(
+        *("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"),
+        *(str(EXAMPLES / "accelerate_loop.py"), "--cpu", "--images", "96", "--epochs", "2"),
+    )
+    assert printed.count("2 processes") == 2  # once an epoch
+    assert all(0 < loss < 4 for loss in losses(printed))
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_it_is_short(path):
+    assert len(path.read_text().splitlines()) < 80

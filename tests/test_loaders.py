@@ -1,0 +1,259 @@
+"""LatentCollate and LatentLoader: the batches they give, their draws, what they hand on."""
+
+import collections
+import datetime
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ByClass, Identity, free_port
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, default_collate
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from latent_aug import (
+    LatentAdversarial,
+    LatentCollate,
+    LatentLoader,
+    LatentPerturb,
+    LatentSchedule,
+)
+from latent_aug.loaders import perturb_batch
+from latent_aug.randomness import mixed
+
+COUNT = 12
+
+
+def data():
+    return TensorDataset(torch.full((COUNT, 3, 8, 8), 0.5), torch.arange(COUNT))
+
+
+def perturb(eps=0.2, **options):
+    return LatentPerturb(eps, flow=Identity(), **options)
+
+
+def through(kind, transform, loader_options=None):
+    """The same loader with its batches perturbed either way."""
+    options = {"batch_size": 4, **(loader_options or {})}
+    if kind == "collate":
+        return DataLoader(data(), collate_fn=LatentCollate(transform), **options)
+    return LatentLoader(DataLoader(data(), **options), transform)
+
+
+KINDS = pytest.mark.parametrize("kind", ["collate", "loader"])
+
+
+@KINDS
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_are_perturbed_and_labels_pass(kind, workers):
+    batches = list(through(kind, perturb(), {"num_workers": workers}))
+    assert [batch[1].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    images = torch.cat([batch[0] for batch in batches])
+    assert type(images) is torch.Tensor
+    assert len({float(image.sum()) for image in images}) == COUNT
+    assert ((images - 0.5).flatten(1).abs().amax(1) > 0.1).all()
+
+
+@KINDS
+@pytest.mark.parametrize("mapping", [dict, collections.UserDict])
+def test_mappings_whose_labels_come_first(kind, mapping):
+    batch = mapping(labels=torch.arange(2), pixel_values=torch.full((2, 3, 8, 8), 0.5))
+    if kind == "collate":
+        out = LatentCollate(perturb(), collate=lambda samples: batch)([])
+    else:
+        (out,) = LatentLoader([batch], perturb())
+    assert type(out) is mapping
+    assert list(out) == ["labels", "pixel_values"]
+    assert out["labels"] is batch["labels"]
+    assert type(out["pixel_values"]) is torch.Tensor
+    assert not torch.equal(out["pixel_values"], batch["pixel_values"])
+
+
+@KINDS
+def test_conditional_flows_get_their_labels(kind):
+    labels = torch.tensor([0, 3])
+    batch = [torch.full((2, 3, 8, 8), 0.5), labels]
+    transform = LatentPerturb(0.01, flow=ByClass())
+    if kind == "collate":
+        out = LatentCollate(transform, collate=lambda samples: batch)([])
+    else:
+        (out,) = LatentLoader([batch], transform)
+    moved = (out[0] - 0.5).abs().flatten(1).amax(1)
+    assert torch.allclose(moved, torch.tensor([0.01, 0.08]), atol=1e-4)
+
+
+def test_what_else_a_transform_does_to_the_batch_stays():
+    batch = {"images": torch.rand(4, 3, 8, 8), "labels": torch.arange(4)}
+    mixup = v2.MixUp(num_classes=4, labels_getter=lambda sample: sample["labels"])
+    out = perturb_batch(v2.Compose([perturb(), mixup]), batch)
+    assert out["labels"].shape == (4, 4)
+    assert batch["labels"].shape == (4,)
+
+
+def test_a_plain_tensor_and_a_tv_tensor_as_batches():
+    images = torch.rand(4, 3, 8, 8)
+    assert type(perturb_batch(perturb(), images)) is torch.Tensor
+    out = perturb_batch(perturb(), (tv_tensors.Image(images), torch.arange(4)))
+    assert type(out[0]) is tv_tensors.Image
+
+
+class TestDraws:
+    def images(self, loader):
+        return torch.cat([batch[0] for batch in loader])
+
+    def epoch(self, workers=0, persistent=False, **options):
+        torch.manual_seed(7)
+        loader = DataLoader(
+            data(), 4, shuffle=True, num_workers=workers, persistent_workers=persistent
+        )
+        loader = LatentLoader(loader, perturb(), **options)
+        return loader, self.images(loader)
+
+    @pytest.mark.parametrize("seed", [None, 3])
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_do_not_depend_on_the_number_of_workers(self, workers, seed):
+        assert torch.equal(self.epoch(0, seed=seed)[1], self.epoch(workers, seed=seed)[1])
+
+    @pytest.mark.parametrize("seed", [None, 3])
+    @pytest.mark.parametrize(("workers", "persistent"), [(0, False), (1, True)])
+    def test_differ_between_epochs(self, workers, persistent, seed):
+        loader, first = self.epoch(workers, persistent, seed=seed)
+        assert not torch.equal(self.images(loader), first)
+
+    def test_of_an_epoch_can_be_had_again(self):
+        second = LatentLoader(DataLoader(data(), 4), perturb(), seed=3)
+        second.set_epoch(1)
+        again = LatentLoader(DataLoader(data(), 4), perturb(), seed=3)
+        self.images(again)
+        assert torch.equal(self.images(again), self.images(second))
+        assert not torch.equal(self.images(again), self.images(second.loader))
+
+    def test_differ_between_seeds_and_batches(self):
+        images = self.epoch(seed=3)[1]
+        assert not torch.equal(images, self.epoch(seed=4)[1])
+        assert len({float(image.sum()) for image in images}) == COUNT
+
+    def test_leave_the_global_generator_to_the_user(self):
+        drawn = []
+        for transform in (perturb(), v2.Identity()):
+            torch.manual_seed(7)
+            for _ in LatentLoader(DataLoader(data(), 4), transform):
+                drawn.append(float(torch.rand(())))
+        assert drawn[:3] == drawn[3:]
+
+    def test_of_a_share_in_workers_differ_between_workers(self):
+        """Each of two workers collates three batches: none are alike."""
+        loader = DataLoader(data(), 2, num_workers=2, collate_fn=LatentCollate(perturb()))
+        assert len({float(image.sum()) for image in self.images(loader)}) == COUNT
+
+
+def draw(rank, port, results):
+    """What each process of two draws from the same seed."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    torch.manual_seed(0)
+    images = torch.full((2, 3, 8, 8), 0.5)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    loader = LatentLoader(DataLoader(data(), 4), perturb())
+    sampler = DistributedSampler(data(), shuffle=False)
+    workers = DataLoader(
+        data(), 2, sampler=sampler, num_workers=1, collate_fn=LatentCollate(perturb())
+    )
+    attack = LatentAdversarial(model, flow=Identity(), steps=1, alpha=0.0, eps=0.1, norm="linf")
+    results[rank] = {
+        "transform": perturb()(images),
+        "attack": attack(images, torch.tensor([0, 1])),
+        "loader": next(iter(loader))[0],
+        "workers": next(iter(workers))[0],
+        "user's": torch.rand(3),
+    }
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_ranks_of_one_seed_draw_differently():
+    with torch.multiprocessing.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(draw, args=(free_port(), results), nprocs=2, join=True)
+        first, second = results[0], results[1]
+    different = {name for name in first if not torch.equal(first[name], second[name])}
+    assert different == {"transform", "attack", "loader", "workers"}
+
+
+def test_mixed_seeds_are_all_different():
+    seeds = {mixed(a, b, c) for a in range(20) for b in range(20) for c in range(20)}
+    assert len(seeds) == 8000
+
+
+class TestLatentLoader:
+    def test_hands_on_what_the_loader_has(self):
+        inner = DataLoader(data(), 5, shuffle=True, drop_last=True)
+        loader = LatentLoader(inner, perturb())
+        assert len(loader) == 2
+        assert loader.dataset is inner.dataset
+        assert loader.sampler is inner.sampler
+        assert loader.batch_size == 5
+        assert loader.drop_last
+        with pytest.raises(AttributeError, match="nothing"):
+            loader.nothing  # noqa: B018
+
+    def test_set_epoch_reaches_sampler_and_schedule(self):
+        sampler = DistributedSampler(data(), num_replicas=2, rank=0)
+        schedule = LatentSchedule([(3, perturb()), (1, None)])
+        loader = LatentLoader(DataLoader(data(), 3, sampler=sampler), schedule)
+        loader.set_epoch(3)
+        assert sampler.epoch == 3
+        assert schedule.current is None
+        assert all((batch[0] == 0.5).all() for batch in loader)
+
+    def test_moves_the_batch(self):
+        loader = LatentLoader([[torch.rand(2, 3, 8, 8), torch.arange(2)]], perturb(), "cpu")
+        (batch,) = loader
+        assert batch[0].device.type == "cpu"
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("wrapped", [False, True])
+    def test_hooks(self, wrapped):
+        hook = LatentAdversarial(nn.Identity(), flow=Identity())
+        transform = LatentSchedule([(1, perturb()), (1, hook)]) if wrapped else hook
+        with pytest.raises(TypeError, match="LatentLoader is for transforms: an attack needs"):
+            LatentLoader(DataLoader(data()), transform)
+        with pytest.raises(TypeError, match="LatentCollate is for transforms"):
+            LatentCollate(transform)
+
+    def test_a_gpu_in_a_worker(self):
+        collate = LatentCollate(perturb(), device="cuda")
+        loader = DataLoader(data(), 2, num_workers=1, collate_fn=collate)
+        with pytest.raises(RuntimeError, match=r"wrap the loader in LatentLoader\("):
+            next(iter(loader))
+
+    @pytest.mark.parametrize(
+        ("make", "error", "words"),
+        [
+            (lambda: LatentLoader(3, perturb()), TypeError, "loader must be iterable"),
+            (lambda: LatentLoader([], 0.25), TypeError, "transform must be callable"),
+            (lambda: LatentLoader([], perturb(), seed=0.5), TypeError, "seed must be an integer"),
+            (lambda: LatentCollate(perturb(), 3), TypeError, "collate must be callable"),
+            (lambda: list(LatentLoader([3], perturb())), TypeError, "batch must be a tuple"),
+            (lambda: list(LatentLoader([["a", 1]], perturb())), TypeError, "must be a tensor"),
+        ],
+    )
+    def test_arguments(self, make, error, words):
+        with pytest.raises(error, match=words):
+            make()
+
+
+def test_collate_takes_the_user_s():
+    def collate(samples):
+        images, labels = default_collate(samples)
+        return {"image": images, "label": labels}
+
+    out = LatentCollate(perturb(), collate)([data()[0], data()[1]])
+    assert out["label"].tolist() == [0, 1]
