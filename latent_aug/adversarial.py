@@ -15,7 +15,7 @@ from torchvision import tv_tensors
 
 from latent_aug import functional as LF
 from latent_aug.arguments import Range, distance, number_range, one_of, probability
-from latent_aug.classifier import check_targets, lent, scaled_up
+from latent_aug.classifier import check_targets, classes_of, lent, samples_meet, scaled_up
 from latent_aug.conditions import condition, labels_in
 from latent_aug.flows import Flow
 from latent_aug.images import is_tv_tensor, to_float
@@ -26,6 +26,8 @@ from latent_aug.structures import LABEL_KEYS, image_key, rows, with_images
 Forward = Callable[[nn.Module, Any], Tensor]
 Loss = Callable[[Tensor, Any], Tensor]
 
+DETACHED = "the loss has no gradient to the images: the model, forward= or loss= detaches it"
+
 
 class LatentAdversarial(UsesFlow):
     """Replace images by on-manifold adversarial ones: k ascent steps on the user's classifier.
@@ -35,8 +37,10 @@ class LatentAdversarial(UsesFlow):
     The model is left as it was: modes, buffers, gradients and flags, also after an exception.
 
     The model may run under autocast, in half precision, compiled, frozen in part, or wrapped in
-    DataParallel or DistributedDataParallel, which is looked through: the attack itself never
-    talks to other processes. Under float16 small gradients survive, as they are scaled up.
+    DataParallel or DistributedDataParallel, which is looked through: in "eval" mode the attack
+    never talks to other processes (SyncBatchNorm in training mode would). Under float16 small
+    gradients survive, as they are scaled up. Activation checkpointing needs
+    ``use_reentrant=False``.
 
     Args:
         model: The classifier: images (B, C, H, W) to logits (B, K).
@@ -46,8 +50,8 @@ class LatentAdversarial(UsesFlow):
         steps: Ascent steps, k.
         norm: "l2", "linf", or "rms" (l2 with eps and alpha times √d).
         flow: A `Flow`, or a name or path for `load_flow`.
-        loss: Called with (logits, labels), gives a scalar or (B,); by default cross-entropy,
-            in float64, as confident samples have no loss in float32.
+        loss: Called with (logits, labels), gives a scalar or (B,); labels may be anything then.
+            By default cross-entropy, in float64, as confident samples have no loss in float32.
         labels: "true" raises the loss at the batch's labels, "predicted" at the model's own
             predictions on the clean images (the authors' code).
         normalize: v2.Normalize or (mean, std) that the images have been through already.
@@ -154,8 +158,11 @@ class LatentAdversarial(UsesFlow):
         labels = labels_in(batch, self.labels_getter)
         return with_images(batch, key, self._replace(batch, key, labels))
 
-    def __call__(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Adversarial images (B, C, H, W) for labels (B,) or (B, K); the dtype stays."""
+    def __call__(self, images: Tensor, labels: Any = None) -> Tensor:
+        """Adversarial images (B, C, H, W) for labels (B,) or (B, K); the dtype stays.
+
+        `mask` and `forward` get (images, labels) as the batch.
+        """
         return self._replace((images, labels), 0, labels)
 
     def _replace(self, batch: Any, key: Any, labels: Any) -> Tensor:
@@ -173,13 +180,13 @@ class LatentAdversarial(UsesFlow):
             order = self._draws.uniform((len(images),), to_float(images.new_empty(0))).argsort()
             chosen = order[:count]
             picked = self._attack(
-                images[chosen],
-                labels[chosen.to(labels.device)] if isinstance(labels, Tensor) else labels,
+                images[chosen].contiguous(memory_format=layout_of(images)),
+                rows(labels, chosen, len(images)),
                 pixels[chosen] if pixels is not None and len(pixels) > 1 else pixels,
                 batch if self.forward is None else rows(batch, chosen, len(images)),
                 key,
             )
-            result = images.index_copy(0, chosen, picked)
+            result = images.clone().index_copy_(0, chosen, picked)
         return tv_tensors.wrap(result, like=given) if is_tv_tensor(given) else result
 
     def _check(self, images: Tensor, labels: Tensor | None) -> None:
@@ -208,6 +215,8 @@ class LatentAdversarial(UsesFlow):
                 "labels='true' needs labels: second in a tuple, or in a mapping under one of "
                 f"{LABEL_KEYS}; name them with labels_getter= otherwise"
             )
+        if self.loss is not None and not isinstance(labels, Tensor):
+            return  # whatever it takes
         if not isinstance(labels, Tensor) or labels.ndim < 1 or len(labels) != len(images):
             found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(f"labels must be a tensor of {len(images)} entries, got {found}")
@@ -234,20 +243,26 @@ class LatentAdversarial(UsesFlow):
         decode = self._decode()
 
         def images_at(delta: Tensor) -> Tensor:
-            return self._to_image(decode(z + delta, y), x, pixels).to(original.dtype)
+            images = self._to_image(decode(z + delta, y), x, pixels).to(original.dtype)
+            return images.contiguous(memory_format=layout_of(original))
 
         with lent(self.model, self.model_mode) as model, torch.enable_grad():
+            samples = None if samples_meet(model) else len(z)
 
             def logits_of(images: Tensor) -> Tensor:
                 return self._logits(model, with_images(batch, key, images), key)
 
             if self.labels == "predicted":
                 with torch.no_grad():
-                    labels = logits_of(original.clone()).argmax(dim=1)  # it may work in place
+                    logits = logits_of(original.clone())  # it may work in place
+                classes_of(logits, "labels='predicted' takes the largest; use labels='true'")
+                labels = logits.argmax(dim=1)
             for _ in range(self.steps):
                 delta.requires_grad_(True)
-                loss = self._loss(logits_of(images_at(delta)), labels)
-                (grad,) = torch.autograd.grad(loss, delta)
+                loss = self._loss(logits_of(images_at(delta)), labels, samples)
+                (grad,) = torch.autograd.grad(loss, delta, allow_unused=True)
+                if grad is None:
+                    raise ValueError(DETACHED)
                 delta = LF.ascent_step(delta.detach(), grad, alpha, eps, self.norm, mask=mask)
         with torch.no_grad():
             return self._restore(images_at(delta), original, z, pixels)
@@ -273,28 +288,41 @@ class LatentAdversarial(UsesFlow):
                 f"the model must give a tensor of logits, got {type(logits).__name__}; pass "
                 "forward=, e.g. lambda model, batch: model(batch[0]).logits"
             )
-        logits = to_float(logits)
-        if logits.requires_grad:
-            logits.register_hook(partial(scaled_up, each=self.model_mode == "eval"))
-        return logits
+        return to_float(logits)
 
-    def _loss(self, logits: Tensor, labels: Any) -> Tensor:
-        """Summed over the samples, so that each one's gradient is its own."""
-        if self.loss is None:
+    def _loss(self, logits: Tensor, labels: Any, samples: int | None) -> Tensor:
+        """Summed over the samples, so that each one's gradient is its own.
+
+        Args:
+            logits: The model's.
+            labels: As they came, or predicted.
+            samples: How many there are, if they do not meet in the model.
+        """
+        if self.loss is None and logits.device.type != "mps":
             # In float32 a sample classified with a margin above 16 has a loss of exactly 0, and
             # half of its gradient is lost; a fifth of a small training set can be like that.
-            exact = logits if logits.device.type == "mps" else logits.double()
-            loss = F.cross_entropy(exact, check_targets(exact, labels), reduction="sum")
+            logits = logits.double()
+        if logits.requires_grad:
+            each = logits.ndim > 0 and len(logits) == samples
+            logits.register_hook(partial(scaled_up, each=each))
+        if self.loss is None:
+            loss = F.cross_entropy(logits, check_targets(logits, labels), reduction="sum")
         else:
-            loss = self.loss(logits, labels).sum()
+            loss = self.loss(logits, labels)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss must give a tensor, got {type(loss).__name__}")
         if not loss.requires_grad:
-            raise ValueError(
-                "the loss has no gradient to the images: the model, forward= or loss= detaches it"
-            )
-        return loss
+            raise ValueError(DETACHED)
+        return loss.sum()
 
     def __repr__(self) -> str:
         return f"LatentAdversarial({self._describe('alpha', 'steps')})"
+
+
+def layout_of(images: Tensor) -> torch.memory_format:
+    """channels_last for what is so and not also contiguous."""
+    last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def has_argument(function: Callable[..., Any], name: str) -> bool:

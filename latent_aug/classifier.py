@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,21 +38,45 @@ def lent(model: nn.Module, mode: str) -> Iterator[nn.Module]:
         for parameter in wanting:
             parameter.requires_grad_(False)
         if mode == "eval":
-            model.eval()
+            # Not by eval(): where it is overridden it may do more, as merging LoRA weights does.
+            for module in model.modules():
+                module.training = module.training and keeps_training(module)
         yield model
     finally:
         for parameter in wanting:
             parameter.requires_grad_(True)
         for module, training in modes:
             module.training = training
-        for module, buffers, non_persistent in tables:
-            module._buffers.clear()
-            module._buffers.update(buffers)
-            module._non_persistent_buffers_set = non_persistent
         for buffer, content in contents:
             # .data leaves the version counter alone: a forward pass of the user's that waits for
             # its backward pass may have saved this buffer.
             buffer.data.copy_(content)
+        for module, buffers, non_persistent in tables:
+            restore_table(module, buffers, non_persistent)
+
+
+def keeps_training(module: nn.Module) -> bool:
+    """Whether a module's mode makes no difference, but to cuDNN, which only then goes backwards."""
+    return isinstance(module, nn.RNNBase) and not module.dropout
+
+
+def restore_table(module: nn.Module, buffers: dict[str, Any], non_persistent: set[str]) -> None:
+    """The buffers that a module had, where it has others now."""
+    now = dict(module._buffers)
+    if now.keys() == buffers.keys() and all(now[name] is buffers[name] for name in buffers):
+        return
+    module._buffers.clear()
+    module._buffers.update(buffers)
+    module._non_persistent_buffers_set = non_persistent
+
+
+def samples_meet(model: nn.Module) -> bool:
+    """Whether the samples of a batch act on each other: BatchNorm on the batch's statistics."""
+    return any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and (module.training or module.running_mean is None)
+        for module in model.modules()
+    )
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -74,14 +99,30 @@ def is_expanded(tensor: Tensor) -> bool:
 
 
 def scaled_up(grad: Tensor, each: bool) -> Tensor:
-    """The gradient of logits (B, ...) with 256 as its greatest component, which float16 holds.
+    """The gradient of the model's output with 256 as its greatest component: float16 holds it.
 
-    Ascent steps are normalized, so a factor for each sample changes nothing where samples do
-    not meet in the model; in training mode BatchNorm mixes them, and the batch shares one.
+    Ascent steps are normalized, so a factor for each sample, in the first dimension, changes
+    nothing where samples do not meet in the model; elsewhere all share one.
     """
-    size = grad.abs().flatten(1).amax(dim=1) if each else grad.abs().amax().expand(len(grad))
-    size = size.reshape(-1, *[1] * (grad.ndim - 1))
+    size = grad.abs()
+    if each and grad.ndim > 1:
+        size = size.amax(dim=tuple(range(1, grad.ndim)), keepdim=True)
+    elif not each:
+        size = size.amax()
     return grad / torch.where(size > 0, size, 1) * 256
+
+
+def classes_of(logits: Tensor, advice: str) -> int:
+    """K of logits (B, K, ...).
+
+    Raises:
+        ValueError: There are not even two.
+    """
+    classes = logits.shape[1] if logits.ndim > 1 else 1
+    if classes < 2:
+        found = tuple(logits.shape)
+        raise ValueError(f"logits (B, K) of at least 2 classes are needed, got {found}; {advice}")
+    return classes
 
 
 def check_targets(logits: Tensor, labels: Tensor) -> Tensor:
@@ -90,12 +131,7 @@ def check_targets(logits: Tensor, labels: Tensor) -> Tensor:
     Raises:
         ValueError: They are neither indices of the logits' classes nor probabilities of them.
     """
-    classes = logits.shape[1] if logits.ndim > 1 else 1
-    if classes < 2:
-        raise ValueError(
-            f"cross-entropy needs logits (B, K) of at least 2 classes, got {tuple(logits.shape)}; "
-            "pass loss=, e.g. one from F.binary_cross_entropy_with_logits"
-        )
+    classes = classes_of(logits, "pass loss=, e.g. one from F.binary_cross_entropy_with_logits")
     if labels.is_floating_point():
         if labels.shape != logits.shape:
             raise ValueError(

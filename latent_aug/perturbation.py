@@ -37,7 +37,8 @@ class UsesFlow:
             raise TypeError(f"labels_getter must be 'default' or callable, got {labels_getter!r}")
         self._held, self.labels_getter = HeldFlow(flow), labels_getter
         self._normalization = Normalization(normalize, self.flow.channels)
-        self.mask, self.levels = check_mask(mask), check_levels(levels, self.flow)
+        # In a tuple a mask that is a network stays out of a transform's parameters, as the flow.
+        self._mask, self.levels = (check_mask(mask),), check_levels(levels, self.flow)
         self._draws = Draws(generator)
         self._fallbacks = FallbackCounter()
         self._checked_devices: set[torch.device] = set()
@@ -46,6 +47,11 @@ class UsesFlow:
     def flow(self) -> Flow:
         """The flow; shared, so treat it as read-only."""
         return self._held.flow
+
+    @property
+    def mask(self) -> Mask:
+        """What was given as mask."""
+        return self._mask[0]
 
     @property
     def normalizes(self) -> bool:

@@ -56,7 +56,7 @@ def pixels_of(mask: Mask, sample: Any, x: Tensor) -> Tensor | None:
     found = mask(sample) if callable(mask) else mask
     if not isinstance(found, Tensor):
         raise TypeError(f"mask must return a tensor (H, W), got {type(found).__name__}")
-    found = found.as_subclass(Tensor).to(x.device)
+    found = found.as_subclass(Tensor)
     if not 2 <= found.ndim <= 4 or (found.ndim == 4 and found.shape[1] != 1):
         raise ValueError(f"mask must be (H, W), (B, H, W) or (B, 1, H, W), got {shape(found)}")
     pixels = found.reshape(-1, 1, *found.shape[-2:])
@@ -66,8 +66,9 @@ def pixels_of(mask: Mask, sample: Any, x: Tensor) -> Tensor | None:
             f"{shape(found)}; put the transform after what resizes or crops both"
         )
     if pixels.is_cpu and bool((pixels != pixels.bool()).any()):  # elsewhere a check is a sync
-        raise ValueError(f"mask must be of zeros and ones, got values up to {pixels.max():.3g}")
-    return pixels.bool()
+        low, high = (float(value) for value in pixels.aminmax())
+        raise ValueError(f"mask must be of zeros and ones, got values from {low:.3g} to {high:.3g}")
+    return pixels.bool().to(x.device, non_blocking=True)
 
 
 def shape(t: Tensor) -> tuple[int, ...]:
@@ -97,6 +98,11 @@ def movable(
 def level_mask(flow: Flow, like: Tensor, levels: tuple[int, ...]) -> Tensor:
     """Ones where a latent (1, C, H, W) holds one of the levels, zeros elsewhere."""
     parts = flow.split_levels(torch.zeros_like(like[:1]))
+    if len(parts) != flow.levels:
+        raise ValueError(
+            f"{type(flow).__name__} says it has {flow.levels} levels, but its split_levels gives "
+            f"{len(parts)}"
+        )
     return flow.join_levels(
         [torch.full_like(part, float(level in levels)) for level, part in enumerate(parts)]
     )

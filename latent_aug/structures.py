@@ -18,7 +18,7 @@ def image_key(batch: Any) -> Any:
         found = [key for key in IMAGE_KEYS if key in batch]
         if len(found) != 1:
             raise ValueError(
-                f"a batch must have one of the keys {IMAGE_KEYS}, got {list(batch.keys())}"
+                f"a batch must have exactly one of the keys {IMAGE_KEYS}, got {list(batch.keys())}"
             )
         return found[0]
     if not isinstance(batch, (tuple, list)) or not batch:
@@ -67,22 +67,29 @@ def with_items(mapping: Any, items: Mapping[Any, Any]) -> Any:
 def rows(batch: Any, chosen: Tensor, count: int) -> Any:
     """The chosen samples of a batch of `count`.
 
-    Tensors of so many rows, and lists of so many things that are no containers themselves, lose
-    the other samples; everything else stays.
+    Tensors and arrays of so many rows lose the others. So do lists and tuples of so many things,
+    a thing for each sample, but for the batch itself, which is a structure. What is left as it
+    is: everything of another length.
 
     Args:
-        batch: Tensors in nested tuples, lists and mappings.
+        batch: Tensors, arrays and lists in a tuple, list or mapping.
         chosen: Indices (n,).
         count: Samples in the batch.
     """
-    if isinstance(batch, Tensor):
-        return batch[chosen.to(batch.device)] if batch.ndim and len(batch) == count else batch
     if isinstance(batch, Mapping):
-        return with_items(batch, {k: rows(v, chosen, count) for k, v in batch.items()})
-    if not isinstance(batch, (tuple, list)):
-        return batch
-    if len(batch) == count and not any(
-        isinstance(v, (Tensor, Mapping, tuple, list)) for v in batch
-    ):
-        return like_sequence(batch, [batch[i] for i in chosen.tolist()])
-    return like_sequence(batch, [rows(value, chosen, count) for value in batch])
+        return with_items(batch, {k: rows_of(v, chosen, count) for k, v in batch.items()})
+    if isinstance(batch, (tuple, list)):
+        return like_sequence(batch, [rows_of(value, chosen, count) for value in batch])
+    return rows_of(batch, chosen, count)
+
+
+def rows_of(value: Any, chosen: Tensor, count: int) -> Any:
+    """The same for one entry of a batch."""
+    shape = getattr(value, "shape", None)  # of tensors and arrays
+    if shape is not None:
+        if not len(shape) or shape[0] != count:
+            return value
+        return value[chosen.to(value.device) if isinstance(value, Tensor) else chosen.cpu().numpy()]
+    if isinstance(value, (tuple, list)) and len(value) == count:
+        return like_sequence(value, [value[i] for i in chosen.tolist()])
+    return rows(value, chosen, count) if isinstance(value, (Mapping, tuple, list)) else value

@@ -162,6 +162,11 @@ class LatentPerturb(UsesFlow, v2.Transform):
             )
         draws: dict[Any, Draw] = {}
         for image in flat_inputs:
+            if self.normalizes and getattr(image, "dtype", torch.uint8) == torch.uint8:
+                raise TypeError(
+                    "images are 8-bit, so they cannot be normalized: leave normalize= out, and put "
+                    "Normalize after this transform"
+                )
             x, _ = to_batch(image, self.flow.channels)
             if x.numel() and kind(x, image) not in draws:
                 draws[kind(x, image)] = self._draw(x, frames_of(image), sample)

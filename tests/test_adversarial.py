@@ -167,22 +167,51 @@ def test_p_is_an_exact_share(model, batch, glow, p):
     assert changed.sum() == int(6 * p)
 
 
-def test_a_share_of_the_batch_stays_in_its_place(model, glow):
+def test_a_share_of_the_batch_stays_in_its_place(model):
+    """Each image that is attacked meets its own label, and goes back where it was."""
     images = torch.linspace(0.1, 0.9, 8)[:, None, None, None].expand(8, 3, 16, 16)
-    targets = torch.arange(8) % 4
-    seen = []
+    targets, seen = torch.arange(8), []
 
-    def record(logits, labels):
+    def loss(logits, labels):
         seen.append(labels)
-        return F.cross_entropy(logits, labels)
+        return logits.sum()
 
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0].mean((1, 2, 3))))
     attack = LatentAdversarial(
-        model, eps=0.1, alpha=0.05, steps=1, p=0.5, flow=Identity(), loss=record
+        model, eps=0.1, alpha=0.05, steps=1, p=0.5, flow=Identity(), loss=loss
     )
     out = attack(images, targets)
     assert (out - images).abs().max() < 0.05
-    changed = (out != images).flatten(1).any(1)
-    assert sorted(seen[0].tolist()) == sorted(targets[changed].tolist())
+    changed = (out != images).flatten(1).any(1).nonzero().flatten()
+    attacked, labels = seen
+    assert torch.equal(labels.sort().values, changed)
+    torch.testing.assert_close(attacked, images[labels].mean((1, 2, 3)), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_eps_and_alpha_are_drawn_for_each_sample(norm):
+    """One step of alpha from the centre: its length is alpha's, or eps' where that is less."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4))
+    images, labels = torch.full((200, 3, 8, 8), 0.5), torch.zeros(200, dtype=torch.long)
+    options = {"norm": norm, "flow": Identity(), "steps": 1, "random_start": False}
+    for ranges in ({"alpha": (0.1, 0.2), "eps": 1.0}, {"alpha": 1.0, "eps": (0.1, 0.2)}):
+        moved = (LatentAdversarial(model, **options, **ranges)(images, labels) - images).flatten(1)
+        size = moved.abs().amax(1) if norm == "linf" else moved.norm(dim=1)
+        assert size.min() == pytest.approx(0.1, abs=0.01)
+        assert size.mean() == pytest.approx(0.15, abs=0.01)
+        assert size.max() == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize("p", [1.0, 0.5])
+def test_a_channels_last_batch_stays_one(model, batch, p):
+    seen = []
+    model.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    images = batch[0].contiguous(memory_format=torch.channels_last)
+    out = LatentAdversarial(model, flow=random_glow(), p=p)(images, batch[1])
+    assert all(seen)
+    assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_p_of_single_images_is_right_on_average(model, glow):
@@ -483,8 +512,14 @@ def test_a_flow_without_a_choice_of_gradient(model, batch):
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_lean_and_fast_attacks_agree(model, batch, norm):
-    flow, results = random_glow(steps=4, dtype=torch.float64), []
-    images = batch[0].double()
+    flow, results, ways = random_glow(steps=4, dtype=torch.float64), [], []
+    images, decode = batch[0].double(), flow.decode
+
+    def recorded(z, y=None, *, gradient="auto"):
+        ways.append(gradient)
+        return decode(z, y, gradient=gradient)
+
+    flow.decode = recorded
     for gradient in ("fast", "lean"):
         torch.manual_seed(2)
         attack = LatentAdversarial(
@@ -492,6 +527,7 @@ def test_lean_and_fast_attacks_agree(model, batch, norm):
         )
         results.append(attack(images, batch[1]))
     torch.testing.assert_close(results[1], results[0], atol=1e-6, rtol=0)
+    assert ways == ["fast"] * 4 + ["lean"] * 4
 
 
 def test_a_spawned_process_gets_the_flow_by_name(model, tmp_path):

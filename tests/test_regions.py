@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FLOWS, random_glow
+from conftest import FLOWS, Identity, random_glow
 from PIL import Image
 from torch import nn
 from torchvision import tv_tensors
@@ -294,7 +294,11 @@ class TestBadInput:
         [
             ({"mask": "background"}, TypeError, "mask must be a tensor"),
             ({"mask": torch.rand(16, 16)}, ValueError, "mask must be of zeros and ones"),
-            ({"mask": torch.full((16, 16), 255)}, ValueError, "zeros and ones, got values up to 2"),
+            (
+                {"mask": torch.full((16, 16), 255)},
+                ValueError,
+                "zeros and ones, got values from 255 to 255",
+            ),
             ({"mask": torch.ones(8, 8)}, ValueError, "size of its images"),
             ({"mask": torch.ones(3, 16, 16)}, ValueError, "size of its images"),
             ({"mask": torch.ones(2, 3, 16, 16)}, ValueError, r"mask must be \(H, W\)"),
@@ -310,3 +314,26 @@ class TestBadInput:
     def test_of_masks_and_levels(self, kind, options, error, words):
         with pytest.raises(error, match=words):
             perturb(kind, random_glow(), torch.rand(2, 3, 16, 16), "l2", **options)
+
+
+def test_a_network_as_mask_stays_out_of_the_transform():
+    class Saliency(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(16, 16))
+
+        def forward(self, sample):
+            return self.weight.detach()
+
+    transform = LatentPerturb(0.3, flow=random_glow(), mask=Saliency())
+    assert not torch.equal(transform(torch.full((3, 16, 16), 0.5)), torch.full((3, 16, 16), 0.5))
+    assert not transform.state_dict()
+    assert not list(transform.parameters())
+
+
+def test_a_flow_that_miscounts_its_levels():
+    class Miscounting(Identity):
+        levels = 3
+
+    with pytest.raises(ValueError, match="says it has 3 levels, but its split_levels gives 1"):
+        LatentPerturb(0.3, flow=Miscounting(), levels=-1)(torch.rand(3, 8, 8))

@@ -445,3 +445,10 @@ def test_a_mapping_s_named_images_are_found_behind_its_labels(glow, mapping, key
     assert out["other"] is given["other"]
     assert not torch.equal(out[key], images)
     assert given[key] is images
+
+
+@pytest.mark.parametrize("image", [pil("RGB"), torch.zeros(3, 16, 16, dtype=torch.uint8)])
+def test_8_bit_images_cannot_be_normalized(image):
+    transform = LatentPerturb(flow=Identity(), normalize=([0.5] * 3, [0.25] * 3))
+    with pytest.raises(TypeError, match="images are 8-bit"):
+        transform(image)

@@ -3,10 +3,11 @@
     python examples/benchmarks/gradient_memory.py
 
 For Glow flows of three levels and 256 hidden channels on 32 images of 3 x 32 x 32: normflows'
-own methods under autograd, and ours, fast and lean, on the same weights. Each contestant runs in
-a process of its own, in turn, three times; medians are kept of the greatest memory that torch
-allocated for one gradient and of its seconds. With --images FOLDER also how far the lean gradient
-is from the fast one on 256 images under the bundled flow of CIFAR-10, relative to its norm.
+own methods under autograd, and ours on the same weights, fast (our engine under autograd) and
+lean (which recomputes). Each contestant runs in a process of its own, in turn, three times;
+medians are kept of the greatest memory that torch allocated for one gradient and of its seconds.
+With --images FOLDER also how far the lean gradient is from the fast one on 256 images under the
+bundled flow of CIFAR-10, relative to its norm.
 """
 
 import argparse

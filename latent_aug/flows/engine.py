@@ -13,9 +13,10 @@ that carries the state stays in the input's precision.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import normflows as nf
 import torch
@@ -53,15 +54,6 @@ class Level:
     steps: tuple[Step, ...]
     loc: Tensor
     log_scale: Tensor
-
-
-class Activations(NamedTuple):
-    """What the gradient of a decoding step needs of it."""
-
-    hidden1: Tensor  # (B, hidden, H, W), after their ReLU
-    hidden2: Tensor
-    log_scale: Tensor  # (B, C/2, H, W)
-    z2: Tensor  # the half that moves, before it did
 
 
 def read_levels(
@@ -189,13 +181,10 @@ def encode_step(z: Tensor, step: Step) -> tuple[Tensor, Tensor]:
     return torch.cat([z1, (z2 - shift) * torch.exp(-log_scale)], dim=1), log_scale
 
 
-def decode_step(z: Tensor, step: Step, kept: list[Activations] | None = None) -> Tensor:
-    """One step towards the image; its activations are appended to `kept`, if given."""
+def decode_step(z: Tensor, step: Step) -> Tensor:
+    """One step towards the image."""
     z1, z2 = z.chunk(2, dim=1)
-    hidden: list[Tensor] | None = None if kept is None else []
-    shift, log_scale = shift_and_log_scale(z1, step, hidden)
-    if kept is not None and hidden is not None:
-        kept.append(Activations(hidden[0], hidden[1], log_scale, z2))
+    shift, log_scale = shift_and_log_scale(z1, step)
     z2 = torch.addcmul(shift, z2, torch.exp(log_scale))
     return F.conv2d(torch.cat([z1, z2], dim=1), *step.mix)
 
@@ -236,21 +225,37 @@ def encode(x: Tensor, levels: Sequence[Level], log_dets: list[Tensor] | None = N
     return unsqueeze(latent)
 
 
-def decode(z: Tensor, levels: Sequence[Level], kept: list[Activations] | None = None) -> Tensor:
-    """Exact inverse of `encode`.
-
-    Args:
-        z: Latents (B, C, H, W).
-        levels: From `read_levels(..., inverse=True)`.
-        kept: If given, every step's activations are appended to it, in the order of decoding.
-    """
+def decode(z: Tensor, levels: Sequence[Level]) -> Tensor:
+    """Exact inverse of `encode`; `levels` come from `read_levels(..., inverse=True)`."""
     level, *coarser = levels
     rest, latent = None, squeeze(z)
     if coarser:
         rest, latent = latent.chunk(2, dim=1)
     latent = torch.addcmul(level.loc, latent, torch.exp(level.log_scale))
     if rest is not None:
-        latent = torch.cat([decode(rest, coarser, kept), latent], dim=1)
+        latent = torch.cat([decode(rest, coarser), latent], dim=1)
     for step in level.steps:
-        latent = decode_step(latent, step, kept)
+        latent = decode_step(latent, step)
     return unsqueeze(latent)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """float32 convolutions as such: by default a GPU rounds their factors to TF32's 10 bits.
+
+    That would cost the flow its exactness. Coupling networks in lower precision do not mind.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    backend: Any = torch.backends.cudnn
+    name: str = "allow_tf32"
+    full: Any = False
+    if hasattr(backend, "conv"):  # torch 2.9 and later
+        backend, name, full = backend.conv, "fp32_precision", "ieee"
+    before = getattr(backend, name)
+    setattr(backend, name, full)
+    try:
+        yield
+    finally:
+        setattr(backend, name, before)

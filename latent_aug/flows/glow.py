@@ -152,7 +152,7 @@ class Glow(Flow):
         self._check(x, "x")
         if not len(x):
             return x.clone()
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False), engine.full_precision(x.device):
             return engine.encode(preprocess(x), self._levels(x, inverse=False)).contiguous()
 
     def decode(self, z: Tensor, y: Tensor | None = None, *, gradient: Gradient = "auto") -> Tensor:
@@ -161,10 +161,11 @@ class Glow(Flow):
         Args:
             z: Latents (B, C, H, W).
             y: Unused; this flow is unconditional.
-            gradient: How a frozen flow gets the gradient of z, where z requires it: "fast" keeps
-                activations, "lean" keeps the image and recomputes them in memory that does not
-                grow with the flow's depth, "auto" is lean where fast would keep more than
-                2 GiB. Either can be differentiated once.
+            gradient: How a frozen flow gets the gradient of z, where z requires it: "fast" is
+                autograd, which keeps activations; "lean" keeps the image and recomputes them in
+                memory that does not grow with the flow's depth, differentiable once; "auto" is
+                lean where fast would keep more than 2 GiB, or the networks run in float16, whose
+                gradients it scales.
 
         Raises:
             ValueError: z does not fit; or "lean" is asked of a flow whose weights want gradients.
@@ -173,7 +174,7 @@ class Glow(Flow):
         self._check(z, "z")
         if not len(z):
             return z.clone()
-        with torch.autocast(z.device.type, enabled=False):
+        with torch.autocast(z.device.type, enabled=False), engine.full_precision(z.device):
             return postprocess(self._decode(z, gradient)).contiguous()
 
     def _decode(self, z: Tensor, gradient: Gradient) -> Tensor:
@@ -183,12 +184,13 @@ class Glow(Flow):
             if gradient == "lean":
                 raise ValueError("gradient='lean' needs frozen weights: flow.requires_grad_(False)")
             return engine.decode(z, levels)
-        if not (torch.is_grad_enabled() and z.requires_grad):
-            return engine.decode(z, levels)
+        wanted = torch.is_grad_enabled() and z.requires_grad
         lean = gradient == "lean" or (
-            gradient == "auto" and latent_gradient.kept_bytes(z, levels) > latent_gradient.MOST_KEPT
+            gradient == "auto" and latent_gradient.prefers_lean(z, levels)
         )
-        inverse = self._levels(z, inverse=False) if lean else None
+        if not (wanted and lean):
+            return engine.decode(z, levels)
+        inverse = self._levels(z, inverse=False)
         return latent_gradient.decode(z, levels, self._adjoints(z), inverse)
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -198,7 +200,7 @@ class Glow(Flow):
             return x.new_zeros(0)
         dims = x[0].numel()
         terms: list[Tensor] = []
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False), engine.full_precision(x.device):
             z = engine.encode(preprocess(x), self._levels(x, inverse=False), terms)
         prior = -0.5 * (z.square().sum(dim=(1, 2, 3)) + dims * math.log(2 * math.pi))
         return prior + sum(terms) + dims * math.log(255 / 256)

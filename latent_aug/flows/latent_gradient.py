@@ -1,18 +1,15 @@
-"""The gradient of decode to the latents, written out: two ways to the same numbers.
+"""The gradient of decode to the latents in memory that does not grow with the flow's depth.
 
-Autograd would keep more than is needed and run slower convolutions backwards. Here weights get no
-gradients, and the transposed convolutions are plain ones whose kernels were flipped beforehand.
-
-- "fast" keeps what the coupling networks computed on the way to the image.
-- "lean" keeps the image only. On the way back it undoes one step at a time, as a flow can, and
-  computes that step's activations anew, so that its memory does not grow with the flow's depth.
+Autograd keeps what the coupling networks computed on the way to the image. Here only the image
+is kept: on the way back one step at a time is undone, as a flow can, and its activations are
+computed anew. Weights get no gradients, so transposed convolutions are all that is left, and
+those are plain convolutions whose kernels were flipped beforehand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +17,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from latent_aug.flows import engine
-from latent_aug.flows.engine import Activations, Level, Step
+from latent_aug.flows.engine import Level, Step
 
 Gradient = Literal["auto", "fast", "lean"]
 
 MOST_KEPT = 2**31
-"""Bytes that "auto" lets the fast way keep before it takes the lean one. Not by what is free at
-the moment: the two differ in the last digits, and a run should not depend on its neighbours."""
+"""Bytes that "auto" lets autograd keep. Not by what is free at the moment: the two ways differ in
+the last digits, and a run should not depend on its neighbours."""
 
 
-@dataclass(frozen=True)
-class Adjoint:
+class Adjoint(NamedTuple):
     """The linear maps of a decoding step, transposed: each is a convolution again."""
 
     mix: Tensor
@@ -41,15 +37,24 @@ Adjoints = tuple[tuple[Adjoint, ...], ...]
 """One for each step of each level, in the order of decoding."""
 
 
+class Activations(NamedTuple):
+    """What the gradient of a decoding step needs of it."""
+
+    hidden1: Tensor  # (B, hidden, H, W), after their ReLU
+    hidden2: Tensor
+    log_scale: Tensor  # (B, C/2, H, W)
+    z2: Tensor  # the half that moves, before it did
+
+
 def read_adjoints(levels: Sequence[Level]) -> Adjoints:
     """Transpose every convolution of levels that were read for decoding."""
-    return tuple(
-        tuple(
-            Adjoint(transposed(step.mix[0]), tuple(transposed(w) for w, _ in step.network))  # type: ignore[arg-type]  # three
-            for step in level.steps
-        )
-        for level in levels
-    )
+    return tuple(tuple(adjoint_of(step) for step in level.steps) for level in levels)
+
+
+def adjoint_of(step: Step) -> Adjoint:
+    """Transpose the convolutions of one step."""
+    (one, _), (two, _), (three, _) = step.network
+    return Adjoint(transposed(step.mix[0]), (transposed(one), transposed(two), transposed(three)))
 
 
 def transposed(weight: Tensor) -> Tensor:
@@ -58,20 +63,26 @@ def transposed(weight: Tensor) -> Tensor:
     return flipped.contiguous(memory_format=torch.channels_last)
 
 
+def prefers_lean(z: Tensor, levels: Sequence[Level]) -> bool:
+    """Whether "auto" is lean: autograd would keep too much, or underflow in float16."""
+    network_dtype = levels[0].steps[0].network[0][0].dtype
+    return kept_bytes(z, levels) > MOST_KEPT or network_dtype == torch.float16
+
+
 def kept_bytes(z: Tensor, levels: Sequence[Level]) -> int:
-    """About what the fast way keeps for latents (B, C, H, W)."""
+    """About what autograd keeps for latents (B, C, H, W): hidden activations, and the state."""
     total, pixels = 0, z.shape[0] * z.shape[2] * z.shape[3]
     for level in levels:
         pixels //= 4
         for step in level.steps:
             (first, _), _, (last, _) = step.network
             hidden = 2 * first.shape[0] * first.element_size()
-            total += pixels * (hidden + last.shape[0] * z.element_size())
+            total += pixels * (hidden + 4 * last.shape[0] * z.element_size())
     return total
 
 
 def decode(
-    z: Tensor, levels: Sequence[Level], adjoints: Adjoints, inverse: Sequence[Level] | None
+    z: Tensor, levels: Sequence[Level], adjoints: Adjoints, inverse: Sequence[Level]
 ) -> Tensor:
     """`engine.decode`, differentiable once in z.
 
@@ -79,64 +90,42 @@ def decode(
         z: Latents (B, C, H, W).
         levels: Read for decoding.
         adjoints: Of those levels.
-        inverse: The same levels read for encoding, for the lean way; None for the fast one.
+        inverse: The same levels read for encoding.
     """
-    return _Decode.apply(z, levels, adjoints, inverse)
+    return _LeanDecode.apply(z, levels, adjoints, inverse)
 
 
-class _Decode(torch.autograd.Function):
+class _LeanDecode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        z: Tensor,
-        levels: Sequence[Level],
-        adjoints: Adjoints,
-        inverse: Sequence[Level] | None,
+        ctx: Any, z: Tensor, levels: Sequence[Level], adjoints: Adjoints, inverse: Sequence[Level]
     ) -> Tensor:
-        kept: list[Activations] | None = [] if inverse is None else None
-        x = engine.decode(z, levels, kept)
+        x = engine.decode(z, levels)
         ctx.levels, ctx.adjoints, ctx.inverse = levels, adjoints, inverse
-        ctx.save_for_backward(*([x] if kept is None else [t for step in kept for t in step]))
+        ctx.save_for_backward(x)
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        saved = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):
-            if ctx.inverse is not None:
-                (x,) = saved
-                z_grad = lean_gradient(x, grad, ctx.levels, ctx.adjoints, ctx.inverse)
-            else:
-                count = len(Activations._fields)
-                kept = [Activations(*saved[i : i + count]) for i in range(0, len(saved), count)]
-                z_grad = fast_gradient(grad, ctx.levels, ctx.adjoints, kept)
+        (x,) = ctx.saved_tensors
+        # It runs in another thread, later: what surrounded decode does not surround it.
+        with (
+            torch.autocast(grad.device.type, enabled=False),
+            engine.full_precision(grad.device),
+        ):
+            z_grad = gradient(x, grad, ctx.levels, ctx.adjoints, ctx.inverse)
         return z_grad, None, None, None
 
 
-def fast_gradient(
-    grad: Tensor, levels: Sequence[Level], adjoints: Adjoints, kept: list[Activations]
-) -> Tensor:
-    """Gradient of the latents from the image's; takes its activations off the end of `kept`."""
-    level, *coarser = levels
-    grad = engine.squeeze(grad)
-    for step, adjoint in zip(reversed(level.steps), reversed(adjoints[0]), strict=True):
-        grad = step_gradient(grad, step, adjoint, kept.pop())
-    if not coarser:
-        return engine.unsqueeze(grad * torch.exp(level.log_scale))
-    rest, latent = grad.chunk(2, dim=1)
-    rest = fast_gradient(rest, coarser, adjoints[1:], kept)
-    return engine.unsqueeze(torch.cat([rest, latent * torch.exp(level.log_scale)], dim=1))
-
-
-def lean_gradient(
+def gradient(
     x: Tensor,
     grad: Tensor,
     levels: Sequence[Level],
     adjoints: Adjoints,
     inverse: Sequence[Level],
 ) -> Tensor:
-    """The same from the decoded image alone, which is encoded again, step by step."""
+    """Gradient of the latents from the decoded image x and its gradient, undoing step by step."""
     level, *coarser = levels
     x, grad = engine.squeeze(x), engine.squeeze(grad)
     steps = zip(reversed(level.steps), reversed(adjoints[0]), inverse[0].steps, strict=True)
@@ -146,7 +135,7 @@ def lean_gradient(
     if not coarser:
         return engine.unsqueeze(grad * torch.exp(level.log_scale))
     rest, latent = grad.chunk(2, dim=1)
-    rest = lean_gradient(x.chunk(2, dim=1)[0], rest, coarser, adjoints[1:], inverse[1:])
+    rest = gradient(x.chunk(2, dim=1)[0], rest, coarser, adjoints[1:], inverse[1:])
     return engine.unsqueeze(torch.cat([rest, latent * torch.exp(level.log_scale)], dim=1))
 
 
