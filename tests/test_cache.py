@@ -84,6 +84,14 @@ def test_a_conditional_flow(tmp_path):
     assert moved == pytest.approx([2.55, 5.1, 10.2, 20.4], abs=1)
 
 
+def test_p_leaves_some_as_they_are(tmp_path):
+    data = samples(40)
+    cached = LatentCache(data, tmp_path, LatentPerturb(0.5, flow=random_glow(), p=0.5))
+    images = [image for image, _ in cached.__getitems__(range(40))]
+    changed = [not torch.equal(a, b) for a, (b, _) in zip(images, data, strict=True)]
+    assert 8 < sum(changed) < 32
+
+
 class Counting(list):
     """A data set that counts how often it is read."""
 

@@ -84,6 +84,12 @@ def test_the_attack_on_a_share_conditions_on_its_labels():
     assert torch.allclose(moved[moved > 0], (0.01 * 2.0**y)[moved > 0], atol=1e-4)
 
 
+def test_one_label_serves_several_images():
+    assert condition(ByClass(), 2, 3, grey(3)).tolist() == [2, 2, 2]
+    soft = torch.tensor([0.5, 0.5, 0.0, 0.0])
+    assert torch.equal(condition(ByClass(), soft, 2, grey(2)), soft.expand(2, 4))
+
+
 def test_an_unconditional_flow_looks_at_no_label():
     assert LatentPerturb(0.1, flow="glow-cifar10")((torch.rand(3, 32, 32), "cat"))[1] == "cat"
 

@@ -170,6 +170,7 @@ def draw(rank, port, results):
         "transform": perturb()(images),
         "attack": attack(images, torch.tensor([0, 1])),
         "loader": next(iter(loader))[0],
+        "torchvision's": next(iter(LatentLoader(DataLoader(data(), 4), v2.GaussianNoise())))[0],
         "workers": next(iter(workers))[0],
         "user's": torch.rand(3),
     }
@@ -183,7 +184,7 @@ def test_ranks_of_one_seed_draw_differently():
         torch.multiprocessing.spawn(draw, args=(free_port(), results), nprocs=2, join=True)
         first, second = results[0], results[1]
     different = {name for name in first if not torch.equal(first[name], second[name])}
-    assert different == {"transform", "attack", "loader", "workers"}
+    assert different == {"transform", "attack", "loader", "torchvision's", "workers"}
 
 
 def test_mixed_seeds_are_all_different():
