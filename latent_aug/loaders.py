@@ -160,6 +160,9 @@ class LatentLoader:
         """Work on the next batch on a side stream while the caller uses this one."""
 
         def next_batch() -> Any:
+            # Weights may have been prepared, and memory freed, by what is under way there. The
+            # step of the batch that is about to be given out is not, so the two overlap.
+            stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):
                 return next(batches, None)
 
