@@ -36,6 +36,8 @@ class LatentAdversarial(UsesFlow):
     image the model classifies worst, by projected gradient ascent with normalized gradients.
     The model is left as it was: modes, buffers, gradients and flags, also after an exception.
 
+    Images that the flow cannot perturb come back as they were; `fallbacks` counts them.
+
     The model may run under autocast, in half precision, compiled, frozen in part, or wrapped in
     DataParallel or DistributedDataParallel, which is looked through: in "eval" mode the attack
     never talks to other processes (SyncBatchNorm in training mode would). Under float16 small
@@ -62,7 +64,7 @@ class LatentAdversarial(UsesFlow):
         model_mode: "eval" attacks the model in evaluation mode, "unchanged" in the mode it is in.
         mask: Perturb only where it is 1: zeros and ones (H, W) or (B, H, W), or a callable that
             takes the batch and returns them. Latents move at those pixels only, and the other
-            pixels come back exactly as they were.
+            pixels come back exactly as they were; all of them where it is 0 everywhere.
         levels: Perturb only these levels of the flow: 0 is the finest, -1 the coarsest; an
             integer or several. "rms" counts only what may move.
         labels_getter: "default" finds labels second in a tuple or list, or in a dict under
@@ -194,7 +196,9 @@ class LatentAdversarial(UsesFlow):
         if not isinstance(images, Tensor) or images.ndim != 4:
             found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(
-                f"images must be a tensor (B, C, H, W), got {found}; a batch is (images, labels)"
+                f"images must be a tensor (B, C, H, W), got {found}; call it as "
+                "attack(images, labels), or attack.step(batch) with (images, labels) or a mapping, "
+                "in the training step"
             )
         if not images.is_floating_point():
             raise TypeError(
@@ -285,8 +289,9 @@ class LatentAdversarial(UsesFlow):
         logits = model(batch[key]) if self.forward is None else self.forward(model, batch)
         if not isinstance(logits, Tensor):
             raise TypeError(
-                f"the model must give a tensor of logits, got {type(logits).__name__}; pass "
-                "forward=, e.g. lambda model, batch: model(batch[0]).logits"
+                f"a tensor of logits is needed, got {type(logits).__name__}; pass a forward= that "
+                "takes them out, e.g. lambda model, batch: model(batch[0]).logits, or "
+                "model(**batch).logits for mappings"
             )
         return to_float(logits)
 

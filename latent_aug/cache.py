@@ -6,12 +6,13 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+import uuid
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -19,6 +20,7 @@ from torch.utils.data import Dataset
 from latent_aug.conditions import labels_in
 from latent_aug.flows import Flow
 from latent_aug.images import from_float, to_batch
+from latent_aug.structures import image_key
 from latent_aug.transforms import LatentPerturb
 
 INDEX_NAME = "index.json"
@@ -37,14 +39,16 @@ class LatentCache(Dataset[Any]):
 
     The directory keeps latents (float32), images and labels as safetensors, five bytes a value.
     An encoding that was stopped goes on where it was; it is used again by the next run, and
-    refused where flow or data set are others.
+    refused where the flow, the count or one of 16 samples are others. Delete the directory where
+    some images or labels have been corrected.
 
     Args:
         dataset: Samples (image, label, ...) or images, of one size, uint8 or PIL. Labels that
             are numbers or tensors are kept; anything else beside the image is not.
         directory: Where the cache is, or will be.
         perturb: Its flow encodes and decodes.
-        then: Applied to (image, label), or to the image alone, as a data set's `transforms`.
+        then: Called with image and label, or with the image alone where there are no labels, as
+            a data set's `transforms`.
         batch_size: Images encoded at once.
 
     Raises:
@@ -73,6 +77,8 @@ class LatentCache(Dataset[Any]):
             raise TypeError(f"perturb must be a LatentPerturb, got {type(perturb).__name__}")
         if perturb.normalizes:
             raise ValueError("perturb must not have normalize=: put Normalize into then=")
+        if perturb.flow.num_classes and perturb.labels_getter != "default":
+            raise ValueError("perturb must not have labels_getter=: labels are second in a sample")
         if not hasattr(dataset, "__len__") or len(dataset) == 0:
             raise ValueError(f"dataset must have a length above 0, got {type(dataset).__name__}")
         self.directory, self.perturb, self.then = Path(directory), perturb, then
@@ -81,9 +87,9 @@ class LatentCache(Dataset[Any]):
         self.directory.mkdir(parents=True, exist_ok=True)
         check_index(self.directory / INDEX_NAME, index_of(dataset, perturb.flow))
         for start in range(0, self.count, SHARD):
-            if not self._shard(start).exists():
+            chosen = range(start, min(start + SHARD, self.count))
+            if not is_whole(self._shard(start), len(chosen)):
                 logger.info("encoding samples %d to %d of %d", start, start + SHARD, self.count)
-                chosen = range(start, min(start + SHARD, self.count))
                 tensors = encode_samples(dataset, chosen, perturb, batch_size)
                 write_whole(self._shard(start), save(tensors))
 
@@ -126,49 +132,63 @@ class LatentCache(Dataset[Any]):
 
 
 def index_of(dataset: Any, flow: Flow) -> dict[str, Any]:
-    """What a cache was made of: the flow's weights and precision, some of the images, their count.
+    """What a cache was made of: the flow's weights and precision, some of the samples, their count.
 
-    The images are 16 spread over the data set: enough to tell another data set, or another
+    The samples are 16 spread over the data set: enough to tell another data set, or another
     order, and not the odd image that was replaced.
     """
-    weights, images = hashlib.sha256(), hashlib.sha256()
+    weights, images, labels = (hashlib.sha256() for _ in range(3))
     weights.update(f"{type(flow).__name__} {getattr(flow, 'network_dtype', None)}".encode())
     for name, tensor in sorted(flow.state_dict().items()):
         weights.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     for index in torch.linspace(0, len(dataset) - 1, 16).long().tolist():
-        pixels, _ = sample_of(dataset[index], flow.channels)
+        pixels, label = sample_of(dataset[index], flow.channels)
         images.update(f"{tuple(pixels.shape)}".encode() + pixels.numpy().tobytes())
-    return {"count": len(dataset), "flow": weights.hexdigest(), "images": images.hexdigest()}
+        labels.update(repr(None if label is None else label.tolist()).encode())
+    return {
+        "count": len(dataset),
+        "flow": weights.hexdigest(),
+        "images": images.hexdigest(),
+        "labels": labels.hexdigest(),
+    }
 
 
 def check_index(path: Path, index: dict[str, Any]) -> None:
     """Write what the cache is made of, or refuse one that is made of something else."""
     if not path.exists():
+        if any(path.parent.glob("*.safetensors")):
+            raise ValueError(f"{path.parent} holds safetensors and no {path.name}: not a cache")
         write_whole(path, (json.dumps(index, indent=1) + "\n").encode())
         return
-    found = json.loads(path.read_text())
+    try:
+        found = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not the index of a cache: {error}") from error
     other = [name for name in index if found.get(name) != index[name]]
     if other:
         raise ValueError(
-            f"{path.parent} holds a cache of another {' and '.join(other)}; choose another "
-            "directory, or delete this one"
+            f"{path.parent} holds a cache that differs in its {' and '.join(other)}; choose "
+            "another directory, or delete this one"
         )
 
 
 def sample_of(sample: Any, channels: int) -> tuple[Tensor, Tensor | None]:
     """The image (C, H, W) of a sample as uint8, and its label."""
     image, label = sample, labels_in(sample, None)
-    if isinstance(sample, (tuple, list)):
-        image = sample[0]
+    if isinstance(sample, (tuple, list, Mapping)):
+        image = sample[image_key(sample)]
+    if (
+        label is not None
+        and not isinstance(label, (int, float, Tensor))
+        and not hasattr(label, "item")
+    ):
+        raise TypeError(f"labels must be numbers or tensors, got {label!r}")
     if isinstance(image, Tensor) and image.dtype != torch.uint8:
         raise TypeError(f"a cache is of uint8 or PIL images, got {image.dtype}")
     x, _ = to_batch(image, channels)
     if len(x) != 1:
         raise ValueError(f"a sample must hold one image, got {tuple(x.shape)}")
-    try:
-        return from_float(x[0], torch.uint8), None if label is None else torch.as_tensor(label)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"labels must be numbers or tensors, got {label!r}") from error
+    return from_float(x[0], torch.uint8), None if label is None else torch.as_tensor(label)
 
 
 def encode_samples(
@@ -184,6 +204,8 @@ def encode_samples(
             "resize them"
         )
     tensors = {"images": torch.stack(images)}
+    if len({None if label is None else (label.dtype, label.shape) for label in labels}) > 1:
+        raise ValueError("labels must be of one type and shape, and there for all samples or none")
     if labels[0] is not None:
         tensors["labels"] = torch.stack(labels)
     parts = zip(
@@ -197,6 +219,21 @@ def encode_samples(
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that is there whole or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    part.replace(path)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def is_whole(shard: Path, rows: int) -> bool:
+    """Whether a shard is there with so many samples; one that was cut off is made anew."""
+    try:
+        with safe_open(shard, framework="pt") as file:
+            return all(file.get_slice(name).get_shape()[0] == rows for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return False

@@ -24,7 +24,7 @@ def condition(flow: Flow, labels: Any, count: int, like: Tensor) -> Tensor | Non
     Args:
         flow: Its `num_classes` decides.
         labels: A class index or probabilities for one image, or for each: an integer, or a
-            tensor (), (B,), (K,) or (B, K). One serves several images of the same sample.
+            tensor (), (B,), (K,) or (B, K). One index serves several images of the same sample.
         count: Images.
         like: On whose device y is needed.
 
@@ -46,7 +46,8 @@ def condition(flow: Flow, labels: Any, count: int, like: Tensor) -> Tensor | Non
             f"labels must be class indices or probabilities, got {labels!r}"
         ) from error
     soft = y.is_floating_point()
-    y = y[None] if y.ndim == (1 if soft else 0) else y
+    if y.ndim == (1 if soft else 0) and (not soft or count == 1):
+        y = y[None]
     fits = y.shape[1:] == ((flow.num_classes,) if soft else ())
     if y.ndim < 1 or not fits or len(y) not in (1, count):
         raise ValueError(

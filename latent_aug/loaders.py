@@ -13,8 +13,9 @@ from torchvision import tv_tensors
 
 from latent_aug.images import is_tv_tensor
 from latent_aug.randomness import mixed, rank
-from latent_aug.schedules import hooks_in
+from latent_aug.schedules import hooks_in, parts_of
 from latent_aug.structures import image_key, over_tensors, with_images, with_items
+from latent_aug.transforms import LatentPerturb
 
 
 class LatentCollate:
@@ -80,7 +81,8 @@ class LatentLoader:
     Each epoch draws from its own seed: one number from torch's global generator where the epoch
     begins, as `DataLoader` takes one for its workers, or the `seed` and the number of the epoch.
     The global generators stay as they are otherwise, and the draws do not depend on the number
-    of workers. Ranks of distributed training differ.
+    of workers. Ranks of distributed training differ. A `generator` of the transform's own goes
+    on as it is instead.
 
     Args:
         loader: Gives batches (images, labels, ...), or mappings with images under
@@ -116,6 +118,9 @@ class LatentLoader:
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise TypeError(f"seed must be an integer or None, got {seed!r}")
         self.transform = check_transform(transform, "LatentLoader")
+        perturbs = [p for p in parts_of(transform) if isinstance(p, LatentPerturb)]
+        if seed is not None and any(p.has_generator for p in perturbs):
+            raise ValueError("seed and the transform's generator= are two sources: give one")
         self.loader, self.seed = loader, seed
         self.device = None if device is None else torch.device(device)
         self._epoch = -1
@@ -129,10 +134,15 @@ class LatentLoader:
         return getattr(self.loader, name)
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the sampler (or the loader) and the transform which epoch is next."""
+        """Tell loader, sampler and transform, and schedules in it, which epoch is next."""
         self._epoch = epoch - 1
-        parts: list[Any] = [self.loader, getattr(self.loader, "sampler", None), self.transform]
-        for part in parts:
+        loader: Any = self.loader
+        batches = getattr(loader, "batch_sampler", None)
+        collate = getattr(loader, "collate_fn", None)
+        parts = [loader, *(getattr(loader, name, None) for name in ("sampler", "dataset"))]
+        parts += [batches, getattr(batches, "sampler", None), *parts_of(self.transform)]
+        parts += parts_of(collate.transform) if isinstance(collate, LatentCollate) else []
+        for part in {id(part): part for part in parts}.values():
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
 
@@ -144,7 +154,9 @@ class LatentLoader:
         else:
             seed = mixed(self.seed, self._epoch, rank() or 0)
         batches = self._perturbed(iter(self.loader), seed)
-        if self.device is not None and self.device.type == "cuda":
+        # accelerate's loaders say which batch is the last one, of those they have given out.
+        tells_its_end = hasattr(self.loader, "end_of_dataloader")
+        if self.device is not None and self.device.type == "cuda" and not tells_its_end:
             return self._one_ahead(batches, torch.cuda.Stream(self.device))
         return batches
 
@@ -236,7 +248,7 @@ def moved(batch: Any, device: torch.device | None) -> Any:
     """The tensors of a batch on a device, without waiting where the memory is pinned."""
     if device is None:
         return batch
-    return over_tensors(batch, lambda t: t.to(device, non_blocking=True))
+    return over_tensors(batch, lambda t: t.to(device, non_blocking=device.type == "cuda"))
 
 
 def recorded(batch: Any, stream: torch.cuda.Stream) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from latent_aug.images import FallbackCounter, Normalization, check_range, fit_t
 from latent_aug.randomness import Draws
 from latent_aug.regions import Levels, Mask, check_levels, check_mask
 
+ENOUGH = 8  # samples in a row that could not be perturbed, before a warning
+
 
 class UsesFlow:
     """Holds a flow privately, takes images to it and back, and counts what it cannot perturb."""
+
+    _tried: int | None = 0  # samples, as long as none of them could be perturbed
 
     norm: LF.Norm | None
     clip: float | None
@@ -54,6 +59,11 @@ class UsesFlow:
         return self._mask[0]
 
     @property
+    def has_generator(self) -> bool:
+        """Whether it draws from a generator of its own."""
+        return self._draws.generator is not None
+
+    @property
     def normalizes(self) -> bool:
         """Whether images come normalized."""
         return self._normalization.mean_std is not None
@@ -62,8 +72,8 @@ class UsesFlow:
     def fallbacks(self) -> int:
         """Samples that came back as they were, because the flow could not perturb them.
 
-        Counted in this process: what happens in a DataLoader's workers is not seen here. Look
-        at it with ``num_workers=0``.
+        Counted since the start, in this process: what happens in a DataLoader's workers is not
+        seen here. Look at it with ``num_workers=0``.
         """
         return int(self._fallbacks)
 
@@ -92,7 +102,24 @@ class UsesFlow:
         """Put the original back where the flow failed, and count it, and outside the mask."""
         result, count = LF.restore_unusable(perturbed, original, z)
         self._fallbacks.add(count)
+        if self._tried is not None and count.is_cpu:  # elsewhere a look is a sync
+            self._warn_if_useless(len(z))
         return result if pixels is None else torch.where(pixels, result, original)
+
+    def _warn_if_useless(self, count: int) -> None:
+        """Say so, once, where every sample so far came back as it was."""
+        assert self._tried is not None
+        self._tried += count
+        if int(self._fallbacks) < self._tried:
+            self._tried = None
+        elif self._tried >= ENOUGH:
+            warnings.warn(
+                f"all {self._tried} images so far came back as they were: the flow cannot perturb "
+                "them. They are not finite, or far off the data that the flow was trained on, as "
+                "white noise is; see `fallbacks`",
+                stacklevel=2,
+            )
+            self._tried = None
 
     def _describe(self, *more: str) -> str:
         """The arguments that matter, those named and those shared, for `print`."""

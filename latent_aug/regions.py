@@ -55,7 +55,10 @@ def pixels_of(mask: Mask, sample: Any, x: Tensor) -> Tensor | None:
         return None
     found = mask(sample) if callable(mask) else mask
     if not isinstance(found, Tensor):
-        raise TypeError(f"mask must return a tensor (H, W), got {type(found).__name__}")
+        raise TypeError(
+            f"mask must return a tensor (H, W), got {type(found).__name__}; wrap masks of a sample "
+            "in tv_tensors.Mask"
+        )
     found = found.as_subclass(Tensor)
     if not 2 <= found.ndim <= 4 or (found.ndim == 4 and found.shape[1] != 1):
         raise ValueError(f"mask must be (H, W), (B, H, W) or (B, 1, H, W), got {shape(found)}")
@@ -67,7 +70,10 @@ def pixels_of(mask: Mask, sample: Any, x: Tensor) -> Tensor | None:
         )
     if pixels.is_cpu and bool((pixels != pixels.bool()).any()):  # elsewhere a check is a sync
         low, high = (float(value) for value in pixels.aminmax())
-        raise ValueError(f"mask must be of zeros and ones, got values from {low:.3g} to {high:.3g}")
+        raise ValueError(
+            f"mask must be of zeros and ones, got values from {low:.3g} to {high:.3g}; compare "
+            "where it has others, e.g. mask == 0"
+        )
     return pixels.bool().to(x.device, non_blocking=True)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from latent_aug.adversarial import LatentAdversarial
 
@@ -21,6 +22,8 @@ class LatentSchedule:
     batches (images, labels) or mappings where it holds a hook. Then a hook's `step` is called,
     and either gives back the structure that came in, so that a hook and a transform may follow
     each other.
+
+    It stays in its first phase until it is told of epochs, by `set_epoch` or `step`.
 
     The epoch is kept in shared memory: `set_epoch` and `step` in the main process are seen by
     loader workers too, persistent ones included. Set it between epochs, as batches are
@@ -64,6 +67,11 @@ class LatentSchedule:
         """The perturbation of this epoch."""
         return self.phases[bisect.bisect_right(self._starts, self.epoch) - 1][1]
 
+    @property
+    def fallbacks(self) -> int:
+        """Samples that no flow of it could perturb, see `LatentPerturb`."""
+        return sum(getattr(perturbation, "fallbacks", 0) for _, perturbation in self.phases)
+
     def set_epoch(self, epoch: int) -> None:
         """Go to an epoch, counted from 0, as `DistributedSampler.set_epoch` does."""
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
@@ -82,6 +90,10 @@ class LatentSchedule:
             return current.step(sample)
         return sample if current is None else current(*inputs)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._epoch.share_memory_()  # a copy has memory of its own
+
     def __repr__(self) -> str:
         phases = ", ".join(f"({epochs}, {perturbation!r})" for epochs, perturbation in self.phases)
         return f"LatentSchedule([{phases}])"
@@ -93,16 +105,25 @@ def check_phase(phase: Any) -> tuple[int, Perturbation]:
         raise TypeError(f"phases must hold (epochs, perturbation) pairs, got {phase!r}")
     epochs, perturbation = phase
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(f"the epochs of a phase must be an integer of at least 1, got {epochs!r}")
+        raise ValueError(
+            "a phase is (epochs, perturbation) with epochs an integer of at least 1, "
+            f"got {epochs!r} epochs"
+        )
     if perturbation is not None and not callable(perturbation):
         raise TypeError(f"a phase holds a transform, a hook or None, got {perturbation!r}")
     return epochs, perturbation
 
 
+def parts_of(transform: Any) -> Iterator[Any]:
+    """A transform and all that it holds: phases of a schedule, transforms of a Compose."""
+    yield getattr(transform, "__self__", transform)  # the hook of hook.step
+    inside = getattr(transform, "transforms", [])
+    if isinstance(transform, LatentSchedule):
+        inside = [perturbation for _, perturbation in transform.phases]
+    for part in inside if isinstance(inside, (list, tuple, nn.ModuleList)) else []:
+        yield from parts_of(part)
+
+
 def hooks_in(transform: Any) -> bool:
     """Whether a transform is, or holds, an attack hook."""
-    if isinstance(transform, LatentSchedule):
-        return any(hooks_in(perturbation) for _, perturbation in transform.phases)
-    parts = getattr(transform, "transforms", [])
-    parts = parts if isinstance(parts, (list, tuple)) else []
-    return isinstance(transform, LatentAdversarial) or any(hooks_in(part) for part in parts)
+    return any(isinstance(part, LatentAdversarial) for part in parts_of(transform))

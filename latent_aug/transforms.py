@@ -140,6 +140,8 @@ class LatentPerturb(UsesFlow, v2.Transform):
     def forward(self, *inputs: Any) -> Any:
         """As every v2 transform does, with the whole sample at hand, where its mask may be."""
         sample = inputs if len(inputs) > 1 else inputs[0]
+        if isinstance(sample, Mapping) and (key := listed_images_key(sample)) is not None:
+            return with_items(sample, {key: self._listed(sample, key)})
         if isinstance(sample, Mapping) and (key := plain_images_key(sample)) is not None:
             params = self.make_params([sample[key]], sample)
             return with_items(sample, {key: self.transform(sample[key], params)})
@@ -152,6 +154,17 @@ class LatentPerturb(UsesFlow, v2.Transform):
             for value, is_image in zip(flat, needed, strict=True)
         ]
         return tree_unflatten(results, spec)
+
+    def _listed(self, samples: Mapping[Any, Any], key: Any) -> list[Any]:
+        """Each image of a mapping of lists, which stands for several samples, with its own draw."""
+        count = len(samples[key])
+        lists = {
+            name: values
+            for name, values in samples.items()
+            if isinstance(values, (list, tuple, Tensor)) and len(values) == count
+        }
+        each = ({name: values[i] for name, values in lists.items()} for i in range(count))
+        return [self.forward(sample)[key] for sample in each]
 
     def make_params(self, flat_inputs: list[Any], sample: Any = None) -> dict[str, Any]:
         """Draw for each shape of image in the sample; images of one shape share the draw."""
@@ -191,7 +204,12 @@ class LatentPerturb(UsesFlow, v2.Transform):
 
     @torch.no_grad()
     def to_latents(self, x: Tensor, labels: Any = None) -> Tensor:
-        """Latents of images (B, C, H, W), float in [0, 1], padded to a size that the flow maps."""
+        """Latents of images (B, C, H, W), float in [0, 1], padded to a size that the flow maps.
+
+        Raises:
+            ValueError: The transform has `normalize`.
+        """
+        self._refuse_normalized()
         return self._encode(x, condition(self.flow, labels, len(x), x))
 
     @torch.no_grad()
@@ -202,10 +220,18 @@ class LatentPerturb(UsesFlow, v2.Transform):
             z: From `to_latents`.
             x: Images (B, C, H, W), float in [0, 1].
             sample: What `mask` and `labels_getter` look at.
+
+        Raises:
+            ValueError: The transform has `normalize`.
         """
+        self._refuse_normalized()
         draw = self._draw(x, 1, sample)
         perturbed = self._perturb_from(z, x, x, draw)
         return torch.where(draw.chosen[:, None, None, None], perturbed, x)
+
+    def _refuse_normalized(self) -> None:
+        if self.normalizes:
+            raise ValueError("latents are of images in [0, 1]: leave normalize= out")
 
     def _draw(self, x: Tensor, frames: int, sample: Any) -> Draw:
         """Noise and choice for a batch (B, C, H, W) of clips of so many frames."""
@@ -246,6 +272,12 @@ def plain_images_key(sample: Mapping[Any, Any]) -> Any:
     keys = [key for key in IMAGE_KEYS if key in sample]
     found = len(keys) == 1 and v2.functional.is_pure_tensor(sample[keys[0]])
     return keys[0] if found else None
+
+
+def listed_images_key(sample: Mapping[Any, Any]) -> Any:
+    """The key of images in a list, as the transforms of Hugging Face data sets get them."""
+    keys = [key for key in IMAGE_KEYS if key in sample]
+    return keys[0] if len(keys) == 1 and isinstance(sample[keys[0]], (list, tuple)) else None
 
 
 def kind(x: Tensor, image: Any) -> tuple[Any, ...]:

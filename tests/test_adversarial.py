@@ -478,7 +478,11 @@ class TestBadInput:
         ("batch", "error", "words"),
         [
             ((torch.rand(2, 1, 8, 8), torch.zeros(2).long()), ValueError, "3 channels"),
-            ((torch.zeros(2).long(), torch.rand(2, 3, 8, 8)), ValueError, r"\(images, labels\)"),
+            (
+                (torch.zeros(2).long(), torch.rand(2, 3, 8, 8)),
+                ValueError,
+                r"attack\(images, labels\)",
+            ),
             ((torch.zeros(2, 3, 8, 8).byte(), torch.zeros(2).long()), TypeError, "uint8"),
             ((torch.rand(2, 3, 8, 8), torch.zeros(3).long()), ValueError, "2 entries"),
             ((torch.rand(2, 3, 8, 8),), ValueError, "needs labels"),

@@ -50,6 +50,13 @@ def test_epochs_differ(tmp_path):
     assert cached[-1][1] == 9
 
 
+def test_samples_that_are_mappings(tmp_path):
+    data = [{"image": image, "label": label} for image, label in samples()]
+    image, label = LatentCache(data, tmp_path, LatentPerturb(0.0, flow=random_glow()))[3]
+    assert torch.equal(image, samples()[3][0])
+    assert label == 3
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_in_a_loader_with_what_comes_after(tmp_path, workers):
     then = v2.Compose([v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True)])
@@ -102,12 +109,15 @@ class Counting(list):
         return super().__getitem__(index)
 
 
-def test_it_encodes_once_and_goes_on_where_it_stopped(tmp_path):
+@pytest.mark.parametrize("how", ["missing", "cut off"])
+def test_it_encodes_once_and_goes_on_where_it_stopped(tmp_path, how):
     transform = LatentPerturb(0.0, flow=random_glow())
     LatentCache(samples(), tmp_path, transform)
-    for name in ("000000004.safetensors",):
-        (tmp_path / name).unlink()
-    (tmp_path / "000000004.safetensors.99.part").write_bytes(b"cut off")
+    shard = tmp_path / "000000004.safetensors"
+    if how == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-100])
     Counting.reads = 0
     again = LatentCache(Counting(samples()), tmp_path, transform)
     assert Counting.reads == 16 + 4  # to recognize the data set, and the missing file
@@ -118,9 +128,10 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("data", "flow", "words"),
         [
-            (samples(9), random_glow(), "another count and images"),
-            (samples(seed=1), random_glow(), "another images"),
-            (samples(), random_glow(seed=1), "another flow"),
+            (samples(9), random_glow(), "differs in its count and images"),
+            ([(image, 9) for image, _ in samples()], random_glow(), "differs in its labels"),
+            (samples(seed=1), random_glow(), "differs in its images"),
+            (samples(), random_glow(seed=1), "differs in its flow"),
         ],
     )
     def test_of_another_cache(self, tmp_path, data, flow, words):
@@ -139,11 +150,22 @@ class TestRefusals:
             ([*samples(1), *samples(1, (3, 9, 9))], ValueError, "images of one size"),
             ([(torch.zeros(1, 8, 8).byte(), 0)], ValueError, "3 channels"),
             ([(torch.zeros(3, 8, 8).byte(), "cat")], TypeError, "labels"),
+            ([(torch.zeros(3, 8, 8).byte(), (3, 0.5))], TypeError, "labels"),
+            ([(torch.zeros(3, 8, 8).byte(), label) for label in (1, None)], ValueError, "labels"),
         ],
     )
     def test_of_data(self, tmp_path, data, error, words):
         with pytest.raises(error, match=words):
             LatentCache(data, tmp_path, LatentPerturb(flow=Identity()))
+
+    def test_of_a_directory_that_is_no_cache(self, tmp_path):
+        LatentCache(samples(), tmp_path, LatentPerturb(flow=Identity()))
+        (tmp_path / "index.json").write_text("")
+        with pytest.raises(ValueError, match=r"index.json is not the index of a cache"):
+            LatentCache(samples(), tmp_path, LatentPerturb(flow=Identity()))
+        (tmp_path / "index.json").unlink()
+        with pytest.raises(ValueError, match=r"no index\.json: not a cache"):
+            LatentCache(samples(), tmp_path, LatentPerturb(flow=Identity()))
 
     def test_of_transforms(self, tmp_path):
         with pytest.raises(TypeError, match="must be a LatentPerturb"):

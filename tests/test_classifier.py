@@ -476,7 +476,9 @@ class TestForward:
                 return {"logits": x.mean(dim=(2, 3))}
 
         before = batch[0].clone()
-        with pytest.raises(TypeError, match="tensor of logits, got dict; pass forward="):
+        with pytest.raises(
+            TypeError, match="tensor of logits is needed, got dict; pass a forward="
+        ):
             LatentAdversarial(Detector(), flow=Identity()).step(batch)
         assert torch.equal(batch[0], before)
 

@@ -8,7 +8,13 @@ import torch
 import torch.distributed as dist
 from conftest import ByClass, Identity, free_port
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    TensorDataset,
+    default_collate,
+)
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -19,7 +25,7 @@ from latent_aug import (
     LatentPerturb,
     LatentSchedule,
 )
-from latent_aug.loaders import perturb_batch
+from latent_aug.loaders import moved, perturb_batch
 from latent_aug.randomness import mixed
 
 COUNT = 12
@@ -207,16 +213,34 @@ class TestLatentLoader:
     def test_set_epoch_reaches_sampler_and_schedule(self):
         sampler = DistributedSampler(data(), num_replicas=2, rank=0)
         schedule = LatentSchedule([(3, perturb()), (1, None)])
-        loader = LatentLoader(DataLoader(data(), 3, sampler=sampler), schedule)
+        loader = LatentLoader(DataLoader(data(), 3, sampler=sampler), v2.Compose([schedule]))
         loader.set_epoch(3)
         assert sampler.epoch == 3
         assert schedule.current is None
         assert all((batch[0] == 0.5).all() for batch in loader)
 
     def test_moves_the_batch(self):
-        loader = LatentLoader([[torch.rand(2, 3, 8, 8), torch.arange(2)]], perturb(), "cpu")
-        (batch,) = loader
-        assert batch[0].device.type == "cpu"
+        batch = {"image": torch.rand(2, 3, 8, 8), "more": [torch.arange(2), "a"]}
+        there = moved(batch, torch.device("meta"))
+        assert there["image"].is_meta
+        assert there["more"][0].is_meta
+        assert there["more"][1] == "a"
+        assert moved(batch, None) is batch
+
+    def test_set_epoch_reaches_batch_sampler_data_set_and_collate(self):
+        class Told(TensorDataset):
+            def set_epoch(self, epoch):
+                self.epoch = epoch
+
+        told, schedule = Told(*data().tensors), LatentSchedule([(3, perturb()), (1, None)])
+        sampler = DistributedSampler(told, num_replicas=2, rank=0)
+        inner = DataLoader(
+            told,
+            batch_sampler=BatchSampler(sampler, 3, False),
+            collate_fn=LatentCollate(schedule),
+        )
+        LatentLoader(inner, v2.Identity()).set_epoch(3)
+        assert (sampler.epoch, told.epoch, schedule.epoch) == (3, 3, 3)
 
 
 class TestBadInput:
@@ -241,6 +265,11 @@ class TestBadInput:
             (lambda: LatentLoader(3, perturb()), TypeError, "loader must be iterable"),
             (lambda: LatentLoader([], 0.25), TypeError, "transform must be callable"),
             (lambda: LatentLoader([], perturb(), seed=0.5), TypeError, "seed must be an integer"),
+            (
+                lambda: LatentLoader([], perturb(generator=torch.Generator()), seed=1),
+                ValueError,
+                "two sources",
+            ),
             (lambda: LatentCollate(perturb(), 3), TypeError, "collate must be callable"),
             (lambda: list(LatentLoader([3], perturb())), TypeError, "batch must be a tuple"),
             (lambda: list(LatentLoader([["a", 1]], perturb())), TypeError, "must be a tensor"),

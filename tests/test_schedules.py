@@ -1,5 +1,6 @@
 """LatentSchedule: whose turn it is, and how it is told."""
 
+import copy
 import pickle
 
 import pytest
@@ -75,8 +76,10 @@ class Half(Dataset):
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 @pytest.mark.parametrize("persistent", [False, True])
-def test_loader_workers_see_the_epoch(context, persistent):
+@pytest.mark.parametrize("copied", [False, True])
+def test_loader_workers_see_the_epoch(context, persistent, copied):
     schedule = LatentSchedule([(1, transform(0.3)), (1, transform(0.1)), (1, None)])
+    schedule = copy.deepcopy(schedule) if copied else schedule
     loader = DataLoader(
         Half(schedule),
         2,
@@ -91,6 +94,14 @@ def test_loader_workers_see_the_epoch(context, persistent):
     assert sizes == pytest.approx([0.3, 0.1, 0.0], abs=1e-6)
 
 
+def test_fallbacks_are_those_of_all_phases():
+    schedule = LatentSchedule([(1, transform(0.1)), (1, transform(0.1)), (1, None)])
+    for _ in range(2):
+        schedule(torch.full((1, 3, 8, 8), float("nan")))
+        schedule.step()
+    assert schedule.fallbacks == 2
+
+
 def test_pickled_it_keeps_its_epoch():
     schedule = LatentSchedule([(1, transform(0.3)), (1, None)])
     schedule.step()
@@ -99,6 +110,7 @@ def test_pickled_it_keeps_its_epoch():
 
 def test_hooks_are_found():
     assert hooks_in(hook())
+    assert hooks_in(hook().step)
     assert hooks_in(LatentSchedule([(1, transform(0.1)), (1, hook())]))
     assert hooks_in(v2.Compose([v2.RandomHorizontalFlip(), LatentSchedule([(1, hook())])]))
     assert not hooks_in(v2.Compose([transform(0.1), LatentSchedule([(1, None)])]))
@@ -112,7 +124,7 @@ def test_repr():
     ("phases", "error", "words"),
     [
         ([], ValueError, "at least one"),
-        ([(0, None)], ValueError, "at least 1, got 0"),
+        ([(0, None)], ValueError, "at least 1, got 0 epochs"),
         ([(1.5, None)], ValueError, "integer"),
         ([(1, 0.25)], TypeError, "a transform, a hook or None, got 0.25"),
         ([transform(0.1)], TypeError, "pairs"),

@@ -452,3 +452,34 @@ def test_8_bit_images_cannot_be_normalized(image):
     transform = LatentPerturb(flow=Identity(), normalize=([0.5] * 3, [0.25] * 3))
     with pytest.raises(TypeError, match="images are 8-bit"):
         transform(image)
+
+
+class TestWarning:
+    @pytest.mark.parametrize("batches", [[8], [1] * 8, [5, 5]])
+    def test_where_no_image_can_be_perturbed(self, batches):
+        transform = LatentPerturb(0.3, flow=Identity())
+        images = [torch.full((count, 3, 8, 8), float("nan")) for count in batches]
+        with pytest.warns(UserWarning, match="images so far came back as they were"):
+            list(map(transform, images))
+        transform(images[0])  # said once
+
+    @pytest.mark.parametrize("good", [0, 3])
+    def test_not_where_some_can(self, good):
+        transform = LatentPerturb(0.3, flow=Identity())
+        images = torch.full((7, 3, 8, 8), float("nan"))
+        images[good] = 0.5
+        for _ in range(3):
+            transform(images)
+        assert transform.fallbacks == 18
+
+
+@pytest.mark.parametrize("kind", ["pil", "tensor"])
+def test_a_mapping_of_lists_holds_several_samples(glow, kind):
+    """Hugging Face data sets call their transform with such."""
+    image = Image.new("RGB", (16, 16), (128, 128, 128)) if kind == "pil" else torch.rand(3, 16, 16)
+    given = {"label": [0, 1, 2], "image": [image] * 3}
+    out = LatentPerturb(0.3, flow=glow)(given)
+    assert out["label"] is given["label"]
+    arrays = [as_array(perturbed) for perturbed in out["image"]]
+    assert all(type(perturbed) is type(image) for perturbed in out["image"])
+    assert len({float(array.sum()) for array in [*arrays, as_array(image)]}) == 4
