@@ -182,9 +182,14 @@ class LatentLoader:
         while ahead is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(stream)
-            batch = recorded(ahead, current)
-            ahead = next_batch()
+            batch, failure = recorded(ahead, current), None
+            try:
+                ahead = next_batch()
+            except Exception as error:  # the batch that is ready comes first
+                failure = error
             yield batch
+            if failure is not None:
+                raise failure
 
 
 def check_transform(transform: Any, user: str) -> Callable[..., Any]:

@@ -2,6 +2,8 @@
 
 import collections
 import datetime
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from latent_aug import (
     LatentLoader,
     LatentPerturb,
     LatentSchedule,
+    loaders,
 )
 from latent_aug.loaders import moved, perturb_batch
 from latent_aug.randomness import mixed
@@ -241,6 +244,43 @@ class TestLatentLoader:
         )
         LatentLoader(inner, v2.Identity()).set_epoch(3)
         assert (sampler.epoch, told.epoch, schedule.epoch) == (3, 3, 3)
+
+
+class TestOneAhead:
+    """The order of work on a GPU, with streams that do nothing."""
+
+    @pytest.fixture
+    def run(self, monkeypatch):
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        monkeypatch.setattr(loaders, "recorded", lambda batch, stream: batch)
+        return lambda batches: LatentLoader([], perturb())._one_ahead(batches, stream)
+
+    def test_the_next_batch_is_prepared_before_this_one_is_used(self, run):
+        events = []
+
+        def batches():
+            for number in range(3):
+                events.append(f"prepare {number}")
+                yield number
+
+        for number in run(batches()):
+            events.append(f"use {number}")
+        assert events == [
+            *("prepare 0", "prepare 1", "use 0", "prepare 2", "use 1", "use 2"),
+        ]
+
+    def test_a_failure_comes_after_the_batches_before_it(self, run):
+        def batches():
+            yield 0
+            yield 1
+            raise OSError("no such image")
+
+        ahead = run(batches())
+        assert [next(ahead), next(ahead)] == [0, 1]
+        with pytest.raises(OSError, match="no such image"):
+            next(ahead)
 
 
 class TestBadInput:
