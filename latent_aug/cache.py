@@ -208,13 +208,10 @@ def encode_samples(
         raise ValueError("labels must be of one type and shape, and there for all samples or none")
     if labels[0] is not None:
         tensors["labels"] = torch.stack(labels)
-    parts = zip(
-        tensors["images"].split(batch_size),
-        tensors.get("labels", torch.zeros(len(images))).split(batch_size),
-        strict=True,
-    )
-    tensors["latents"] = torch.cat([perturb.to_latents(x / 255, y) for x, y in parts])
-    return tensors
+    starts = range(0, len(images), batch_size)
+    parts = [{k: t[i : i + batch_size] for k, t in tensors.items()} for i in starts]
+    latents = [perturb.to_latents(part["images"] / 255, part.get("labels")) for part in parts]
+    return {**tensors, "latents": torch.cat(latents)}
 
 
 def write_whole(path: Path, content: bytes) -> None:

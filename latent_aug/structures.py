@@ -15,15 +15,21 @@ LABEL_KEYS = ("labels", "label")
 def image_key(batch: Any) -> Any:
     """Where a batch keeps its images: a key, or 0 for a tuple or list."""
     if isinstance(batch, Mapping):
-        found = [key for key in IMAGE_KEYS if key in batch]
-        if len(found) != 1:
+        key = named_images(batch)
+        if key is None:
             raise ValueError(
                 f"a batch must have exactly one of the keys {IMAGE_KEYS}, got {list(batch.keys())}"
             )
-        return found[0]
+        return key
     if not isinstance(batch, (tuple, list)) or not batch:
         raise TypeError(f"batch must be a tuple, list or mapping, got {type(batch).__name__}")
     return 0
+
+
+def named_images(mapping: Mapping[Any, Any]) -> str | None:
+    """The one of `IMAGE_KEYS` that a mapping has; None where it has none or several."""
+    found = [key for key in IMAGE_KEYS if key in mapping]
+    return found[0] if len(found) == 1 else None
 
 
 def find_labels(batch: Any) -> Any:

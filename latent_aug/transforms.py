@@ -20,7 +20,7 @@ from latent_aug.flows import Flow
 from latent_aug.images import fit_to_flow, to_batch
 from latent_aug.perturbation import UsesFlow
 from latent_aug.regions import Levels, Mask, movable, pixels_of
-from latent_aug.structures import IMAGE_KEYS, with_items
+from latent_aug.structures import named_images, with_items
 
 
 class Draw(NamedTuple):
@@ -139,10 +139,11 @@ class LatentPerturb(UsesFlow, v2.Transform):
 
     def forward(self, *inputs: Any) -> Any:
         """As every v2 transform does, with the whole sample at hand, where its mask may be."""
-        sample = inputs if len(inputs) > 1 else inputs[0]
-        if isinstance(sample, Mapping) and (key := listed_images_key(sample)) is not None:
+        sample: Any = inputs if len(inputs) > 1 else inputs[0]
+        key = named_images(sample) if isinstance(sample, Mapping) else None
+        if key is not None and isinstance(sample[key], (list, tuple)):
             return with_items(sample, {key: self._listed(sample, key)})
-        if isinstance(sample, Mapping) and (key := plain_images_key(sample)) is not None:
+        if key is not None and v2.functional.is_pure_tensor(sample[key]):
             params = self.make_params([sample[key]], sample)
             return with_items(sample, {key: self.transform(sample[key], params)})
         flat, spec = tree_flatten(sample)
@@ -156,7 +157,7 @@ class LatentPerturb(UsesFlow, v2.Transform):
         return tree_unflatten(results, spec)
 
     def _listed(self, samples: Mapping[Any, Any], key: Any) -> list[Any]:
-        """Each image of a mapping of lists, which stands for several samples, with its own draw."""
+        """Each image of a mapping of lists, as Hugging Face passes samples, with its own draw."""
         count = len(samples[key])
         lists = {
             name: values
@@ -265,19 +266,6 @@ class LatentPerturb(UsesFlow, v2.Transform):
     def extra_repr(self) -> str:
         """The arguments that matter, for `print`."""
         return self._describe()
-
-
-def plain_images_key(sample: Mapping[Any, Any]) -> Any:
-    """The key of a mapping's images if they are a plain tensor and named as such, else None."""
-    keys = [key for key in IMAGE_KEYS if key in sample]
-    found = len(keys) == 1 and v2.functional.is_pure_tensor(sample[keys[0]])
-    return keys[0] if found else None
-
-
-def listed_images_key(sample: Mapping[Any, Any]) -> Any:
-    """The key of images in a list, as the transforms of Hugging Face data sets get them."""
-    keys = [key for key in IMAGE_KEYS if key in sample]
-    return keys[0] if len(keys) == 1 and isinstance(sample[keys[0]], (list, tuple)) else None
 
 
 def kind(x: Tensor, image: Any) -> tuple[Any, ...]:

@@ -1,10 +1,12 @@
 """Fixtures and tables that every test module shares."""
 
 import copy
+import datetime
 import socket
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from latent_aug import Flow, Glow
@@ -91,6 +93,17 @@ def same_trace(a, b):
     return equal and all(a[k] == b[k] for k in ("modes", "flags", "buffers"))
 
 
+def join_group(rank, port, size):
+    """Make this process one of several that talk by gloo; a lost one is an error after a minute."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=60),
+    )
+
+
 def free_port():
     """A port that nobody listens on."""
     with socket.socket() as probe:
@@ -125,3 +138,14 @@ def glow():
 @pytest.fixture(scope="session")
 def grey_glow():
     return random_glow(1)
+
+
+@pytest.fixture
+def model():
+    return convolutional_classifier()
+
+
+@pytest.fixture
+def batch():
+    # farther than eps from 0 and 1, where clamping plays no part
+    return 0.4 + 0.2 * torch.rand(6, 3, 16, 16), torch.randint(4, (6,))

@@ -16,17 +16,6 @@ from latent_aug import LatentAdversarial, LatentPerturb
 from latent_aug import functional as LF
 
 
-@pytest.fixture
-def model():
-    return convolutional_classifier()
-
-
-@pytest.fixture
-def batch():
-    # farther than eps from 0 and 1, where clamping plays no part
-    return 0.4 + 0.2 * torch.rand(6, 3, 16, 16), torch.randint(4, (6,))
-
-
 def textbook_pgd(model, x, y, delta, *, eps, alpha, steps, norm):
     """Projected gradient descent as Madry et al. 2018 write it."""
     for _ in range(steps):

@@ -13,16 +13,6 @@ from latent_aug import LatentAdversarial
 from latent_aug.classifier import bare, check_targets, lent, scaled_up
 
 
-@pytest.fixture
-def model():
-    return convolutional_classifier()
-
-
-@pytest.fixture
-def batch():
-    return 0.4 + 0.2 * torch.rand(6, 3, 16, 16), torch.randint(4, (6,))
-
-
 def sure_model():
     """A classifier that is so sure of class 0 that its loss's gradient underflows in float16."""
     torch.manual_seed(0)

@@ -1,12 +1,10 @@
 """Training under DistributedDataParallel with the attack in the step: two gloo processes."""
 
-import datetime
-
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import convolutional_classifier, free_port, random_glow
+from conftest import convolutional_classifier, free_port, join_group, random_glow
 from torch import nn
 
 from latent_aug import LatentAdversarial
@@ -32,13 +30,7 @@ def undropped():
 
 def train(rank, port, options, results):
     """What each process runs."""
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=RANKS,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    join_group(rank, port, RANKS)
     torch.set_num_threads(1)
     model = nn.parallel.DistributedDataParallel(undropped(), find_unused_parameters=False)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

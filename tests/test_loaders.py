@@ -1,14 +1,13 @@
 """LatentCollate and LatentLoader: the batches they give, their draws, what they hand on."""
 
 import collections
-import datetime
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ByClass, Identity, free_port
+from conftest import ByClass, Identity, free_port, join_group
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -159,13 +158,7 @@ class TestDraws:
 
 def draw(rank, port, results):
     """What each process of two draws from the same seed."""
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    join_group(rank, port, 2)
     torch.manual_seed(0)
     images = torch.full((2, 3, 8, 8), 0.5)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))

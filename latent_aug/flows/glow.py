@@ -184,11 +184,9 @@ class Glow(Flow):
             if gradient == "lean":
                 raise ValueError("gradient='lean' needs frozen weights: flow.requires_grad_(False)")
             return engine.decode(z, levels)
-        wanted = torch.is_grad_enabled() and z.requires_grad
-        lean = gradient == "lean" or (
-            gradient == "auto" and latent_gradient.prefers_lean(z, levels)
-        )
-        if not (wanted and lean):
+        if not (torch.is_grad_enabled() and z.requires_grad) or gradient == "fast":
+            return engine.decode(z, levels)
+        if gradient == "auto" and not latent_gradient.prefers_lean(z, levels):
             return engine.decode(z, levels)
         inverse = self._levels(z, inverse=False)
         return latent_gradient.decode(z, levels, self._adjoints(z), inverse)
