@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from latent_aug.adversarial import LatentAdversarial
@@ -13,6 +14,8 @@ from latent_aug.schedules import LatentSchedule
 from latent_aug.transforms import LatentPerturb
 
 if TYPE_CHECKING:
+    from latent_aug.check import check_flow
+    from latent_aug.figures import preview
     from latent_aug.train import TrainConfig, train_flow
 
 __version__ = "0.1.0"
@@ -27,15 +30,23 @@ __all__ = [
     "LatentPerturb",
     "LatentSchedule",
     "TrainConfig",
+    "check_flow",
     "load_flow",
+    "preview",
     "train_flow",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import the trainer only when somebody asks for it."""
-    if name in ("TrainConfig", "train_flow"):
-        from latent_aug import train
+LAZY = {
+    "TrainConfig": "train",
+    "check_flow": "check",
+    "preview": "figures",
+    "train_flow": "train",
+}
 
-        return getattr(train, name)
+
+def __getattr__(name: str) -> Any:
+    """Import what training and looking need only when somebody asks for it."""
+    if name in LAZY:
+        return getattr(import_module(f"latent_aug.{LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from latent_aug import functional as LF
-from latent_aug.arguments import Range, distance, number_range, one_of, probability
+from latent_aug.arguments import Range, distance, number_range, one_of, positive, probability
 from latent_aug.classifier import check_targets, classes_of, lent, samples_meet, scaled_up
 from latent_aug.conditions import condition, labels_in
 from latent_aug.flows import Flow
@@ -120,12 +120,11 @@ class LatentAdversarial(UsesFlow):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
         for name, value in (("loss", loss), ("forward", forward)):
             if value is not None and not callable(value):
                 raise TypeError(f"{name} must be callable or None, got {value!r}")
-        self.model, self.steps, self.random_start = model, steps, bool(random_start)
+        self.model, self.steps = model, positive("steps", steps)
+        self.random_start = bool(random_start)
         self.eps, self.alpha = number_range("eps", eps), number_range("alpha", alpha)
         self.norm = one_of("norm", norm, ("linf", "l2", "rms"))
         self.labels = one_of("labels", labels, ("true", "predicted"))
@@ -159,6 +158,13 @@ class LatentAdversarial(UsesFlow):
         key = image_key(batch)
         labels = labels_in(batch, self.labels_getter)
         return with_images(batch, key, self._replace(batch, key, labels))
+
+    def with_eps(self, eps: float) -> LatentAdversarial:
+        """A copy that perturbs every sample by this eps, alpha in proportion; counts of its own."""
+        result = super().with_eps(eps)
+        share = eps / self.eps[1] if self.eps[1] else 1.0
+        result.alpha = (share * self.alpha[0], share * self.alpha[1])
+        return result
 
     def __call__(self, images: Tensor, labels: Any = None) -> Tensor:
         """Adversarial images (B, C, H, W) for labels (B,) or (B, K); the dtype stays.

@@ -46,3 +46,10 @@ def distance(name: str, value: Any) -> float | None:
     if isinstance(value, (tuple, list)):
         raise TypeError(f"{name} must be one number or None, got {value!r}")
     return number_range(name, value)[0]
+
+
+def positive(name: str, value: Any) -> int:
+    """An integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    return value

@@ -46,6 +46,12 @@ class StepSampler:
             yield order[first : first + self.batch_size].tolist()
 
 
+def random_flip(batch: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror each image of (B, C, H, W) with probability ½."""
+    mirrored = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
+    return torch.where(mirrored.to(batch.device), batch.flip(3), batch)
+
+
 def random_crop(batch: Tensor, padding: int, generator: torch.Generator) -> Tensor:
     """Zero-pad (B, C, H, W) and cut a window of the old size out of each image at random."""
     count, _, height, width = batch.shape

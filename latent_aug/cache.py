@@ -85,7 +85,8 @@ class LatentCache(Dataset[Any]):
         self.count = len(dataset)
         self._open: dict[int, Any] = {}
         self.directory.mkdir(parents=True, exist_ok=True)
-        check_index(self.directory / INDEX_NAME, index_of(dataset, perturb.flow))
+        index = index_of(dataset, perturb.flow, perturb.resolution)
+        check_index(self.directory / INDEX_NAME, index)
         for start in range(0, self.count, SHARD):
             chosen = range(start, min(start + SHARD, self.count))
             if not is_whole(self._shard(start), len(chosen)):
@@ -131,8 +132,8 @@ class LatentCache(Dataset[Any]):
         return {**self.__dict__, "_open": {}}
 
 
-def index_of(dataset: Any, flow: Flow) -> dict[str, Any]:
-    """What a cache was made of: the flow's weights and precision, some of the samples, their count.
+def index_of(dataset: Any, flow: Flow, resolution: int | None) -> dict[str, Any]:
+    """What a cache was made of: the flow and its precision, some of the samples, their count.
 
     The samples are 16 spread over the data set: enough to tell another data set, or another
     order, and not the odd image that was replaced.
@@ -150,6 +151,7 @@ def index_of(dataset: Any, flow: Flow) -> dict[str, Any]:
         "flow": weights.hexdigest(),
         "images": images.hexdigest(),
         "labels": labels.hexdigest(),
+        "resolution": resolution,
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,27 @@ from typing import Any
 import torch
 import torchvision
 
-from latent_aug.check import measure_flow, rows
 from latent_aug.data import UInt8Images
 from latent_aug.flows import Glow
 from latent_aug.flows.base import CARD_NAME, WEIGHTS_NAME
+from latent_aug.hub import sha256
+from latent_aug.measure import measure_flow, rows
 
 TEMPLATE = """\
 ---
 license: {licence}
 library_name: latent-aug
-tags: [normalizing-flow, glow, data-augmentation]
+pipeline_tag: unconditional-image-generation
+tags: [normalizing-flow, glow, data-augmentation, image-classification]
+{datasets}metrics: [bits-per-dimension]
+model-index:
+- name: {name}
+  results:
+  - task: {{type: unconditional-image-generation}}
+    dataset: {{name: "{measured_on}", type: image-folder}}
+    metrics:
+    - {{type: bits-per-dimension, value: {bits_per_dim:.3f}}}
+    - {{type: round-trip-max-error, value: {round_trip_max_error:.1e}}}
 ---
 # {name}
 
@@ -84,6 +94,7 @@ def write_card(
     licence: str,
     eps: float = 0.25,
     note: str = "",
+    dataset: str | None = None,
 ) -> dict[str, Any]:
     """Measure a flow that lies in `output`, write its README.md there, and return the figures.
 
@@ -100,6 +111,7 @@ def write_card(
         licence: Of the weights.
         eps: Suggested linf eps.
         note: A paragraph on the training, such as caveats of the data.
+        dataset: The training data's name on the Hugging Face hub, for the card's metadata.
     """
     figures = measure_flow(flow, images, progress=True)
     text = TEMPLATE.format(
@@ -109,7 +121,7 @@ def write_card(
         multiple=flow.multiple,
         parameters=sum(p.numel() for p in flow.parameters()),
         weights=WEIGHTS_NAME,
-        sha256=hashlib.sha256((output / WEIGHTS_NAME).read_bytes()).hexdigest(),
+        sha256=sha256(output / WEIGHTS_NAME),
         table="\n".join(rows(figures)),
         command=command,
         training_data=training_data,
@@ -120,6 +132,7 @@ def write_card(
         licence=licence,
         eps=eps,
         note=f"\n{note}\n" if note else "",
+        datasets=f"datasets: [{dataset}]\n" if dataset else "",
         torch=torch.__version__,
         torchvision=torchvision.__version__,
     )

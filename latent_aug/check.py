@@ -1,111 +1,234 @@
-"""Measuring a flow on images: does it fit them, is it exact, how far does an eps move them."""
+"""Does a flow suit a user's images, and which eps does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from latent_aug import functional as LF
-from latent_aug.data import UInt8Images, as_batch
+from latent_aug.arguments import one_of, positive
+from latent_aug.classifier import lent
+from latent_aug.data import UInt8Images, as_batch, check_sides
 from latent_aug.flows import Glow
-from latent_aug.images import from_float
+from latent_aug.hub import load_flow
+from latent_aug.images import Normalization
+from latent_aug.measure import mean_change, measure_flow, rows
 
-SETTINGS = (("linf", 0.1), ("linf", 0.25), ("linf", 0.4), ("l2", 10.0), ("l2", 20.0))
+GREY_LEVELS = 10.0
+"""Mean change of a pixel that a suggested eps aims at; linf 0.25 makes it on CIFAR-10."""
+
+WHITE = (0.7, 1.4)  # standard deviations of a level's latents that suit the prior's 1
+MOST_FALLBACKS, MOST_SATURATED = 0.001, 0.05
+CALIBRATED_ON = 200  # images
+CHUNK = 50  # of them at a time
+LOWEST, HIGHEST = 1e-3, 1e3  # eps
 
 
-@torch.no_grad()
-def measure_flow(
-    flow: Glow,
-    images: UInt8Images,
+@dataclass(frozen=True)
+class FlowCheck:
+    """What `check_flow` found.
+
+    Attributes:
+        figures: Of `measure_flow`.
+        norm: Of the suggested eps.
+        eps: The suggested eps.
+        by_change: The eps that changes pixels by the asked number of grey levels on average;
+            `HIGHEST` if none does.
+        by_flips: The greatest eps that flips no more than the asked share of the classifier's
+            predictions, `LOWEST` if there is none; None without a classifier.
+        problems: What does not fit, one sentence each; empty if the flow suits the images.
+    """
+
+    figures: dict[str, Any]
+    norm: LF.Norm
+    eps: float
+    by_change: float
+    by_flips: float | None
+    problems: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the flow suits the images."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        f = self.figures
+        lines = [
+            f"{f['images']} images, {f['bits_per_dim']:.3f} bits/dim",
+            f"round trip: greatest error {f['round_trip_max_error']:.1e}, "
+            f"{f['uint8_identical']} of {f['images']} images byte for byte",
+            f"latents' mean a level, finest first: {f['latent_mean']}",
+            f"latents' standard deviation (the prior's is 1): {f['latent_std']}",
+            *rows(f),
+            f"suggested: norm={self.norm!r}, eps={self.eps:.3g}"
+            + (
+                ""
+                if self.by_flips is None
+                else f" (by change {self.by_change:.3g}, by label flips {self.by_flips:.3g})"
+            ),
+            *(f"- {problem}" for problem in self.problems),
+            "The flow suits these images."
+            if self.fits
+            else "The flow does not suit these images as it is: fine-tune it on them, labels not "
+            "needed, with `latent-aug train DATA --init FLOW`, or use another.",
+        ]
+        return "\n".join(lines)
+
+
+def check_flow(
+    flow: Glow | str | Path,
+    images: Any,
     *,
-    settings: Sequence[tuple[str, float]] = SETTINGS,
-    batch_size: int = 100,
+    norm: LF.Norm = "linf",
+    grey_levels: float = GREY_LEVELS,
+    classifier: nn.Module | None = None,
+    flips: float = 0.05,
+    normalize: Any = None,
+    size: int | None = None,
+    count: int = 1000,
     seed: int = 0,
     progress: bool = False,
-) -> dict[str, Any]:
-    """Bits/dim, exactness, whiteness and what perturbations do, on every image given.
+) -> FlowCheck:
+    """Does a flow suit your images, and which eps would? Look here before you train with it.
 
     Args:
-        flow: A trained Glow.
-        images: 8-bit images.
-        settings: (norm, eps) of the random perturbations to try.
-        batch_size: Images at a time.
+        flow: A Glow, or a name or path for `load_flow`.
+        images: Your images, or tuples that begin with one: PIL, uint8, or float in [0, 1].
+        norm: Of the eps to suggest: "linf", "l2" or "rms".
+        grey_levels: Mean absolute change of a pixel, of 255, that the suggested eps aims at.
+        classifier: Your trained model; the suggested eps then also flips no more than `flips` of
+            its predictions.
+        flips: Greatest share of predictions that may flip.
+        normalize: v2.Normalize or (mean, std) that the classifier's inputs go through.
+        size: Resize and crop the images to this side.
+        count: At most this many images, spread over the data set, are looked at.
         seed: Of dequantization noise and perturbations.
         progress: Show a progress bar.
 
     Returns:
-        JSON-ready figures: `images`, `bits_per_dim`, `round_trip_max_error` ([0, 1] units),
-        `uint8_identical` (images that come back byte for byte), `latent_std` (a level, finest
-        first) and for each setting in `perturbations` the `fallbacks` (share of samples that come
-        back unchanged), `mean_change` (grey levels of 255) and `saturated` (share of all pixel
-        values that leave [0, 1] by more than one grey level).
+        Figures, a suggested eps, and what does not fit; print it to read it.
+
+    Raises:
+        ValueError: The images do not fit the flow, or an argument is out of range.
+        TypeError: The classifier does not return logits.
+        FileNotFoundError: No such flow.
+
+    Source: bits/dim as in Kingma & Dhariwal 2018; the paper chooses eps by validation accuracy.
+
+    Example:
+        >>> import torch
+        >>> images = torch.full((4, 1, 28, 28), 100, dtype=torch.uint8)
+        >>> found = check_flow("glow-fashionmnist", images)
+        >>> found.eps > 0, found.figures["uint8_identical"]
+        (True, 4)
     """
-    device = next(flow.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    bits, largest, identical, moments = 0.0, 0.0, 0, [torch.zeros(3) for _ in range(flow.levels)]
-    perturbed = [dict.fromkeys(("fallbacks", "mean_change", "saturated"), 0.0) for _ in settings]
-    for pixels in tqdm(loader(images, batch_size), disable=not progress, desc="measuring"):
-        x = pixels.to(device) / 255
-        bits += flow.bits_per_dim(x, generator=generator).sum().item()
-        z = flow.encode(x)
-        back = flow.decode(z)
-        largest = max(largest, (back - x).abs().max().item())
-        same = (from_float(back, torch.uint8) == pixels.to(device)).flatten(1).all(dim=1)
-        identical += int(same.sum())
-        for sums, level in zip(moments, flow.split_levels(z), strict=True):
-            sums += torch.tensor([level.numel(), level.sum().item(), level.square().sum().item()])
-        for figures, (norm, eps) in zip(perturbed, settings, strict=True):
-            normal = torch.randn(z.shape, generator=generator, device=device)
-            moved = flow.decode(z + LF.noise_of_norm(normal, eps, norm))  # type: ignore[arg-type]
-            for name, value in compare(moved, x, z).items():
-                figures[name] += value.sum().item()
-    count = len(images)
-    return {
-        "images": count,
-        "bits_per_dim": bits / count,
-        "round_trip_max_error": largest,
-        "uint8_identical": identical,
-        "latent_std": [round(std(sums), 3) for sums in moments],
-        "perturbations": [
-            {"norm": norm, "eps": eps, **{k: v / count for k, v in figures.items()}}
-            for figures, (norm, eps) in zip(perturbed, settings, strict=True)
-        ],
-    }
-
-
-def loader(images: UInt8Images, batch_size: int) -> Iterable[Tensor]:
-    """Batches of uint8 images in order."""
-    return DataLoader(images, batch_size=batch_size, collate_fn=as_batch)
-
-
-def compare(moved: Tensor, x: Tensor, z: Tensor) -> dict[str, Tensor]:
-    """Per sample: falls back or not, mean change in grey levels, share of values out of range."""
-    outside = (moved < -1 / 255) | (moved > 1 + 1 / 255)
-    change = (moved.nan_to_num().clamp(0, 1) - x).abs() * 255
-    return {
-        "fallbacks": LF.unusable(moved, x, z),
-        "mean_change": change.mean(dim=(1, 2, 3)),
-        "saturated": outside.float().mean(dim=(1, 2, 3)),
-    }
-
-
-def std(sums: Tensor) -> float:
-    """Standard deviation from count, sum and sum of squares."""
-    count, total, squares = sums.tolist()
-    return float((squares / count - (total / count) ** 2) ** 0.5)
-
-
-def rows(figures: dict[str, Any]) -> Iterator[str]:
-    """The perturbations as rows of a Markdown table."""
-    yield "| norm | eps | fall back | mean change (grey levels) | out of range |"
-    yield "|---|---|---|---|---|"
-    for p in figures["perturbations"]:
-        yield (
-            f"| {p['norm']} | {p['eps']:g} | {p['fallbacks']:.2%} | {p['mean_change']:.1f} | "
-            f"{p['saturated']:.2%} |"
+    one_of("norm", norm, ("linf", "l2", "rms"))
+    if not grey_levels > 0 or not 0 < flips < 1:
+        raise ValueError(
+            f"grey_levels must be above 0 and flips lie in (0, 1), got {grey_levels!r}, {flips!r}"
         )
+    loaded = load_flow(flow) if isinstance(flow, (str, Path)) else flow
+    if not isinstance(loaded, Glow):
+        raise ValueError(f"flow must be a Glow, got a {type(loaded).__name__}")
+    pixels = UInt8Images(images, loaded.channels, size)
+    positive("count", count)
+    check_sides(pixels, loaded.multiple)
+    chosen = as_batch(pixels.__getitems__(pixels.spread(count)))
+    calibrated = chosen[torch.linspace(0, len(chosen) - 1, min(len(chosen), CALIBRATED_ON)).long()]
+    moved = perturbed_by(loaded, calibrated, norm, seed)
+    x = moved(0.0).clamp(0, 1)
+    by_change = greatest(lambda eps: float(mean_change(moved(eps), x).mean()) <= grey_levels)
+    by_flips = None
+    if classifier is not None:
+        predict = predictions(classifier, Normalization(normalize, loaded.channels))
+        labels = predict(x)
+        by_flips = greatest(
+            lambda eps: float((predict(moved(eps)) != labels).float().mean()) <= flips
+        )
+    eps = by_change if by_flips is None else min(by_change, by_flips)
+    figures = measure_flow(
+        loaded,
+        UInt8Images(chosen, loaded.channels),
+        settings=[(norm, factor * eps) for factor in (0.5, 1.0, 2.0)],
+        seed=seed,
+        progress=progress,
+    )
+    problems = [*problems_of(figures)]
+    if by_change >= HIGHEST:
+        problems.append(f"no eps changes pixels by {grey_levels:g} grey levels on average")
+    if by_flips is not None and by_flips <= LOWEST:
+        problems.append(f"no eps flips {flips:.0%} or less of the predictions")
+    return FlowCheck(figures, norm, eps, by_change, by_flips, tuple(problems))
+
+
+def problems_of(figures: dict[str, Any]) -> Iterator[str]:
+    """What does not fit, by the figures for half the suggested eps, for it and for twice that."""
+    count, identical = figures["images"], figures["uint8_identical"]
+    at_eps = figures["perturbations"][1]
+    if identical < count:
+        yield f"{count - identical} of {count} images do not come back byte for byte"
+    if at_eps["fallbacks"] > MOST_FALLBACKS:
+        yield f"{at_eps['fallbacks']:.1%} of the images cannot be perturbed and stay as they are"
+    low, high = WHITE
+    off = [s for s in figures["latent_std"] if not low <= s <= high]
+    if off:
+        yield (
+            f"latents are not of the prior's scale: standard deviations {figures['latent_std']}, "
+            f"expected {low} to {high}; the images lie off what the flow was trained on"
+        )
+    if at_eps["saturated"] > MOST_SATURATED:
+        yield f"{at_eps['saturated']:.1%} of all pixel values leave [0, 1] at the suggested eps"
+
+
+@torch.no_grad()
+def perturbed_by(flow: Glow, pixels: Tensor, norm: LF.Norm, seed: int) -> Callable[[float], Tensor]:
+    """A function of eps: uint8 images perturbed by it, always with the same draws."""
+    device = next(flow.parameters()).device
+    z = torch.cat([flow.encode(part.to(device) / 255) for part in pixels.split(CHUNK)])
+    draws = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z)
+
+    @torch.no_grad()
+    def moved(eps: float) -> Tensor:
+        latents = z + LF.noise_of_norm(draws, eps, norm)
+        return torch.cat([flow.decode(part) for part in latents.split(CHUNK)])
+
+    return moved
+
+
+def predictions(classifier: nn.Module, normalization: Normalization) -> Callable[[Tensor], Tensor]:
+    """A function that gives the classes (B,) of images in [0, 1]."""
+
+    @torch.no_grad()
+    def predict(x: Tensor) -> Tensor:
+        x = x.to(next(classifier.parameters(), x).device)
+        inputs = normalization.apply(x.nan_to_num().clamp(0, 1))
+        with lent(classifier, "eval") as model:
+            outputs = [model(part) for part in inputs.split(CHUNK)]
+        if not all(isinstance(logits, Tensor) and logits.ndim == 2 for logits in outputs):
+            raise TypeError(
+                "classifier must take images (B, C, H, W) and return logits (B, classes), got a "
+                f"{type(outputs[0]).__name__}; wrap it in a module that does"
+            )
+        return torch.cat(outputs).argmax(dim=1)
+
+    return predict
+
+
+def greatest(holds: Callable[[float], bool]) -> float:
+    """About the greatest eps for which something holds that larger ones break; within 2 %.
+
+    `LOWEST` where it holds for none, `HIGHEST` where it holds for all.
+    """
+    low, high = LOWEST, HIGHEST
+    if holds(high):
+        return high
+    while high / low > 1.02:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return float(f"{low:.3g}")

@@ -1,9 +1,12 @@
-"""The command line: `latent-aug train`."""
+"""The command line: `latent-aug train`, `check` and `preview`."""
 
 from __future__ import annotations
 
+import importlib
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,15 +16,38 @@ except ModuleNotFoundError:  # an optional extra; the library itself does withou
     sys.exit("latent-aug's command line needs typer: pip install 'latent-aug[train]'")
 
 import torch
+from torch import nn
 
 from latent_aug.card import write_card
-from latent_aug.data import UInt8Images, open_images
+from latent_aug.check import GREY_LEVELS, check_flow
+from latent_aug.data import UInt8Images, as_batch, open_images
+from latent_aug.figures import preview
 from latent_aug.flows import Glow
 from latent_aug.hub import load_flow
 from latent_aug.report import minutes_of
 from latent_aug.train import TrainConfig, train_flow
+from latent_aug.transforms import LatentPerturb
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+DATA = typer.Argument(help="A folder of images, a tar of them, or torchvision:NAME.")
+ROOT = typer.Option(help="Where torchvision's data sets live.")
+FLOW = typer.Argument(help="A bundled name, a directory, or org/repo on the hub.")
+PICTURE = typer.Option(help="Where to draw.")
+SIZE = typer.Option(help="Resize and crop to this side.")
+NORM = typer.Option(help="Of eps.")
+Norm = Literal["linf", "l2", "rms"]
+
+
+@contextmanager
+def errors_as_messages() -> Iterator[None]:
+    """What a user can mend is a line and exit code 1, not a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
 
 
 @app.callback()
@@ -31,14 +57,12 @@ def main_callback() -> None:
 
 @app.command()
 def train(
-    data: Annotated[
-        str, typer.Argument(help="A folder of images, a tar of them, or torchvision:NAME.")
-    ],
+    data: Annotated[str, DATA],
     output: Annotated[Path, typer.Option(help="Where the flow and the run's state are written.")],
     validation: Annotated[
         str | None, typer.Option(help="Held-out images: folder, tar or torchvision:NAME.")
     ] = None,
-    root: Annotated[Path, typer.Option(help="Where torchvision's data sets live.")] = Path("data"),
+    root: Annotated[Path, ROOT] = Path("data"),
     init: Annotated[
         str | None, typer.Option(help="Fine-tune this flow: a name, directory or org/repo.")
     ] = None,
@@ -65,7 +89,7 @@ def train(
     ema: Annotated[float, typer.Option(help="Decay of the weights' average.")] = TrainConfig.ema,
     flip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = TrainConfig.flip,
     crop: Annotated[int, typer.Option(help="Zero-pad by so much, crop.")] = TrainConfig.crop,
-    size: Annotated[int | None, typer.Option(help="Resize and crop to this side.")] = None,
+    size: Annotated[int | None, SIZE] = None,
     network_dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], typer.Option(help="Coupling networks' precision.")
     ] = "auto",
@@ -79,9 +103,12 @@ def train(
         str | None, typer.Option(help="For the card: the training data, in words.")
     ] = None,
     note: Annotated[str, typer.Option(help="For the card: caveats.")] = "",
+    dataset: Annotated[
+        str | None, typer.Option(help="For the card: the data's name on the Hugging Face hub.")
+    ] = None,
 ) -> None:
     """Train a Glow by maximum likelihood; the same command again resumes a stopped run."""
-    try:
+    with errors_as_messages():
         config = TrainConfig(
             output=output,
             steps=steps,
@@ -117,11 +144,93 @@ def train(
             minutes=minutes_of(output),
             licence=licence,
             note=note,
+            dataset=dataset,
         )
-    except (ValueError, OSError, FloatingPointError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
     typer.echo(f"{output}: {card['bits_per_dim']:.3f} bits/dim on {card['images']} images")
+
+
+@app.command()
+def check(
+    flow: Annotated[str, FLOW],
+    data: Annotated[str, DATA],
+    root: Annotated[Path, ROOT] = Path("data"),
+    norm: Annotated[Norm, NORM] = "linf",
+    grey_levels: Annotated[
+        float, typer.Option(help="Mean change of a pixel that the suggested eps aims at, of 255.")
+    ] = GREY_LEVELS,
+    classifier: Annotated[
+        str | None,
+        typer.Option(help="module:name of a trained model, or of a function that returns one."),
+    ] = None,
+    flips: Annotated[
+        float, typer.Option(help="Greatest share of its predictions that eps may flip.")
+    ] = 0.05,
+    size: Annotated[int | None, SIZE] = None,
+    count: Annotated[int, typer.Option(help="Look at no more images than this.")] = 1000,
+    picture: Annotated[Path | None, PICTURE] = None,
+) -> None:
+    """Does a flow suit your images, and which eps does? Exit code 2 if it does not."""
+    with errors_as_messages():
+        loaded = load_flow(flow)
+        images = UInt8Images(open_images(data, root=root), loaded.channels, size)
+        found = check_flow(
+            loaded,  # type: ignore[arg-type]  # it says so if it is no Glow
+            images,
+            norm=norm,
+            grey_levels=grey_levels,
+            classifier=None if classifier is None else imported_model(classifier),
+            flips=flips,
+            count=count,
+            progress=True,
+        )
+        if picture is not None:
+            draw(LatentPerturb(found.eps, norm=norm, flow=loaded), images, picture, None)
+    typer.echo(str(found))
+    if not found.fits:
+        raise typer.Exit(2)
+
+
+@app.command("preview")
+def preview_command(
+    flow: Annotated[str, FLOW],
+    data: Annotated[str, DATA],
+    picture: Annotated[Path, PICTURE] = Path("preview.png"),
+    root: Annotated[Path, ROOT] = Path("data"),
+    eps: Annotated[list[float] | None, typer.Option(help="Sizes to draw; repeat it.")] = None,
+    norm: Annotated[Norm, NORM] = "linf",
+    size: Annotated[int | None, SIZE] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Perturb a copy downscaled to this; for photographs.")
+    ] = None,
+) -> None:
+    """Draw images, what becomes of them at several eps, the differences, and samples."""
+    with errors_as_messages():
+        loaded = load_flow(flow)
+        images = UInt8Images(open_images(data, root=root), loaded.channels, size)
+        sizes = eps or ([0.1, 0.25, 0.5] if norm in ("linf", "rms") else [5.0, 10.0, 20.0])
+        transform = LatentPerturb(sizes[0], norm=norm, flow=loaded, resolution=resolution)
+        draw(transform, images, picture, sizes)
+    typer.echo(f"{picture}")
+
+
+def draw(
+    transform: LatentPerturb, images: UInt8Images, picture: Path, eps: list[float] | None
+) -> None:
+    """Write the preview of some images."""
+    some = as_batch(images.__getitems__(images.spread(6)))
+    preview(transform, some, eps=eps).savefig(picture, dpi=120, bbox_inches="tight")
+
+
+def imported_model(name: str) -> nn.Module:
+    """The model, or what the function returns, that "module:name" names."""
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, "")  # as python -m does
+    found: Any = getattr(importlib.import_module(module), attribute, None)
+    if callable(found) and not isinstance(found, nn.Module):
+        found = found()
+    if not isinstance(found, nn.Module):
+        raise ValueError(f"classifier must be module:name of a torch model, got {name!r}")
+    return found
 
 
 def starting_flow(

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as tvf
 
-from latent_aug.images import from_float
+from latent_aug.images import check_range, from_float
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -111,7 +111,10 @@ def to_uint8(sample: Any, channels: int, size: int | None = None) -> Tensor:
         raise ValueError(f"a dataset of {channels}-channel images is needed, got {found}")
     if size is not None:
         image = tvf.center_crop(tvf.resize(image, [size], antialias=True), [size])
-    return from_float(image, torch.uint8) if image.is_floating_point() else image
+    if not image.is_floating_point():
+        return image
+    check_range(image[None])
+    return from_float(image, torch.uint8)
 
 
 class UInt8Images(Dataset[Tensor]):
@@ -165,3 +168,13 @@ class UInt8Images(Dataset[Tensor]):
 def as_batch(samples: Tensor | list[Tensor]) -> Tensor:
     """A batch that came whole, or one to stack."""
     return samples if isinstance(samples, Tensor) else torch.stack(samples)
+
+
+def check_sides(images: UInt8Images, multiple: int) -> None:
+    """Refuse images whose height or width a flow cannot halve often enough."""
+    height, width = images.shape[1:]
+    if height % multiple or width % multiple:
+        raise ValueError(
+            f"images are {height}x{width}, this flow needs sides that divide by {multiple}: give "
+            "a size to resize to, or a flow of fewer levels"
+        )

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
+import re
+from collections.abc import Iterable
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from latent_aug.checkpoints import SHA256  # type: ignore[import-not-found,unused-ignore]
 from latent_aug.flows import Flow
-from latent_aug.flows.base import CONFIG_NAME, RUN_NAME, WEIGHTS_NAME
+from latent_aug.flows.base import (
+    CARD_NAME,
+    CONFIG_NAME,
+    DIGEST_KEY,
+    RUN_NAME,
+    WEIGHTS_NAME,
+    digest_of,
+)
 
 LARGEST_CONFIG = 2**16  # bytes; a config is a handful of numbers
 
@@ -53,8 +64,14 @@ def load_flow(
         (1, 4)
     """
     directory, origin = locate(str(name_or_path), revision)
-    flow = read_flow(directory).to(device)
+    expected = SHA256.get(origin[0])
+    if expected is not None and sha256(directory / WEIGHTS_NAME) != expected:
+        raise OSError(f"{directory / WEIGHTS_NAME} was changed; install latent-aug again")
+    with torch.inference_mode(False):  # the weights serve outside it
+        flow = read_flow(directory).to(device)
     flow.loaded_from = (*origin, flow.weights_version())
+    card = directory / CARD_NAME
+    flow.card = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
     return flow
 
 
@@ -74,9 +91,67 @@ def locate(name: str, revision: str | None = None) -> tuple[Path, tuple[str, str
             f"there is no flow {name!r}: give a bundled name ({', '.join(bundled)}), an existing "
             'directory, or "org/repo" on the Hugging Face hub'
         )
-    wanted = [CONFIG_NAME, WEIGHTS_NAME]
-    snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    snapshot = download(name, revision, bundled)
     return snapshot, (name, snapshot.name)
+
+
+def download(name: str, revision: str | None, bundled: Iterable[str]) -> Path:
+    """The directory of a hub repository's config and weights at one commit, in the hub's cache.
+
+    Raises:
+        OSError: The repository cannot be read, or what came is not what the hub announced.
+    """
+    from huggingface_hub import snapshot_download  # takes long to import
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = [CONFIG_NAME, WEIGHTS_NAME]
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        try:  # a commit does not change, so that a cached one needs no network
+            snapshot = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            pass
+        else:
+            if all((snapshot / file).is_file() for file in wanted):
+                check_digest(snapshot / WEIGHTS_NAME)
+                return snapshot
+    try:
+        try:
+            found = snapshot_download(name, revision=revision, allow_patterns=wanted)
+        except HfHubHTTPError as error:
+            if error.response is None or error.response.status_code < 500:
+                raise
+            found = snapshot_download(name, revision=revision, allow_patterns=wanted)
+        snapshot = Path(found)
+    except LocalEntryNotFoundError as error:
+        raise OSError(f"{name} is not in the cache, the hub was not reached: {error}") from error
+    except HfHubHTTPError as error:
+        where = name if revision is None else f"{name} at revision {revision!r}"
+        raise OSError(
+            f"no flow could be read from {where} on the hub: {error}\n(bundled flows: "
+            f"{', '.join(bundled)}; private repositories need a token: hf auth login, or HF_TOKEN)"
+        ) from error
+    check_digest(snapshot / WEIGHTS_NAME)
+    return snapshot
+
+
+def check_digest(path: Path) -> None:
+    """Compare a file of the hub's cache with the SHA-256 that the cache keeps it under.
+
+    Raises:
+        OSError: They differ; the file is removed, so that the next call fetches it anew.
+    """
+    blob = path.resolve()
+    if not re.fullmatch("[0-9a-f]{64}", blob.name):
+        return  # small files are under git's names, and some systems have no links
+    found = sha256(blob)
+    if found != blob.name:
+        blob.unlink()
+        raise OSError(f"{path} has SHA-256 {found}, the hub says {blob.name}; it was removed")
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_flow(directory: Path) -> Flow:
@@ -91,10 +166,10 @@ def read_flow(directory: Path) -> Flow:
             f"{directory / CONFIG_NAME}: unknown architecture {architecture!r}; known: {known}"
         )
     try:
-        # The caller's random draws stay as they were, and the weights serve outside inference mode.
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
-            flow = Flow.architectures[architecture].from_config(config)
-            load_weights(flow, directory / WEIGHTS_NAME)
+        # The caller's random draws stay as they were.
+        with torch.random.fork_rng(devices=[]):
+            flow = Flow.architectures[architecture].from_config(copy.deepcopy(config))
+            load_weights(flow, directory / WEIGHTS_NAME, {"architecture": architecture, **config})
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
     return flow.requires_grad_(False).eval()
@@ -113,12 +188,17 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def load_weights(flow: Flow, path: Path) -> None:
+def load_weights(flow: Flow, path: Path, config: dict[str, Any]) -> None:
     """Load safetensors into a flow whose keys and shapes must agree exactly."""
     try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{WEIGHTS_NAME} is not a valid safetensors file: {error}") from error
+    unknown = metadata.keys() - {"format", DIGEST_KEY}
+    if unknown:
+        raise ValueError(f"{WEIGHTS_NAME} has unknown metadata: {sorted(unknown)[:3]}")
     expected = flow.state_dict()
     missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing or unexpected:
@@ -136,6 +216,10 @@ def load_weights(flow: Flow, path: Path) -> None:
             raise ValueError(f"{name} is of {tensor.dtype}, the flow has {expected[name].dtype}")
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} has values that are not finite")
+    if DIGEST_KEY in metadata and metadata[DIGEST_KEY] != digest_of(config, tensors):
+        raise ValueError(
+            f"{WEIGHTS_NAME} and {CONFIG_NAME} are not as they were saved: their digest differs"
+        )
     flow.load_state_dict(tensors)
 
 

@@ -143,6 +143,22 @@ def fit_to_flow(x: Tensor, flow: Flow) -> Tensor:
     return F.pad(x, (0, right, 0, below), mode="replicate") if below or right else x
 
 
+def downscaled(x: Tensor, resolution: int | None) -> Tensor:
+    """A copy whose shorter side has so many pixels; x itself where that is no less than it has."""
+    height, width = x.shape[-2:]
+    shorter = min(height, width)
+    if resolution is None or shorter <= resolution:
+        return x
+    size = [max(1, round(side * resolution / shorter)) for side in (height, width)]
+    return F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def add_difference(x: Tensor, small: Tensor, perturbed: Tensor) -> Tensor:
+    """X changed as its downscaled copy `small` was: the difference, upsampled, is added."""
+    difference = F.interpolate(perturbed - small, x.shape[-2:], mode="bicubic", align_corners=False)
+    return x + difference
+
+
 class Normalization:
     """Per-channel (x - mean) / std, as v2.Normalize does, and its inverse.
 

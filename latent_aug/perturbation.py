@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from latent_aug import functional as LF
+from latent_aug.arguments import number_range
 from latent_aug.flows import Flow
 from latent_aug.hub import HeldFlow
 from latent_aug.images import FallbackCounter, Normalization, check_range, fit_to_flow
 from latent_aug.randomness import Draws
 from latent_aug.regions import Levels, Mask, check_levels, check_mask
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ENOUGH = 8  # samples in a row that could not be perturbed, before a warning
 
@@ -24,6 +29,8 @@ class UsesFlow:
 
     _tried: int | None = 0  # samples, as long as none of them could be perturbed
 
+    eps: tuple[float, float]
+    p: float
     norm: LF.Norm | None
     clip: float | None
 
@@ -77,6 +84,13 @@ class UsesFlow:
         """
         return int(self._fallbacks)
 
+    def with_eps(self, eps: float) -> Self:
+        """A copy that perturbs every sample by this eps, with counts of its own."""
+        result = copy.copy(self)
+        result.eps, result.p = number_range("eps", eps), 1.0
+        result._draws, result._fallbacks = Draws(None), FallbackCounter()
+        return result
+
     def _unit_range(self, images: Tensor) -> Tensor:
         """A float batch in the user's units as one in [0, 1], its range checked."""
         x = self._normalization.undo(images)
@@ -128,6 +142,7 @@ class UsesFlow:
         values = {name: v[0] if is_point(v) else v for name, v in values.items()}
         values["flow"] = loaded[0] if loaded else type(self.flow).__name__
         values |= {name: getattr(self, name) for name in ("p", "clip", "levels")}
+        values["resolution"] = getattr(self, "resolution", None)
         shown = {name: v for name, v in values.items() if v is not None or name == "norm"}
         masked = [] if self.mask is None else ["mask=..."]
         return ", ".join([*(f"{name}={value!r}" for name, value in shown.items()), *masked])

@@ -77,6 +77,13 @@ def pixels_of(mask: Mask, sample: Any, x: Tensor) -> Tensor | None:
     return pixels.bool().to(x.device, non_blocking=True)
 
 
+def shrunk(pixels: Tensor | None, small: Tensor) -> Tensor | None:
+    """A mask at a downscaled copy's size: a pixel is in it where any part of it is."""
+    if pixels is None or pixels.shape[-2:] == small.shape[-2:]:
+        return pixels
+    return F.adaptive_max_pool2d(pixels.float(), small.shape[-2:]).bool()
+
+
 def shape(t: Tensor) -> tuple[int, ...]:
     """For messages: without the word torch.Size."""
     return tuple(t.shape)

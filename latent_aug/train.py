@@ -18,10 +18,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from latent_aug.batches import StepSampler, generator_for, random_crop
-from latent_aug.data import UInt8Images, as_batch
+from latent_aug.batches import StepSampler, generator_for, random_crop, random_flip
+from latent_aug.data import UInt8Images, as_batch, check_sides
 from latent_aug.flows import Glow
 from latent_aug.flows.base import RUN_NAME
+from latent_aug.flows.engine import keep_freed_memory
 from latent_aug.report import append_to_log, draw, mean_bits_per_dim
 
 
@@ -137,11 +138,7 @@ def train_flow(
     """
     images = UInt8Images(dataset, flow.channels, config.size)
     held_out = None if validation is None else UInt8Images(validation, flow.channels, config.size)
-    if any(side % flow.multiple for side in images.shape[1:]):
-        raise ValueError(
-            f"images are {images.shape[1]}x{images.shape[2]}, this flow needs sides that divide "
-            f"by {flow.multiple}: give a size to resize to, or a flow of fewer levels"
-        )
+    check_sides(images, flow.multiple)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     run = Run(flow.to(device), config, images)
     output = Path(config.output)
@@ -195,6 +192,7 @@ class Run:
                 self.augment(self.first_batch(), torch.Generator().manual_seed(config.seed))
             )
         flow.requires_grad_(True).train()
+        keep_freed_memory()
         self.optimizer = torch.optim.Adam(flow.parameters(), lr=config.lr)
         self.average = AveragedModel(flow, multi_avg_fn=warmed_up_ema(config.ema))
         if saved:
@@ -231,8 +229,7 @@ class Run:
     def augment(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         """uint8 to float in [0, 1] on the device, mirrored and cropped at random."""
         if self.config.flip:
-            mirrored = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
-            batch = torch.where(mirrored, batch.flip(3), batch)
+            batch = random_flip(batch, generator)
         if self.config.crop:
             batch = random_crop(batch, self.config.crop, generator)
         return batch.to(self.device) / 255

@@ -14,12 +14,12 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from latent_aug import functional as LF
-from latent_aug.arguments import Range, distance, number_range, one_of, probability
+from latent_aug.arguments import Range, distance, number_range, one_of, positive, probability
 from latent_aug.conditions import condition, labels_in
 from latent_aug.flows import Flow
-from latent_aug.images import fit_to_flow, to_batch
+from latent_aug.images import add_difference, downscaled, fit_to_flow, to_batch
 from latent_aug.perturbation import UsesFlow
-from latent_aug.regions import Levels, Mask, movable, pixels_of
+from latent_aug.regions import Levels, Mask, movable, pixels_of, shrunk
 from latent_aug.structures import named_images, with_items
 
 
@@ -58,7 +58,7 @@ class LatentPerturb(UsesFlow, v2.Transform):
 
     Args:
         eps: Size of the perturbation in standard deviations of the prior, or (low, high) to draw
-            it per sample.
+            it per sample. `check_flow` suggests one for your images, `preview` shows it.
         norm: "linf" clips eps·N(0, I) to ±eps, "l2" scales it to the radius eps, "rms" to the
             radius eps·√d (one eps for all image sizes), None leaves it.
         flow: A `Flow`, or a name or path for `load_flow`.
@@ -66,7 +66,9 @@ class LatentPerturb(UsesFlow, v2.Transform):
         clip: Greatest distance from the original image, in [0, 1] units: per pixel for "linf"
             and None, as l2 norm otherwise.
         away: Point every component of the noise away from the latent's origin.
-        resolution: Not available yet.
+        resolution: Perturb a copy of the image, downscaled to this many pixels on its shorter
+            side, and add the upsampled difference: for photographs, which are larger than what
+            the flow was trained on. Images no larger than that are perturbed as they are.
         normalize: v2.Normalize or (mean, std) that the images have been through already.
         mask: Perturb only where it is 1: zeros and ones (H, W), or (B, H, W) for batches; or a
             callable that takes the sample, as it comes to the transform, and returns one. Latents
@@ -82,7 +84,6 @@ class LatentPerturb(UsesFlow, v2.Transform):
     Raises:
         ValueError, TypeError: An argument, or an image's channels, dtype, or range, is not as
             described.
-        NotImplementedError: `resolution`.
 
     Source: the paper's §2.1 (Randomized-LA); its CIFAR-10 settings are linf 0.25 and l2 10.
     `away` is in the authors' code only.
@@ -121,13 +122,12 @@ class LatentPerturb(UsesFlow, v2.Transform):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if resolution is not None:
-            raise NotImplementedError("resolution is not available yet; resize before, or omit it")
         self.eps = number_range("eps", eps)
         self.norm = one_of("norm", norm, ("linf", "l2", "rms", None))
         self.p = probability("p", p)
         self.clip = distance("clip", clip)
         self.away = bool(away)
+        self.resolution = None if resolution is None else positive("resolution", resolution)
         self._use(
             flow,
             normalize=normalize,
@@ -211,7 +211,8 @@ class LatentPerturb(UsesFlow, v2.Transform):
             ValueError: The transform has `normalize`.
         """
         self._refuse_normalized()
-        return self._encode(x, condition(self.flow, labels, len(x), x))
+        small = downscaled(x, self.resolution)
+        return self._encode(small, condition(self.flow, labels, len(x), x))
 
     @torch.no_grad()
     def from_latents(self, z: Tensor, x: Tensor, sample: Any = None) -> Tensor:
@@ -227,7 +228,7 @@ class LatentPerturb(UsesFlow, v2.Transform):
         """
         self._refuse_normalized()
         draw = self._draw(x, 1, sample)
-        perturbed = self._perturb_from(z, x, x, draw)
+        perturbed = self._perturb_from(z, downscaled(x, self.resolution), x, x, draw)
         return torch.where(draw.chosen[:, None, None, None], perturbed, x)
 
     def _refuse_normalized(self) -> None:
@@ -237,9 +238,10 @@ class LatentPerturb(UsesFlow, v2.Transform):
     def _draw(self, x: Tensor, frames: int, sample: Any) -> Draw:
         """Noise and choice for a batch (B, C, H, W) of clips of so many frames."""
         first = x[::frames]
-        like = fit_to_flow(first[:1], self.flow).expand(len(first), -1, -1, -1)
+        small = downscaled(first[:1], self.resolution)
+        like = fit_to_flow(small, self.flow).expand(len(first), -1, -1, -1)
         pixels = pixels_of(self.mask, sample, first)
-        mask = movable(self.flow, like, pixels, self.levels)
+        mask = movable(self.flow, like, shrunk(pixels, small), self.levels)
         eps = self._draws.between(*self.eps, len(first), x)
         draws = self._draws.normal(like.shape, x)
         noise = LF.noise_of_norm(draws, eps, self.norm, mask=mask)
@@ -255,12 +257,19 @@ class LatentPerturb(UsesFlow, v2.Transform):
     def _perturb(self, original: Tensor, draw: Draw) -> Tensor:
         """Perturb a batch in the units and at the size it came in."""
         x = self._unit_range(original)
-        return self._perturb_from(self._encode(x, draw.y), x, original, draw)
+        small = downscaled(x, self.resolution)
+        return self._perturb_from(self._encode(small, draw.y), small, x, original, draw)
 
-    def _perturb_from(self, z: Tensor, x: Tensor, original: Tensor, draw: Draw) -> Tensor:
-        """The same from latents that are known."""
+    def _perturb_from(
+        self, z: Tensor, small: Tensor, x: Tensor, original: Tensor, draw: Draw
+    ) -> Tensor:
+        """The same from latents that are known, of x or of its downscaled copy."""
         noise = LF.away_from_origin(draw.noise, z) if self.away else draw.noise
-        perturbed = self._to_image(self.flow.decode(z + noise, draw.y), x, draw.pixels)
+        decoded = self.flow.decode(z + noise, draw.y)
+        if small is not x:
+            decoded = decoded[..., : small.shape[-2], : small.shape[-1]]
+            decoded = add_difference(x, small, decoded.clamp(0, 1))
+        perturbed = self._to_image(decoded, x, draw.pixels)
         return self._restore(perturbed, original, z, draw.pixels)
 
     def extra_repr(self) -> str:

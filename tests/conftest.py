@@ -2,7 +2,14 @@
 
 import copy
 import datetime
+import os
 import socket
+
+from hub_server import Hub
+
+HUB = Hub()
+os.environ["HF_ENDPOINT"] = HUB.url  # read when the hub's client is imported: none knows another
+os.environ["HF_HUB_DISABLE_XET"] = "1"
 
 import pytest
 import torch

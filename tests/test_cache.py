@@ -44,6 +44,20 @@ def test_it_is_the_transform_on_the_same_images(tmp_path):
     assert (out - 255 * expected).abs().max() < 0.51
 
 
+def test_latents_of_downscaled_photographs(tmp_path):
+    transform = LatentPerturb(0.3, flow=random_glow(), resolution=8)
+    data = samples(size=(3, 24, 30))
+    cached = LatentCache(data, tmp_path, transform)
+    assert cached._read(0)["latents"].shape == (3, 8, 12)  # 8 x 10, padded
+    torch.manual_seed(3)
+    expected = transform(torch.stack([image for image, _ in data]) / 255)
+    torch.manual_seed(3)
+    out = torch.stack([image for image, _ in cached.__getitems__(range(10))])
+    assert (out - 255 * expected).abs().max() < 0.51
+    with pytest.raises(ValueError, match="differs in its resolution"):
+        LatentCache(data, tmp_path, LatentPerturb(0.3, flow=random_glow(), resolution=16))
+
+
 def test_epochs_differ(tmp_path):
     cached = LatentCache(samples(), tmp_path, LatentPerturb(0.3, flow=random_glow()))
     assert not torch.equal(cached[0][0], cached[0][0])

@@ -1,45 +1,145 @@
-"""The figures of a card."""
+"""Whether a flow suits images, and which eps does."""
 
 import pytest
 import torch
-from conftest import random_glow
+from conftest import Identity, random_glow
+from torch import nn
 
-from latent_aug.check import measure_flow
-from latent_aug.data import UInt8Images
-
-
-def images(count=30):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator)
+from latent_aug import check_flow
+from latent_aug.check import greatest, problems_of
 
 
-def test_figures_are_those_of_the_flow(glow):
-    figures = measure_flow(glow, UInt8Images(images(), 3), settings=[("linf", 0.1)], batch_size=7)
-    x = images() / 255
-    z = glow.encode(x)
-    assert figures["images"] == 30
-    assert figures["bits_per_dim"] == pytest.approx(glow.bits_per_dim(x).mean().item(), abs=0.01)
-    assert figures["round_trip_max_error"] < 1e-4
-    assert figures["uint8_identical"] == 30
-    expected = [level.std().item() for level in glow.split_levels(z)]
-    assert figures["latent_std"] == pytest.approx(expected, abs=2e-3)
-    (perturbation,) = figures["perturbations"]
-    assert perturbation["fallbacks"] == 0
-    moved = glow.decode(z + 0.1 * torch.randn_like(z).clamp(-1, 1)).clamp(0, 1)
-    change = 255 * (moved - x).abs().mean().item()
-    assert perturbation["mean_change"] == pytest.approx(change, rel=0.05)
+def smooth(count=12, side=28):
+    """Grey images a little like clothes: bright in the middle."""
+    axis = torch.linspace(-1, 1, side)
+    bump = (-(axis[:, None] ** 2 + axis**2) * torch.linspace(1, 4, count)[:, None, None]).exp()
+    return (bump * 255).byte()[:, None]
 
 
-def test_a_broken_flow_shows(monkeypatch):
-    flow = random_glow()
-    decode = flow.decode
+def test_the_suggested_eps_changes_pixels_as_asked():
+    found = check_flow("glow-fashionmnist", smooth(), grey_levels=6.0)
+    at_eps = found.figures["perturbations"][1]
+    assert at_eps["eps"] == found.eps == found.by_change
+    assert at_eps["mean_change"] == pytest.approx(6.0, rel=0.1)
+    stronger = check_flow("glow-fashionmnist", smooth(), grey_levels=12.0)
+    assert stronger.eps > found.eps
 
-    def off_by_two_grey_levels(z):
-        x = decode(z) + 2 / 255
-        x[0] = float("nan")
-        return x
 
-    monkeypatch.setattr(flow, "decode", off_by_two_grey_levels)
-    figures = measure_flow(flow, UInt8Images(images(), 3), batch_size=10)
-    assert figures["uint8_identical"] == 0
-    assert all(p["fallbacks"] == pytest.approx(0.1) for p in figures["perturbations"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "rms"])
+def test_it_is_in_the_norm_asked_for(norm):
+    found = check_flow("glow-fashionmnist", smooth(), norm=norm)
+    assert found.norm == norm
+    assert found.figures["perturbations"][1]["mean_change"] == pytest.approx(10.0, rel=0.1)
+    assert f"norm={norm!r}" in str(found)
+
+
+class Projection(nn.Module):
+    """Two classes, by whether the images lie beyond a threshold in a random direction."""
+
+    def __init__(self, threshold=0.0, scale=1.0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.direction = scale * torch.randn(784, generator=generator)
+        self.threshold = threshold
+
+    def forward(self, x):
+        score = x.flatten(1) @ self.direction - self.threshold
+        return torch.stack([-score, score], dim=1)
+
+
+def test_a_classifier_limits_the_label_flips():
+    images = smooth(40)
+    threshold = Projection()(images / 255)[:, 1].quantile(0.5)  # between two images
+    classifier = Projection(threshold).train()
+    found = check_flow("glow-fashionmnist", images, classifier=classifier, flips=0.05)
+    assert found.by_flips < found.by_change
+    assert found.eps == found.by_flips
+    assert "by label flips" in str(found)
+    assert classifier.training
+    more = check_flow("glow-fashionmnist", images, classifier=classifier, flips=0.4)
+    assert more.by_flips > found.by_flips
+    shifted = check_flow(
+        "glow-fashionmnist",
+        images,
+        classifier=Projection(threshold - 0.5 * classifier.direction.sum(), scale=0.25),
+        normalize=([0.5], [0.25]),
+        flips=0.05,
+    )
+    assert shifted.by_flips == pytest.approx(found.by_flips, rel=0.05)
+
+
+def test_images_like_the_training_data_fit_and_noise_does_not():
+    found = check_flow("glow-fashionmnist", smooth())
+    noise = torch.randint(256, (12, 1, 28, 28), dtype=torch.uint8)
+    off = check_flow("glow-fashionmnist", noise)
+    assert not off.fits
+    assert any("prior's scale" in problem for problem in off.problems)
+    assert "does not suit" in str(off)
+    assert "fine-tune" in str(off)
+    assert found.figures["bits_per_dim"] < off.figures["bits_per_dim"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({"uint8_identical": 98}, "2 of 100 images do not come back"),
+        ({"latent_std": [0.9, 2.0]}, "prior's scale"),
+        ({"latent_std": [0.2, 1.0]}, "prior's scale"),
+        ({"fallbacks": 0.01}, "1.0% of the images cannot"),
+        ({"saturated": 0.2}, "20.0% of all pixel values"),
+    ],
+)
+def test_what_counts_as_a_problem(changes, said):
+    perturbed = {"fallbacks": 0.0, "saturated": 0.01}
+    figures = {"images": 100, "uint8_identical": 100, "latent_std": [0.9, 1.1]}
+    figures |= {k: v for k, v in changes.items() if k in figures}
+    perturbed |= {k: v for k, v in changes.items() if k in perturbed}
+    problems = list(problems_of({**figures, "perturbations": [{}, perturbed, {}]}))
+    assert len(problems) == (said is not None)
+    assert all(said in problem for problem in problems)
+
+
+def test_what_no_eps_can_do_is_said():
+    class Random(nn.Module):
+        def forward(self, x):
+            return torch.rand(len(x), 2)
+
+    found = check_flow("glow-fashionmnist", smooth(40), classifier=Random())
+    assert any("no eps flips 5%" in problem for problem in found.problems)
+    found = check_flow("glow-fashionmnist", smooth(), grey_levels=250)
+    assert any("no eps changes pixels by 250" in problem for problem in found.problems)
+
+
+def test_greatest():
+    assert greatest(lambda eps: eps <= 0.37) == pytest.approx(0.37, rel=0.03)
+    assert greatest(lambda eps: False) == pytest.approx(0.001, rel=0.03)
+
+
+def test_bad_arguments():
+    images = smooth(2)
+    for arguments, said in [
+        ({"norm": "l1"}, "norm must be one of"),
+        ({"grey_levels": 0}, "grey_levels must be above 0"),
+        ({"flips": 1}, "flips lie in"),
+        ({"size": 30}, "sides that divide by 4"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            check_flow("glow-fashionmnist", images, **arguments)
+    with pytest.raises(ValueError, match="count must be"):
+        check_flow("glow-fashionmnist", images, count=0)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+        check_flow("glow-fashionmnist", [images[0].float()])
+    with pytest.raises(TypeError, match="return logits"):
+        check_flow("glow-fashionmnist", images, classifier=nn.Identity())
+    with pytest.raises(ValueError, match="must be a Glow, got a Identity"):
+        check_flow(Identity(), images)
+
+
+def test_the_flow_is_left_as_it_is():
+    flow = random_glow(channels=1)
+    before = {k: v.clone() for k, v in flow.state_dict().items()}
+    state = torch.get_rng_state()
+    check_flow(flow, smooth(4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in flow.state_dict().items())

@@ -8,6 +8,7 @@ import tarfile
 import pytest
 import torch
 from PIL import Image
+from test_check import smooth
 from test_train import stripes
 from torchvision import datasets
 from torchvision.transforms.v2.functional import to_pil_image
@@ -138,3 +139,64 @@ def test_encoded_images_survive_truncation_as_an_error(tmp_path):
     (tmp_path / "a.png").write_bytes(data.getvalue()[:40])
     with pytest.raises(OSError, match=r"image|truncated"):
         EncodedImages(tmp_path)[0]
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def smooth_folder(root):
+    """Images that the FashionMNIST flow can take for its own."""
+    for index, image in enumerate(smooth(10)):
+        root.mkdir(exist_ok=True)
+        to_pil_image(image).save(root / f"{index}.png")
+    return root
+
+
+def test_check_says_what_it_found(tmp_path):
+    data, picture = smooth_folder(tmp_path / "images"), tmp_path / "picture.png"
+    result = call("check", "glow-fashionmnist", data, "--picture", picture)
+    assert "bits/dim" in result.output
+    assert "suggested: norm='linf', eps=" in result.output
+    assert result.exit_code == (0 if "suits these images" in result.output else 2)
+    with Image.open(picture) as drawn:
+        assert drawn.width > 300
+
+
+def test_check_with_a_classifier(tmp_path, monkeypatch):
+    (tmp_path / "mymodels.py").write_text(
+        "from torch import nn\n"
+        "def load():\n    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))\n"
+        "nothing = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    data = smooth_folder(tmp_path / "images")
+    result = call("check", "glow-fashionmnist", data, "--classifier", "mymodels:load")
+    assert "by label flips" in result.output
+    for name in ("mymodels:nothing", "mymodels:absent", "absent:load"):
+        result = call("check", "glow-fashionmnist", data, "--classifier", name)
+        assert result.exit_code == 1
+        assert "error:" in result.output
+
+
+def test_a_flow_that_does_not_suit_is_exit_code_2(tmp_path):
+    noise = tmp_path / "noise"
+    noise.mkdir()
+    for index in range(5):
+        image = torch.randint(256, (1, 28, 28), dtype=torch.uint8)
+        to_pil_image(image).save(noise / f"{index}.png")
+    result = call("check", "glow-fashionmnist", noise)
+    assert result.exit_code == 2
+    assert "does not suit" in result.output
+
+
+def test_preview_draws(tmp_path):
+    data, picture = smooth_folder(tmp_path / "images"), tmp_path / "preview.png"
+    options = ("--picture", picture, "--eps", 0.2, "--eps", 0.4)
+    result = call("preview", "glow-fashionmnist", data, *options)
+    assert result.exit_code == 0, result.output
+    with Image.open(picture) as drawn:
+        assert drawn.height > 300
+    result = call("preview", "glow-fashionmnist", tmp_path / "nowhere")
+    assert result.exit_code == 1
+    assert "error:" in result.output

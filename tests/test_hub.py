@@ -1,5 +1,6 @@
 """Saving, finding and loading flows."""
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -11,7 +12,7 @@ from conftest import random_glow
 from safetensors.torch import load_file, save_file
 from torchvision.datasets import FashionMNIST
 
-from latent_aug import Glow, LatentPerturb, load_flow
+from latent_aug import Glow, LatentPerturb, hub, load_flow
 from latent_aug.hub import bundled_flows
 
 
@@ -49,6 +50,15 @@ def test_every_bundled_flow_loads_and_is_exact():
         back = flow.decode(flow.encode(pixels / 255))
         assert torch.equal((back.clamp(0, 1) * 255).round().byte(), pixels)
         assert (directory / "README.md").is_file()
+
+
+def test_a_bundled_flow_that_was_changed_is_refused(monkeypatch):
+    for name, directory in bundled_flows().items():
+        digest = hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
+        assert hub.SHA256[name] == digest
+    monkeypatch.setitem(hub.SHA256, "glow-fashionmnist", 64 * "0")
+    with pytest.raises(OSError, match="was changed; install"):
+        load_flow("glow-fashionmnist")
 
 
 def test_images_off_a_flow_s_data_come_back_as_they_were():
@@ -192,6 +202,31 @@ class TestWeights:
         torch.save({}, saved / "pytorch_model.bin")
         with pytest.raises(OSError, match=r"model\.safetensors"):
             load_flow(saved)
+
+
+def test_a_card_in_another_encoding_is_no_obstacle(saved):
+    (saved / "README.md").write_bytes("Größe".encode("latin-1"))
+    assert load_flow(saved).card.startswith("Gr")
+
+
+def test_a_config_that_from_config_takes_apart(tmp_path):
+    from conftest import Identity
+
+    class Wide(Identity):
+        def __init__(self, width):
+            super().__init__()
+            self.width = width
+
+        @property
+        def config(self):
+            return {"width": {2: self.width, 10: 1}}
+
+        @classmethod
+        def from_config(cls, config):
+            return cls(config.pop("width")["2"])
+
+    Wide(7).save_pretrained(tmp_path)
+    assert load_flow(tmp_path).width == 7
 
 
 def test_a_home_made_flow_can_be_saved_and_loaded(tmp_path):

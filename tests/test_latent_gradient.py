@@ -79,7 +79,7 @@ def kept_between(flow, z, way):
     """Bytes that wait between decoding and the backward pass, without the weights."""
     steps = [step for level in flow._levels(z, inverse=True) for step in level.steps]
     convolutions = [conv for step in steps for conv in (step.mix, *step.network)]
-    stored, weights = {}, {t.data_ptr() for conv in convolutions for t in conv}
+    stored, weights = {}, {t.data_ptr() for conv in convolutions for t in conv[:2]}
 
     def remember(tensor):
         if tensor.data_ptr() not in weights:
@@ -100,7 +100,7 @@ def test_what_lean_keeps_does_not_grow_with_depth():
         estimate = latent_gradient.kept_bytes(z, flow._levels(z, inverse=True))
         assert estimate == pytest.approx(kept[steps]["fast"], rel=0.25)
     assert kept[8]["lean"] == kept[2]["lean"]
-    assert kept[8]["lean"] < kept[2]["fast"] / 10
+    assert kept[8]["lean"] < kept[2]["fast"] / 8
     assert kept[8]["fast"] > 3 * kept[2]["fast"]
 
 
@@ -171,6 +171,12 @@ def test_gpu_convolutions_are_in_full_precision_and_the_setting_is_put_back():
     assert before in (True, "tf32", "none")
     with full_precision(torch.device("cuda")):
         assert getattr(backend, name) in (False, "ieee")
+    first, second = (full_precision(torch.device("cuda")) for _ in range(2))
+    first.__enter__()
+    second.__enter__()  # as another thread may
+    first.__exit__(None, None, None)
+    assert getattr(backend, name) in (False, "ieee")
+    second.__exit__(None, None, None)
     assert getattr(backend, name) == before
     with full_precision(torch.device("cpu")):
         assert getattr(backend, name) == before

@@ -255,7 +255,8 @@ class TestBadInput:
             ({"normalize": ([0.5] * 3, [0.0] * 3)}, ValueError, "std above 0"),
             ({"flow": 3}, TypeError, "flow"),
             ({"generator": 3}, TypeError, "generator"),
-            ({"resolution": 32}, NotImplementedError, "resolution"),
+            ({"resolution": 0}, ValueError, "resolution must be an integer of at least 1"),
+            ({"resolution": 32.0}, ValueError, "resolution must be an integer of at least 1"),
             ({"labels_getter": "label"}, TypeError, "labels_getter"),
         ],
     )
@@ -483,3 +484,69 @@ def test_a_mapping_of_lists_holds_several_samples(glow, kind):
     arrays = [as_array(perturbed) for perturbed in out["image"]]
     assert all(type(perturbed) is type(image) for perturbed in out["image"])
     assert len({float(array.sum()) for array in [*arrays, as_array(image)]}) == 4
+
+
+class Watched(Identity):
+    """Remembers the sizes that it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def encode(self, x, y=None):
+        self.sizes.append(tuple(x.shape[-2:]))
+        return x
+
+
+@pytest.mark.parametrize(
+    ("size", "small"), [((40, 60), (16, 24)), ((33, 16), (33, 16)), ((20, 20), (16, 16))]
+)
+def test_resolution_perturbs_a_downscaled_copy(size, small):
+    flow, x = Watched(), torch.rand(2, 3, *size)
+    perturb = LatentPerturb(0.1, flow=flow, resolution=16)
+    result = perturb(x)
+    assert result.shape == x.shape
+    assert set(flow.sizes) == {small}
+    assert (result - x).abs().amax() > 0.01
+    if size == small:
+        torch.manual_seed(5)
+        expected = LatentPerturb(0.1, flow=flow)(x)
+        torch.manual_seed(5)
+        assert torch.equal(perturb(x), expected)
+
+
+def test_resolution_adds_the_upsampled_difference():
+    class Brighter(Identity):
+        def decode(self, z, y=None):
+            return z + torch.tensor([0.1, 0.0, -0.1])[:, None, None]
+
+    x = 0.3 + 0.4 * torch.rand(1, 3, 64, 48)
+    result = LatentPerturb(0.0, flow=Brighter(), resolution=8)(x)
+    expected = x + torch.tensor([0.1, 0.0, -0.1])[:, None, None]
+    torch.testing.assert_close(result, expected)  # fine detail of x stays
+
+
+def test_resolution_with_eps_0_gives_8_bit_photographs_back(glow):
+    photo = tv_tensors.Image(torch.randint(256, (3, 50, 71), dtype=torch.uint8))
+    smooth = v2.functional.gaussian_blur(photo, [9, 9])
+    assert torch.equal(LatentPerturb(0.0, flow=glow, resolution=16)(smooth), smooth)
+
+
+def test_resolution_with_a_mask_and_a_limit(glow):
+    x = 0.25 + 0.5 * torch.rand(2, 3, 48, 64)
+    mask = torch.zeros(48, 64)
+    mask[10:30, 5:50] = 1
+    result = LatentPerturb(1.0, flow=glow, resolution=16, mask=mask, clip=0.05)(x)
+    assert torch.equal(result[..., mask == 0], x[..., mask == 0])
+    change = (result - x)[..., mask == 1].abs()
+    assert 0.01 < change.max() <= 0.05 + 1e-6
+    assert "resolution=16" in repr(LatentPerturb(flow=glow, resolution=16))
+
+
+def test_with_eps_gives_a_copy(glow):
+    original = LatentPerturb((0.1, 0.2), flow=glow, p=0.5)
+    changed = original.with_eps(2.0)
+    assert (changed.eps, changed.p) == ((2.0, 2.0), 1.0)
+    assert (original.eps, original.p) == ((0.1, 0.2), 0.5)
+    changed(torch.full((1, 3, 16, 16), float("nan")))
+    assert (changed.fallbacks, original.fallbacks) == (1, 0)

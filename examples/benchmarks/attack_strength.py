@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from contestants import cifar_resnet
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
-from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -51,8 +51,7 @@ def cifar10(folder: Path) -> tuple[nn.Module, Tensor, Tensor, str]:
     """The same for a folder of CIFAR-10: 250 images a class, 20 epochs."""
     images, labels = read(folder / "train", 250)
     torch.manual_seed(0)
-    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)
-    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    model = cifar_resnet((1, 1, 1, 1))
     augment = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
     steps = 20 * len(images) // BATCH
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)

@@ -1,75 +1,118 @@
-"""What a perturbation costs per image, by place: in a worker, or on a batch in the main process.
+"""What latent-aug costs a user: to import, to load a flow, at the first call, for an image.
 
     python examples/benchmarks/cost.py
 
 Times the bundled CIFAR-10 flow on random 8-bit images of 32 and 64 pixels (the cost does not
-depend on what is in them, and samples that fall back cost the same), best of five. "worker" is
-one image at a time on one thread, as in each DataLoader worker; "batch" is 64 images on all
-threads. The attack is on torchvision's ResNet-18 with a 3x3 first convolution and no pooling
-after it, 3 steps.
+depend on what is in them, and samples that fall back cost the same), medians. "worker" is one PIL
+image at a time on one thread, as in each DataLoader worker; "batch" is 64 images on all threads;
+"bfloat16" has coupling networks of that precision. The attack is on ResNet-18 for small images,
+3 steps. Imports and first calls are timed in fresh processes, which take turns. "compiled" has
+`Glow.compiled`, with what its first call takes.
 """
 
+import copy
 import json
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
-from torchvision.models import resnet18
+from contestants import cifar_resnet, seconds
+from torch.nn.functional import cross_entropy
+from torchvision.transforms.v2.functional import to_pil_image
 
 from latent_aug import LatentAdversarial, LatentPerturb, load_flow
 
 RESULTS = Path(__file__).parents[1] / "results" / "cost.json"
+TIMED = "import time; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
+FIRST_CALL = (
+    "import torch, time; from latent_aug import LatentPerturb; p = LatentPerturb(0.25); "
+    "x = torch.zeros(3, 32, 32, dtype=torch.uint8); t = time.perf_counter(); p(x); "
+    "print(time.perf_counter() - t)"
+)
 
 
-def best(call: Callable[[], object], count: int) -> float:
-    """Milliseconds per image of the fastest of five calls, after one to warm up."""
-    seconds = []
-    for _ in range(6):
+def in_fresh_processes(**codes: str) -> dict[str, float]:
+    """Median of the seconds that each code prints, ten processes each, in turn."""
+    found: dict[str, list[float]] = {name: [] for name in codes}
+    for turn in range(11):
+        for name, code in codes.items():
+            output = subprocess.check_output([sys.executable, "-c", code], text=True)
+            if turn:  # the first one fills the file system's cache
+                found[name].append(float(output.splitlines()[-1]))
+    return {name: round(statistics.median(values), 3) for name, values in found.items()}
+
+
+def milliseconds(call: Callable[[], object], count: int) -> float:
+    """Per image."""
+    return round(1000 * seconds(call, repeats=5, patience=5) / count, 2)
+
+
+def costs(side: int) -> dict[str, float]:
+    """Of images of one size."""
+    threads = torch.get_num_threads()
+    flow = load_flow()
+    low = copy.deepcopy(flow)
+    low.network_dtype = torch.bfloat16
+    transform, faster, model = LatentPerturb(0.25), LatentPerturb(0.25, flow=low), cifar_resnet()
+    attack, faster_attack = (LatentAdversarial(model, steps=3, flow=f) for f in (flow, low))
+    batch = torch.randint(256, (64, 3, side, side), dtype=torch.uint8)
+    photos = [to_pil_image(image) for image in batch[:8]]
+    x, y = batch / 255, torch.zeros(64, dtype=torch.long)
+    torch.set_num_threads(1)
+    worker = milliseconds(lambda: [transform(photo) for photo in photos], 8)
+    torch.set_num_threads(threads)
+    return {
+        "side": side,
+        "perturb_worker_ms": worker,
+        "perturb_batch_ms": milliseconds(lambda: transform(batch), 64),
+        "perturb_batch_bfloat16_ms": milliseconds(lambda: faster(batch), 64),
+        "attack_batch_ms": milliseconds(lambda: attack(x, y), 64),
+        "attack_batch_bfloat16_ms": milliseconds(lambda: faster_attack(x, y), 64),
+        "classifier_forward_backward_ms": milliseconds(
+            lambda: cross_entropy(model(x), y).backward(), 64
+        ),
+    }
+
+
+@torch.no_grad()
+def compiled() -> dict[str, float]:
+    """A round trip of a batch of 64 with compiled steps: the first call, then beside plain ones."""
+    x = torch.rand(64, 3, 32, 32)
+    result = {}
+    for dtype in (None, torch.bfloat16):
+        plain, fused = load_flow(), load_flow()
+        plain.network_dtype = fused.network_dtype = dtype
+        fused.compiled = True
+        name = str(dtype or torch.float32).removeprefix("torch.")
         started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    return round(1000 * min(seconds[1:]) / count, 2)
-
-
-def cifar_resnet18() -> nn.Module:
-    """ResNet-18 for small images, as the paper's A.1 describes it."""
-    model = resnet18(num_classes=10)
-    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
-    return model
+        fused.decode(fused.encode(x))
+        result[f"{name}_first_call_s"] = round(time.perf_counter() - started, 1)
+        result[f"{name}_compiled_ms"] = milliseconds(lambda: fused.decode(fused.encode(x)), 64)  # noqa: B023
+        result[f"{name}_plain_ms"] = milliseconds(lambda: plain.decode(plain.encode(x)), 64)  # noqa: B023
+    return result
 
 
 def main() -> None:
     """Measure, print, keep."""
-    threads, rows = torch.get_num_threads(), []
-    transform, model = LatentPerturb(0.25), cifar_resnet18()
-    attack = LatentAdversarial(model, steps=3)
-    for side in (32, 64):
-        batch = torch.randint(256, (64, 3, side, side), dtype=torch.uint8)
-        x, y = batch / 255, torch.zeros(64, dtype=torch.long)
-        torch.set_num_threads(1)
-        worker = best(lambda: [transform(image) for image in batch[:8]], 8)  # noqa: B023
-        torch.set_num_threads(threads)
-        rows.append(
-            {
-                "side": side,
-                "threads": threads,
-                "perturb_worker_ms": worker,
-                "perturb_batch_ms": best(lambda: transform(batch), 64),  # noqa: B023
-                "attack_batch_ms": best(lambda: attack(x, y), 64),  # noqa: B023
-                "classifier_forward_backward_ms": best(
-                    lambda: nn.functional.cross_entropy(model(x), y).backward(),  # noqa: B023
-                    64,
-                ),
-            }
-        )
-    started = time.perf_counter()
-    load_flow()
-    load = round(time.perf_counter() - started, 2)
-    print(json.dumps({"load_flow_s": load, "rows": rows}, indent=1))
-    RESULTS.write_text(json.dumps({"load_flow_s": load, "rows": rows}, indent=1) + "\n")
+    fresh = in_fresh_processes(
+        import_torchvision_s=TIMED.format("import torchvision"),
+        import_latent_aug_s=TIMED.format("import latent_aug"),
+        load_flow_s="from latent_aug import load_flow; " + TIMED.format("load_flow()"),
+        first_call_s=FIRST_CALL,
+    )
+    rows = [costs(32), costs(64)]
+    result = {
+        **fresh,
+        "threads": torch.get_num_threads(),
+        "rows": rows,
+        "compiled_round_trip": compiled(),
+    }
+    print(json.dumps(result, indent=1))
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

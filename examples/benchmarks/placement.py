@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from contestants import cifar_resnet
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
-from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.transforms import v2
 
 from latent_aug import LatentCache, LatentCollate, LatentLoader, LatentPerturb
@@ -96,8 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)
-    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    model = cifar_resnet((1, 1, 1, 1))
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     with tempfile.TemporaryDirectory() as directory:
         started = time.perf_counter()

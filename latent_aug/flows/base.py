@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -16,8 +17,36 @@ from latent_aug.randomness import uniform
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+DIGEST_KEY = "sha256"  # in the metadata of the weights
 CARD_NAME = "README.md"
+SHORT_CARD = """\
+---
+library_name: latent-aug
+tags: [normalizing-flow, data-augmentation]
+---
+# {repo_id}
+
+A {kind} flow for latent perturbations with [latent-aug](https://pypi.org/project/latent-aug/):
+
+```python
+from latent_aug import LatentPerturb
+
+augment = LatentPerturb(flow="{repo_id}")
+```
+
+Config: `{config}`.
+"""
 RUN_NAME = "run.pt"  # the state of a training run, beside the flow it ends in
+
+
+def digest_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of a flow: its config, and each tensor's name, type, shape and bytes."""
+    config = json.loads(json.dumps(config))  # as it is read back: keys are strings
+    sha = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
 
 
 class Flow(nn.Module):
@@ -58,6 +87,7 @@ class Flow(nn.Module):
     num_classes: int = 0
     levels: int = 1
     loaded_from: tuple[str, str | None, Any] | None = None  # name, commit, version when loaded
+    card: str | None = None  # the model card that lay beside the weights when they were loaded
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -118,18 +148,28 @@ class Flow(nn.Module):
         raise NotImplementedError(f"{cls.__name__} has no from_config, so it cannot be loaded")
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` for `load_flow` into the directory."""
+        """Write `config.json` and `model.safetensors` for `load_flow` into the directory.
+
+        The weights' header holds a digest of both, so that damage does not go unnoticed.
+        """
         config = {"architecture": type(self).__name__, **self.config}
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        # Before anything is written; save_file makes files that only their owner may read.
+        weights = save(tensors, {DIGEST_KEY: digest_of(config, tensors)})
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-        (directory / WEIGHTS_NAME).write_bytes(save(tensors))  # save_file makes it private
+        (directory / WEIGHTS_NAME).write_bytes(weights)
 
     def push_to_hub(self, repo_id: str) -> str:
-        """Upload config and weights to "org/repo" on the Hugging Face hub; the commit's address.
+        """Upload config, weights and card to "org/repo" on the Hugging Face hub.
 
-        Uses the token of `hf auth login`. Creates the repository where it does not exist.
+        Uses the token of `hf auth login`. Creates the repository where it does not exist. The card
+        is the one that lay beside the weights where they are as they were loaded, else a short
+        one that says how to load the flow.
+
+        Returns:
+            The commit's address.
         """
         import tempfile
 
@@ -139,5 +179,12 @@ class Flow(nn.Module):
         api.create_repo(repo_id, exist_ok=True)
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory)
+            (Path(directory) / CARD_NAME).write_text(self._card(repo_id))
             commit = api.upload_folder(repo_id=repo_id, folder_path=directory)
         return str(commit.commit_url)
+
+    def _card(self, repo_id: str) -> str:
+        """Of what is pushed."""
+        if self.card and self.loaded_from and self.loaded_from[2] == self.weights_version():
+            return self.card
+        return SHORT_CARD.format(repo_id=repo_id, kind=type(self).__name__, config=self.config)

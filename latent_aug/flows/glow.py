@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import normflows as nf
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latent_aug.arguments import one_of
+from latent_aug.arguments import one_of, positive
 from latent_aug.flows import engine, latent_gradient
 from latent_aug.flows.base import Flow
 from latent_aug.flows.latent_gradient import Gradient
@@ -41,49 +39,6 @@ class Prepared:
     adjoints: list[latent_gradient.Adjoints] = field(default_factory=list)
 
 
-class BoundedConvNet2d(nf.nets.ConvNet2d):
-    """The coupling network of normflows with its log-scale outputs bounded by ``bound * tanh``.
-
-    With ``scale_map="exp"`` a coupling then multiplies by no more than e^bound either way, so
-    that decoding a latent off the data cannot blow up as it does with sigmoid(s + 2).
-    """
-
-    def __init__(self, channels: Sequence[int], bound: float) -> None:
-        super().__init__(tuple(channels), (3, 1, 3), init_zeros=True)
-        self.bound = bound
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shift and bounded log-scale, alternating along the channels as normflows reads them."""
-        shift, raw = self.net(x).unflatten(1, (-1, 2)).unbind(2)
-        return torch.stack([shift, self.bound * torch.tanh(raw)], dim=2).flatten(1, 2)
-
-
-def glow_block(channels: int, hidden: int, bound: float) -> nf.flows.GlowBlock:
-    """A GlowBlock of normflows with a bounded affine coupling."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # normflows still calls torch.lu, which is deprecated
-        block = nf.flows.GlowBlock(channels, hidden, scale_map="exp")
-    half = channels // 2
-    block.flows[0].flows[1].param_map = BoundedConvNet2d((half, hidden, hidden, channels), bound)
-    return block
-
-
-def multiscale_glow(
-    channels: int, levels: int, steps: int, hidden: int, bound: float
-) -> nf.MultiscaleFlow:
-    """A multi-scale flow of normflows: coarsest level first, priors over one pixel's channels."""
-    priors, flows, merges = [], [], []
-    for depth in reversed(range(levels)):  # halvings before this level
-        width = channels * 2 ** (depth + 2)
-        blocks = [glow_block(width, hidden, bound) for _ in range(steps)]
-        flows.append([*blocks, nf.flows.Squeeze()])
-        coarsest = depth == levels - 1
-        priors.append(nf.distributions.GlowBase((width if coarsest else width // 2, 1, 1)))
-        if not coarsest:
-            merges.append(nf.flows.Merge())
-    return nf.MultiscaleFlow(priors, flows, merges, class_cond=False)
-
-
 class Glow(Flow):
     """The multi-scale Glow flow: `levels` scales of `steps` steps each.
 
@@ -104,6 +59,13 @@ class Glow(Flow):
         steps: Steps per scale, K.
         hidden: Channels of a coupling network, H.
         log_scale_bound: Greatest absolute log-scale of a coupling.
+
+    Attributes:
+        network_dtype: Precision of the coupling networks; None is that of the input. The state
+            stays in the input's precision, but with torch.bfloat16 decoding undoes encoding only
+            about, and faster; see the README's table.
+        compiled: Have torch.compile fuse each step, where no gradient is wanted. Every new shape
+            of input is compiled, which takes seconds.
 
     Raises:
         ValueError: An argument is out of range; an image does not fit; the flow is untrained.
@@ -133,14 +95,16 @@ class Glow(Flow):
         super().__init__()
         sizes = {"channels": channels, "levels": levels, "steps": steps, "hidden": hidden}
         for name, value in sizes.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            positive(name, value)
         if not 0 < log_scale_bound <= 8:
             raise ValueError(f"log_scale_bound must lie in (0, 8], got {log_scale_bound!r}")
         self.channels, self.levels, self.steps, self.hidden = channels, levels, steps, hidden
         self.multiple = 2**levels
         self.log_scale_bound = float(log_scale_bound)
         self.network_dtype: torch.dtype | None = None
+        self.compiled = False
+        from latent_aug.flows.blocks import multiscale_glow  # normflows takes long to import
+
         self.multiscale = multiscale_glow(channels, levels, steps, hidden, self.log_scale_bound)
         self._initialized = False
         # Walking the module tree costs more than a small flow's round trip; its tables stay.
@@ -161,11 +125,10 @@ class Glow(Flow):
         Args:
             z: Latents (B, C, H, W).
             y: Unused; this flow is unconditional.
-            gradient: How a frozen flow gets the gradient of z, where z requires it: "fast" is
-                autograd, which keeps activations; "lean" keeps the image and recomputes them in
-                memory that does not grow with the flow's depth, differentiable once; "auto" is
-                lean where fast would keep more than 2 GiB, or the networks run in float16, whose
-                gradients it scales.
+            gradient: How a frozen flow gets the gradient of z, where z requires it; either way
+                is differentiable once. "fast" keeps a part of the activations; "lean" keeps the
+                image and recomputes them, in memory that does not grow with the flow's depth;
+                "auto" is lean where fast would keep more than 2 GiB.
 
         Raises:
             ValueError: z does not fit; or "lean" is asked of a flow whose weights want gradients.
@@ -179,16 +142,17 @@ class Glow(Flow):
 
     def _decode(self, z: Tensor, gradient: Gradient) -> Tensor:
         """Choose the way by who wants gradients, and how much may be kept for them."""
-        levels = self._levels(z, inverse=True)
         if self._weights_want_gradients():
             if gradient == "lean":
                 raise ValueError("gradient='lean' needs frozen weights: flow.requires_grad_(False)")
+            return engine.decode(z, self._levels(z, inverse=True))
+        levels = self._levels(z, inverse=True)
+        if not (torch.is_grad_enabled() and z.requires_grad):
             return engine.decode(z, levels)
-        if not (torch.is_grad_enabled() and z.requires_grad) or gradient == "fast":
-            return engine.decode(z, levels)
-        if gradient == "auto" and not latent_gradient.prefers_lean(z, levels):
-            return engine.decode(z, levels)
-        inverse = self._levels(z, inverse=False)
+        lean = gradient == "lean" or (
+            gradient == "auto" and latent_gradient.prefers_lean(z, levels)
+        )
+        inverse = self._levels(z, inverse=False) if lean else None
         return latent_gradient.decode(z, levels, self._adjoints(z), inverse)
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -331,6 +295,7 @@ class Glow(Flow):
         """What was prepared for t's device and dtype; new where the weights have changed."""
         version, key = self.weights_version(), (t.device, t.dtype)
         if key not in self._prepared or self._prepared[key].version != version:
+            engine.keep_freed_memory()
             self._prepared[key] = Prepared(version, [w.detach() for w in self._tensors()])
         return self._prepared[key]
 
@@ -341,9 +306,9 @@ class Glow(Flow):
         return [t for table in self._tables for t in table.values() if t is not None]
 
     def weights_version(self) -> tuple[Any, ...]:
-        """As the base class says; the precision and bound of the networks count as well."""
+        """As the base class says; what else the engine reads counts as well."""
         tensors = tuple((t.data_ptr(), t._version) for t in self._tensors())
-        return (self.network_dtype, self.log_scale_bound, *tensors)
+        return (self.network_dtype, self.compiled, self.log_scale_bound, *tensors)
 
     def _read(
         self, t: Tensor, *, inverse: bool, frozen: bool, networks: dict[nn.Module, engine.Network]
@@ -356,6 +321,7 @@ class Glow(Flow):
             frozen=frozen,
             network_dtype=self.network_dtype,
             networks=networks,
+            compiled=self.compiled and frozen,
         )
 
     def _apply(self, *args: Any, **kwargs: Any) -> Glow:

@@ -1,23 +1,25 @@
-"""The gradient of decode to the latents in memory that does not grow with the flow's depth.
+"""The gradient of a frozen flow's decode to its latents, in little memory.
 
-Autograd keeps what the coupling networks computed on the way to the image. Here only the image
-is kept: on the way back one step at a time is undone, as a flow can, and its activations are
-computed anew. Weights get no gradients, so transposed convolutions are all that is left, and
-those are plain convolutions whose kernels were flipped beforehand.
+Weights get no gradients, so that of all that a coupling network computes only the log-scale and
+the signs of the hidden activations matter for the way back. "fast" keeps these (the first hidden
+activation is cheap to compute again, the second is kept in half precision); "lean" keeps the
+image only, undoes one step at a time, as a flow can, and computes them anew. Gradients pass
+transposed convolutions, which are plain ones whose kernels were flipped beforehand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from latent_aug.flows import engine
-from latent_aug.flows.engine import Level, Step
+from latent_aug.flows.convolution import Conv, convolve, packed
+from latent_aug.flows.engine import Activations, Level, Step
 
 Gradient = Literal["auto", "fast", "lean"]
 
@@ -29,21 +31,16 @@ the last digits, and a run should not depend on its neighbours."""
 class Adjoint(NamedTuple):
     """The linear maps of a decoding step, transposed: each is a convolution again."""
 
-    mix: Tensor
-    network: tuple[Tensor, Tensor, Tensor]
+    mix: Conv
+    network: engine.Network
 
 
 Adjoints = tuple[tuple[Adjoint, ...], ...]
 """One for each step of each level, in the order of decoding."""
 
 
-class Activations(NamedTuple):
-    """What the gradient of a decoding step needs of it."""
-
-    hidden1: Tensor  # (B, hidden, H, W), after their ReLU
-    hidden2: Tensor
-    log_scale: Tensor  # (B, C/2, H, W)
-    z2: Tensor  # the half that moves, before it did
+Kept = list[list[list[Activations]]]
+"""By level, tile and step."""
 
 
 def read_adjoints(levels: Sequence[Level]) -> Adjoints:
@@ -53,36 +50,39 @@ def read_adjoints(levels: Sequence[Level]) -> Adjoints:
 
 def adjoint_of(step: Step) -> Adjoint:
     """Transpose the convolutions of one step."""
-    (one, _), (two, _), (three, _) = step.network
-    return Adjoint(transposed(step.mix[0]), (transposed(one), transposed(two), transposed(three)))
+    one, two, three = (conv.weight for conv in step.network)
+    mix = transposed(step.mix.weight)
+    return Adjoint(mix, (transposed(one), transposed(two), transposed(three)))
 
 
-def transposed(weight: Tensor) -> Tensor:
-    """The kernel of the convolution that takes gradients of outputs to those of inputs."""
+def transposed(weight: Tensor) -> Conv:
+    """The convolution that takes gradients of outputs to those of inputs."""
     flipped = weight.flip(2, 3).transpose(0, 1)
-    return flipped.contiguous(memory_format=torch.channels_last)
+    return packed(Conv(flipped.contiguous(memory_format=torch.channels_last)))
 
 
 def prefers_lean(z: Tensor, levels: Sequence[Level]) -> bool:
-    """Whether "auto" is lean: autograd would keep too much, or underflow in float16."""
-    network_dtype = levels[0].steps[0].network[0][0].dtype
-    return kept_bytes(z, levels) > MOST_KEPT or network_dtype == torch.float16
+    """Whether "auto" is lean: "fast" would keep too much."""
+    return kept_bytes(z, levels) > MOST_KEPT
 
 
 def kept_bytes(z: Tensor, levels: Sequence[Level]) -> int:
-    """About what autograd keeps for latents (B, C, H, W): hidden activations, and the state."""
+    """About what "fast" keeps for latents (B, C, H, W)."""
     total, pixels = 0, z.shape[0] * z.shape[2] * z.shape[3]
     for level in levels:
         pixels //= 4
         for step in level.steps:
-            (first, _), _, (last, _) = step.network
-            hidden = 2 * first.shape[0] * first.element_size()
-            total += pixels * (hidden + 4 * last.shape[0] * z.element_size())
+            weight = step.network[0].weight
+            hidden = weight.shape[0] * (8 if weight.dtype == torch.float64 else 2)
+            total += pixels * (hidden + 3 * step.half * z.element_size())
     return total
 
 
 def decode(
-    z: Tensor, levels: Sequence[Level], adjoints: Adjoints, inverse: Sequence[Level]
+    z: Tensor,
+    levels: Sequence[Level],
+    adjoints: Adjoints,
+    inverse: Sequence[Level] | None,
 ) -> Tensor:
     """`engine.decode`, differentiable once in z.
 
@@ -90,83 +90,143 @@ def decode(
         z: Latents (B, C, H, W).
         levels: Read for decoding.
         adjoints: Of those levels.
-        inverse: The same levels read for encoding.
+        inverse: The same levels read for encoding: to undo steps with, "lean". None is "fast".
     """
-    return _LeanDecode.apply(z, levels, adjoints, inverse)
+    return _Decode.apply(z, levels, adjoints, inverse)
 
 
-class _LeanDecode(torch.autograd.Function):
+class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, levels: Sequence[Level], adjoints: Adjoints, inverse: Sequence[Level]
+        ctx: Any,
+        z: Tensor,
+        levels: Sequence[Level],
+        adjoints: Adjoints,
+        inverse: Sequence[Level] | None,
     ) -> Tensor:
-        x = engine.decode(z, levels)
+        keep: Kept = [] if inverse else [[] for _ in levels]
+        x = engine.decode(z, levels, keep)
         ctx.levels, ctx.adjoints, ctx.inverse = levels, adjoints, inverse
-        ctx.save_for_backward(x)
+        ctx.tiles = [len(tiles) for tiles in keep]
+        kept = [activations for tiles in keep for tile in tiles for activations in tile]
+        ctx.save_for_backward(x, *(t for a in kept for t in (a.z, a.log_scale, a.hidden2)))
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (x,) = ctx.saved_tensors
+        x, *tensors = ctx.saved_tensors
+        kept = unflattened(iter(tensors), ctx.levels, ctx.tiles)
         # It runs in another thread, later: what surrounded decode does not surround it.
         with (
             torch.autocast(grad.device.type, enabled=False),
             engine.full_precision(grad.device),
         ):
-            z_grad = gradient(x, grad, ctx.levels, ctx.adjoints, ctx.inverse)
+            z_grad = gradient(grad, ctx.levels, ctx.adjoints, x, ctx.inverse, kept)
         return z_grad, None, None, None
 
 
+def unflattened(tensors: Iterator[Tensor], levels: Sequence[Level], tiles: Sequence[int]) -> Kept:
+    """What was kept, by level, tile and step, from the tensors in that order."""
+    return [
+        [[Activations(*islice(tensors, 3)) for _ in level.steps] for _ in range(count)]
+        for level, count in zip(levels, tiles, strict=False)
+    ]
+
+
 def gradient(
-    x: Tensor,
     grad: Tensor,
     levels: Sequence[Level],
     adjoints: Adjoints,
-    inverse: Sequence[Level],
+    x: Tensor,
+    inverse: Sequence[Level] | None,
+    kept: Kept,
 ) -> Tensor:
-    """Gradient of the latents from the decoded image x and its gradient, undoing step by step."""
+    """Gradient of the latents from that of the image, step by step, a tile at a time.
+
+    Args:
+        grad: Gradient of the decoded images (B, C, H, W).
+        levels: Read for decoding.
+        adjoints: Of those levels.
+        x: The decoded images.
+        inverse: The levels read for encoding, for "lean".
+        kept: What decoding kept, by level, tile and step, for "fast".
+    """
     level, *coarser = levels
-    x, grad = engine.squeeze(x), engine.squeeze(grad)
-    steps = zip(reversed(level.steps), reversed(adjoints[0]), inverse[0].steps, strict=True)
-    for step, adjoint, undoing in steps:
-        x, activations = undo_step(x, undoing)
-        grad = step_gradient(grad, step, adjoint, activations)
+    grad, x = engine.squeeze(grad), engine.squeeze(x)
+    tile = engine.tile_of(grad, level.steps[0])
+    grads, inputs = [], []
+    for i, part in enumerate(grad.split(tile)):
+        if inverse:
+            found = undo_steps(x[i * tile : (i + 1) * tile], inverse[0].steps)
+        else:
+            found = reversed(kept[0][i])
+        for step, adjoint, activations in zip(
+            reversed(level.steps), reversed(adjoints[0]), found, strict=True
+        ):
+            part = step_gradient(part, step, adjoint, activations)
+        grads.append(part)
+        inputs.append(activations.z)
+    grad = torch.cat(grads)
     if not coarser:
         return engine.unsqueeze(grad * torch.exp(level.log_scale))
     rest, latent = grad.chunk(2, dim=1)
-    rest = gradient(x.chunk(2, dim=1)[0], rest, coarser, adjoints[1:], inverse[1:])
+    rest = gradient(
+        rest,
+        coarser,
+        adjoints[1:],
+        torch.cat(inputs).chunk(2, dim=1)[0],
+        inverse and inverse[1:],
+        kept[1:],
+    )
     return engine.unsqueeze(torch.cat([rest, latent * torch.exp(level.log_scale)], dim=1))
 
 
-def undo_step(x: Tensor, step: Step) -> tuple[Tensor, Activations]:
-    """What went into a decoding step, and its activations, from what came out of it."""
-    z1, moved = F.conv2d(x, *step.mix).chunk(2, dim=1)
-    hidden: list[Tensor] = []
-    shift, log_scale = engine.shift_and_log_scale(z1, step, hidden)
-    z2 = (moved - shift) * torch.exp(-log_scale)
-    return torch.cat([z1, z2], dim=1), Activations(hidden[0], hidden[1], log_scale, z2)
+def undo_steps(x: Tensor, steps: Sequence[Step]) -> Iterator[Activations]:
+    """What each decoding step had, last step first, from what came out of the last."""
+    for step in steps:
+        z = convolve(x, step.mix)
+        z1, z2 = z.chunk(2, dim=1)
+        hidden1 = engine.first_hidden(z1, step.network)
+        out, hidden2 = engine.run_network(z1, step.network, hidden1)
+        log_scale = engine.log_scale_of(out, step, z)
+        z2.sub_(engine.shift_of(out, step, z)).mul_(torch.exp(-log_scale))
+        yield Activations(z, log_scale, hidden2, hidden1)
+        x = z
 
 
 def step_gradient(grad: Tensor, step: Step, adjoint: Adjoint, kept: Activations) -> Tensor:
     """Through one decoding step: from its output's gradient to its input's."""
-    grad1, shift_grad = F.conv2d(grad, adjoint.mix).chunk(2, dim=1)
+    grad = convolve(grad, adjoint.mix)
+    grad1, shift_grad = grad.chunk(2, dim=1)
+    z1, z2 = kept.z.chunk(2, dim=1)
     grad2 = shift_grad * torch.exp(kept.log_scale)
-    # The derivative of bound * tanh, in terms of its value.
-    slope = step.bound - kept.log_scale.square() / step.bound
-    network_grad = torch.cat([shift_grad, grad2 * kept.z2 * slope], dim=1)
-    return torch.cat([grad1 + network_gradient(network_grad, adjoint, kept), grad2], dim=1)
+    # The derivative of bound * tanh(raw / 2), in terms of its value.
+    slope = (kept.log_scale.square() * (-0.5 / step.bound)).add_(0.5 * step.bound)
+    network_grad = torch.cat([shift_grad, slope.mul_(grad2).mul_(z2)], dim=1)
+    hidden1 = kept.hidden1
+    if hidden1 is None:
+        hidden1 = engine.first_hidden(z1, step.network)
+    grad1.add_(network_gradient(network_grad, adjoint, hidden1, kept.hidden2))
+    shift_grad.copy_(grad2)
+    return grad
 
 
-def network_gradient(grad: Tensor, adjoint: Adjoint, kept: Activations) -> Tensor:
+def network_gradient(grad: Tensor, adjoint: Adjoint, hidden1: Tensor, hidden2: Tensor) -> Tensor:
     """Through the coupling network: from its outputs' gradient to its input's."""
     one, two, three = adjoint.network
     size = None
-    if three.dtype == torch.float16:  # small gradients would underflow
+    if three.weight.dtype == torch.float16:  # small gradients would underflow
         size = grad.abs().amax(dim=(1, 2, 3), keepdim=True)
         grad = grad / torch.where(size > 0, size, 1)
-    hidden = F.conv2d(grad.to(three.dtype), three, padding=1)
-    hidden = F.conv2d(torch.ops.aten.threshold_backward(hidden, kept.hidden2, 0), two)
-    hidden = torch.ops.aten.threshold_backward(hidden, kept.hidden1, 0)
-    result = F.conv2d(hidden, one, padding=1).to(grad.dtype)
+    back = convolve(grad.to(three.weight.dtype), three)
+    back = convolve(through_relu(back, hidden2), two)
+    result = convolve(through_relu(back, hidden1), one).to(grad.dtype)
     return result if size is None else result * size
+
+
+def through_relu(grad: Tensor, activation: Tensor) -> Tensor:
+    """The gradient before a ReLU from that after it, in place."""
+    return torch.ops.aten.threshold_backward.grad_input(
+        grad, activation.to(grad.dtype), 0, grad_input=grad
+    )

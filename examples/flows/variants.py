@@ -1,0 +1,103 @@
+"""Flows that differ in one choice from the bundled ones, for `choose.py`.
+
+Variants that `Glow` has no argument for are subclasses here: each overrides one thing, and none
+is meant for use.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latent_aug import Glow
+from latent_aug.randomness import normal
+
+EDGE = 0.05  # the logit is of [EDGE, 1 - EDGE], as RealNVP's, so that noisy ends stay inside
+
+
+class LogitGlow(Glow):
+    """A Glow of logit(x), scaled so that [0, 1] stays [0, 1]."""
+
+    def to_logit(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits as [0, 1], and the log-determinant (B,)."""
+        inner = EDGE + (1 - 2 * EDGE) * x
+        highest = math.log((1 - EDGE) / EDGE)
+        u = torch.logit(inner) / (2 * highest) + 0.5
+        slope = (1 - 2 * EDGE) / (inner * (1 - inner) * 2 * highest)
+        return u, slope.log().sum(dim=(1, 2, 3))
+
+    def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Latents of the logits."""
+        return super().encode(self.to_logit(x)[0])
+
+    def decode(self, z: Tensor, y: Tensor | None = None, **options: Any) -> Tensor:
+        """Undo `encode`."""
+        u = (super().decode(z, **options) - 0.5) * 2 * math.log((1 - EDGE) / EDGE)
+        return (torch.sigmoid(u) - EDGE) / (1 - 2 * EDGE)
+
+    def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """With the logit's log-determinant."""
+        u, log_det = self.to_logit(x)
+        return super().log_prob(u) + log_det
+
+    def initialize(self, x: Tensor) -> None:
+        """On logits."""
+        super().initialize(self.to_logit(x)[0])
+
+
+class StandardPriorGlow(Glow):
+    """Priors stay N(0, I) instead of being learned per channel."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> StandardPriorGlow:
+        """Of everything else."""
+        super().requires_grad_(requires_grad)
+        self.multiscale.q0.requires_grad_(False)
+        return self
+
+
+class SmoothedGlow(Glow):
+    """Trained on images with Gaussian noise of two grey levels, against JPEG's artefacts."""
+
+    noise = 2 / 255
+
+    def bits_per_dim(
+        self, x: Tensor, y: Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Of noisy images in training, of the images themselves else."""
+        if self.training:
+            x = x + self.noise * normal(x.shape, x, generator)
+        return super().bits_per_dim(x, y, generator=generator)
+
+
+SIZE = {"steps": 8, "hidden": 128}
+COMMON = {"crop": 4, "network_dtype": "bfloat16"}
+VARIANTS: dict[str, tuple[type[Glow], dict[str, Any], dict[str, Any]]] = {
+    # name: class, its arguments, arguments of TrainConfig
+    "reference": (Glow, {}, {}),
+    "no crops": (Glow, {}, {"crop": 0}),
+    "bound 0.5": (Glow, {"log_scale_bound": 0.5}, {}),
+    "bound 2": (Glow, {"log_scale_bound": 2.0}, {}),
+    "logit": (LogitGlow, {}, {}),
+    "standard prior": (StandardPriorGlow, {}, {}),
+    "smoothed": (SmoothedGlow, {}, {}),
+    "K 16, H 64": (Glow, {"steps": 16, "hidden": 64}, {}),
+    "K 4, H 192": (Glow, {"steps": 4, "hidden": 192}, {}),
+    "K 4, H 64": (Glow, {"steps": 4, "hidden": 64}, {}),
+    "lr 0.002": (Glow, {}, {"lr": 2e-3}),
+    "no ema": (Glow, {}, {"ema": 0.0}),
+}
+
+
+def new_flow(name: str) -> Glow:
+    """The untrained flow of a variant."""
+    torch.manual_seed(0)
+    kind, arguments, _ = VARIANTS[name]
+    return kind(3, **{**SIZE, **arguments})
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """Its arguments of TrainConfig."""
+    return {**COMMON, **VARIANTS[name][2]}

@@ -1,0 +1,195 @@
+"""One training run of a classifier on few labelled images: data, network, loop, figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from methods import Method
+from torch import Tensor, nn
+from torchvision.datasets import ImageFolder
+from torchvision.models.resnet import BasicBlock
+
+from latent_aug.data import to_uint8
+
+VALIDATION_SHARE = 0.2  # of the labelled images, while settings are chosen
+
+
+@dataclass(frozen=True)
+class Images:
+    """8-bit images (N, 3, H, W) in memory, and their classes (N,)."""
+
+    pixels: Tensor
+    labels: Tensor
+    classes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What every method of a table shares.
+
+    Args:
+        per_class: Labelled images of each class; all of them if None.
+        epochs: Passes over them.
+        width: Channels of the ResNet's first stage, which doubles in each of the next three.
+        batch_size: Images a step.
+        lr: Greatest learning rate of SGD's one cycle.
+        weight_decay: Of SGD.
+        test: Evaluate on the test images; else train on four fifths of the labelled images and
+            evaluate on the rest.
+        data_seed: Which images of a class are labelled.
+        size: Resize images to this side; None leaves them.
+    """
+
+    per_class: int | None = 250
+    epochs: int = 60
+    width: int = 32
+    batch_size: int = 128
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+    test: bool = False
+    data_seed: int = 0
+    size: int | None = None
+
+
+def read_images(folder: Path, size: int | None = None) -> Images:
+    """Every image of <folder>/<class>/*, in order."""
+    data = ImageFolder(str(folder))
+    pixels = torch.stack([to_uint8(sample, 3, size) for sample in data])
+    return Images(pixels, torch.tensor(data.targets), len(data.classes))
+
+
+def labelled(train: Images, protocol: Protocol) -> Images:
+    """So many images of each class, the same for every method and seed."""
+    order = torch.randperm(
+        len(train.labels), generator=torch.Generator().manual_seed(protocol.data_seed)
+    )
+    chosen = [order[train.labels[order] == c][: protocol.per_class] for c in range(train.classes)]
+    # One of each class in turn, so that any first part is as balanced as the whole.
+    places = torch.cat([torch.arange(len(part)) for part in chosen])
+    index = torch.cat(chosen)[places.argsort(stable=True)]
+    return Images(train.pixels[index], train.labels[index], train.classes)
+
+
+def split(train: Images, test: Images | None, protocol: Protocol) -> tuple[Images, Images]:
+    """What to train and to evaluate on."""
+    own = labelled(train, protocol)
+    if protocol.test:
+        if test is None:
+            raise ValueError("test=True needs test images")
+        return own, test
+    last = round(len(own.labels) * (1 - VALIDATION_SHARE))
+    parts = (slice(None, last), slice(last, None))
+    first, second = (Images(own.pixels[p], own.labels[p], own.classes) for p in parts)
+    return first, second
+
+
+class Standardized(nn.Module):
+    """A network that takes images in [0, 1]."""
+
+    def __init__(self, network: nn.Module, pixels: Tensor) -> None:
+        super().__init__()
+        sample = pixels.float() / 255
+        self.register_buffer("mean", sample.mean(dim=(0, 2, 3), keepdim=True))
+        self.register_buffer("std", sample.std(dim=(0, 2, 3), keepdim=True))
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, in float32 also where bfloat16 computes them."""
+        with torch.autocast(x.device.type, torch.bfloat16):
+            logits: Tensor = self.network((x - self.mean) / self.std)
+        return logits.float()
+
+
+def small_resnet(classes: int, width: int) -> nn.Module:
+    """Four stages of one basic block, from `width` to 8 `width` channels, for small images."""
+    stages = [block(width, width, 1)]
+    stages += [block(width * 2**i, width * 2 ** (i + 1), 2) for i in range(3)]
+    network = nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        *stages,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8 * width, classes),
+    )
+    return network.to(memory_format=torch.channels_last)
+
+
+def block(inputs: int, outputs: int, stride: int) -> BasicBlock:
+    """A basic block of torchvision's, a 1x1 convolution on its shortcut where shapes differ."""
+    shortcut = None
+    if inputs != outputs:
+        shortcut = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+        )
+    return BasicBlock(inputs, outputs, stride, shortcut)
+
+
+def run(
+    method: Method,
+    train: Images,
+    evaluated: Images,
+    protocol: Protocol,
+    *,
+    seed: int,
+    on_epoch: Callable[[float], object] = lambda loss: None,
+) -> dict[str, float]:
+    """Train and evaluate; accuracies in per cent, losses in nats, seconds."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(seed)
+    network = small_resnet(train.classes, protocol.width)
+    model = Standardized(network, train.pixels).to(device)
+    augment = method(model, train.classes)
+    steps = protocol.epochs * (len(train.labels) // protocol.batch_size)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        protocol.lr,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=protocol.weight_decay,
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, protocol.lr, total_steps=steps)
+    started = time.perf_counter()
+    for _ in range(protocol.epochs):
+        order = torch.randperm(len(train.labels))
+        total = torch.zeros(())
+        batches = order.split(protocol.batch_size)[: len(order) // protocol.batch_size]
+        for chosen in batches:
+            x, y = augment(train.pixels[chosen].to(device), train.labels[chosen].to(device))
+            loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.detach().cpu()
+        on_epoch(float(total) / len(batches))
+    seconds = time.perf_counter() - started
+    accuracy, loss = evaluate(model, evaluated)
+    train_accuracy, train_loss = evaluate(model, train)
+    return {
+        "accuracy": accuracy,
+        "loss": loss,
+        "train_accuracy": train_accuracy,
+        "train_loss": train_loss,
+        "seconds": round(seconds, 1),
+    }
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: Images) -> tuple[float, float]:
+    """Accuracy in per cent and mean cross-entropy."""
+    model.eval()
+    device = next(model.parameters()).device
+    right, total = 0, 0.0
+    for pixels, labels in zip(images.pixels.split(500), images.labels.split(500), strict=True):
+        logits = model(pixels.to(device) / 255)
+        right += int((logits.argmax(dim=1) == labels.to(device)).sum())
+        total += F.cross_entropy(logits, labels.to(device), reduction="sum").item()
+    model.train()
+    return 100 * right / len(images.labels), total / len(images.labels)

@@ -1,0 +1,97 @@
+"""Train every classifier of a recipe that is not trained yet; each run leaves a JSON.
+
+    python examples/paper/run.py examples/paper/recipes/NAME.json DATA [--test]
+
+A recipe names a data set of DATA (a folder with <set>/train/<class>/* and <set>/test/<class>/*),
+what of the protocol differs from its defaults, and for each method its settings and seeds. Without
+--test, runs are evaluated on a part of the labelled training images, to choose settings; the test
+images are read with --test only. Stop it at any time; the same command goes on with what is
+missing. Runs of one recipe may share out its methods by --only, on several machines.
+"""
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from methods import method_of
+from protocol import Protocol, read_images, run, split
+from tqdm import tqdm
+
+from latent_aug import __version__
+
+RESULTS = Path(__file__).parents[1] / "results" / "paper"
+
+
+def wanted(recipe: dict[str, Any], only: list[str] | None) -> Iterator[tuple[str, int]]:
+    """Methods and seeds: every method's first seed, then the second, so that tables fill evenly."""
+    methods = {k: m for k, m in recipe["methods"].items() if only is None or k in only}
+    for round_ in range(max(len(m["seeds"]) for m in methods.values())):
+        for name, method in methods.items():
+            if round_ < len(method["seeds"]):
+                yield name, method["seeds"][round_]
+
+
+def main() -> None:
+    """Train what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--test", action="store_true", help="evaluate on the test images")
+    parser.add_argument("--only", nargs="+", help="these methods of the recipe")
+    parser.add_argument("--flows", type=Path, help="a folder of flows that are not bundled")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    recipe = json.loads(args.recipe.read_text())
+    protocol = Protocol(**recipe.get("protocol", {}), test=args.test)
+    folder = args.data / recipe["data"]
+    data = None
+    kind = "test" if args.test else "validation"
+    for name, seed in wanted(recipe, args.only):
+        path = args.results / args.recipe.stem / kind / f"{name} {seed}.json"
+        if path.exists():
+            continue
+        if data is None:
+            test = read_images(folder / "test", protocol.size) if args.test else None
+            data = split(read_images(folder / "train", protocol.size), test, protocol)
+        settings = {k: v for k, v in recipe["methods"][name].items() if k != "seeds"}
+        with tqdm(total=protocol.epochs, unit="epoch", desc=f"{name}, seed {seed}") as bar:
+
+            def advance(loss: float, bar: Any = bar) -> None:
+                bar.update()
+                bar.set_postfix_str(f"loss {loss:.3f}")
+
+            method = method_of(settings, args.flows)
+            figures = run(method, *data, protocol, seed=seed, on_epoch=advance)
+        entry = {
+            "recipe": args.recipe.stem,
+            "method": name,
+            "settings": settings,
+            "seed": seed,
+            "protocol": vars(protocol),
+            "train_images": len(data[0].labels),
+            "evaluated_on": f"{len(data[1].labels)} {kind} images",
+            **figures,
+            "command": shlex.join(["python", "examples/paper/run.py", *sys.argv[1:]]),
+            "versions": {
+                "latent-aug": __version__,
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+                "python": platform.python_version(),
+            },
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "threads": torch.get_num_threads(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(entry, indent=1) + "\n")
+        print(f"{name}, seed {seed}: {figures['accuracy']:.2f} %", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Looking at a perturbation: what it does to images at several sizes, and what its flow draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from latent_aug.adversarial import LatentAdversarial
+from latent_aug.arguments import number_range
+from latent_aug.flows import Flow
+from latent_aug.images import downscaled, fit_to_flow, to_batch
+from latent_aug.transforms import LatentPerturb
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_IMAGES = 8
+TEMPERATURES = (0.0, 0.5, 0.7, 1.0)
+SAMPLES = 4  # of each temperature
+
+
+def preview(
+    transform: LatentPerturb | LatentAdversarial,
+    images: Any,
+    labels: Tensor | None = None,
+    *,
+    eps: Sequence[float] | None = None,
+    amplify: float = 4.0,
+    temperatures: Sequence[float] = TEMPERATURES,
+    seed: int = 0,
+) -> Figure:
+    """Draw what a perturbation does, to choose its eps by eye.
+
+    A row for each image: the original, and for each eps what becomes of it and the difference,
+    amplified, on grey. Below, samples of the flow, at several temperatures: the same latents,
+    scaled.
+
+    Args:
+        transform: A `LatentPerturb`, or a `LatentAdversarial`; it is left as it is.
+        images: A batch (B, C, H, W) or a list of images, PIL or tensors, that the transform
+            takes; the first eight are drawn.
+        labels: (B,), for a `LatentAdversarial` with true labels, and for a conditional flow.
+        eps: Sizes to draw, in the transform's norm; half of its own, its own, and twice that if
+            None.
+        amplify: Factor of the differences.
+        temperatures: Standard deviations of the sampled latents; none are drawn if empty.
+        seed: Of perturbations and samples; the global generator is left as it is.
+
+    Returns:
+        A figure, to `savefig` or to show in a notebook.
+
+    Raises:
+        ValueError: There is no image, or `eps` is out of range.
+        TypeError: The transform has `normalize`, and images are 8-bit.
+        ModuleNotFoundError: matplotlib is missing: ``pip install 'latent-aug[train]'``.
+
+    Source: the paper's Figure 3 shows originals, perturbed images and differences.
+
+    Example:
+        >>> import torch
+        >>> from latent_aug import LatentPerturb, preview
+        >>> images = torch.full((2, 1, 28, 28), 128, dtype=torch.uint8)
+        >>> figure = preview(LatentPerturb(0.25, flow="glow-fashionmnist"), images)
+        >>> figure.savefig("preview.png")  # doctest: +SKIP
+    """
+    from matplotlib.figure import Figure
+
+    chosen = list(images[:MOST_IMAGES])
+    if not chosen:
+        raise ValueError("images must hold at least one image, got none")
+    kinds = {getattr(image, "dtype", torch.uint8) for image in chosen}
+    if transform.normalizes and torch.uint8 in kinds:
+        raise TypeError("images are 8-bit, so they cannot be normalized: preview normalized floats")
+    sizes = around(transform.eps) if eps is None else [number_range("eps", e)[0] for e in eps]
+    columns, rows = 1 + 2 * len(sizes), len(chosen)
+    height = 1.3 * (rows + bool(temperatures)) + 0.5
+    figure = Figure(figsize=(1.3 * columns, height), layout="constrained")
+    upper: Any = figure
+    if temperatures:
+        parts: Any = figure.subfigures(2, 1, height_ratios=[rows + 0.3, 1.3])
+        upper, lower = parts
+    grid = upper.subplots(rows, columns, squeeze=False)
+    for row, image in enumerate(chosen):
+        original = shown(image, transform)
+        draw(grid[row, 0], original, "original" if row == 0 else "")
+        for column, size in enumerate(sizes):
+            label = None if labels is None else labels[row : row + 1]
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                perturbed = shown(apply(transform.with_eps(size), image, label), transform)
+            difference = (perturbed - original) * amplify + 0.5
+            names = (f"{transform.norm} {size:.3g}", f"difference times {amplify:g}")
+            draw(grid[row, 1 + 2 * column], perturbed, names[0] if row == 0 else "")
+            draw(grid[row, 2 + 2 * column], difference, names[1] if row == 0 else "")
+    if temperatures:
+        like = shown(chosen[0], transform)[None]
+        like = downscaled(like, getattr(transform, "resolution", None))
+        draw_samples(lower, transform.flow, like, temperatures, seed)
+    return figure
+
+
+def around(eps: tuple[float, float]) -> list[float]:
+    """Half of a range's end, itself and twice that."""
+    return [eps[1] / 2, eps[1], 2 * eps[1]]
+
+
+def apply(transform: Any, image: Any, label: Tensor | None) -> Any:
+    """Perturb one image."""
+    if isinstance(transform, LatentAdversarial):
+        x, restore = to_batch(image, transform.flow.channels)
+        return restore(transform(x, label))
+    return transform(image) if label is None else transform(image, label)[0]
+
+
+def shown(image: Any, transform: Any) -> Tensor:
+    """An image in the transform's units as (C, H, W) in [0, 1]."""
+    x, _ = to_batch(image, transform.flow.channels)
+    unit: Callable[[Tensor], Tensor] = transform._normalization.undo
+    return unit(x)[0].detach().cpu()
+
+
+def draw(axes: Any, image: Tensor, title: str) -> None:
+    """An image (C, H, W) without ticks."""
+    axes.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=8)
+
+
+@torch.no_grad()
+def draw_samples(
+    figure: Any, flow: Flow, like: Tensor, temperatures: Sequence[float], seed: int
+) -> None:
+    """One row: the same latents at each temperature."""
+    shape = (SAMPLES, *fit_to_flow(like, flow).shape[1:])
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    weights = next(flow.parameters(), z)
+    y = (
+        torch.arange(SAMPLES, device=weights.device) % flow.num_classes
+        if flow.num_classes
+        else None
+    )
+    axes = figure.subplots(1, len(temperatures), squeeze=False)[0]
+    for place, temperature in zip(axes, temperatures, strict=True):
+        samples = flow.decode((temperature * z).to(weights.device), y).cpu()
+        draw(place, torch.cat(list(samples), dim=2), f"samples, temperature {temperature:g}")

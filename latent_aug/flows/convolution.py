@@ -1,0 +1,100 @@
+"""Convolutions that keep height and width, as fast as torch can be asked for them on a CPU.
+
+torch's CPU convolutions bring the weights into oneDNN's layout at every call, run a ReLU after
+them on its own, and with one thread and few images leave oneDNN out. Frozen weights are packed
+once here, by the operators that torch.compile emits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+PACKED_PIXELS = 1024
+"""With fewer, calling the packed operator costs more than it saves."""
+
+
+ONEDNN_PIXELS = 128
+"""With so many and a wide kernel, a 1x1 convolution is faster in oneDNN, which torch does not take
+for few images on one thread."""
+
+ONEDNN_CHANNELS = 64
+
+
+class Conv(NamedTuple):
+    """A convolution of stride 1 whose output has the size of its input.
+
+    Args:
+        weight: (out, in, k, k), k odd.
+        bias: (out,), or None.
+        packed: The weight in oneDNN's layout and the bias, see `packed`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    packed: tuple[Tensor, Tensor | None] | None = None
+
+
+def packed(conv: Conv, *, fill: bool = False) -> Conv:
+    """The same with its weight packed, where this torch and this CPU can.
+
+    Args:
+        conv: Frozen.
+        fill: Fill the output channels up with zeros to a multiple of 32, where that is faster (up
+            to 1.8 times); then `convolve` may give more channels than the weight has.
+    """
+    weight, bias = conv.weight.detach(), conv.bias
+    if weight.device.type != "cpu" or not can_pack(weight.dtype):
+        return conv
+    if fill and len(weight) > 16:
+        missing = -len(weight) % 32
+        weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, missing))
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        bias = None if bias is None else F.pad(bias, (0, missing))
+    pad = weight.shape[2] // 2
+    example = [8, weight.shape[1], 16, 16]  # oneDNN may choose the layout by it
+    layout = torch.ops.mkldnn._reorder_convolution_weight(
+        weight, [pad, pad], [1, 1], [1, 1], 1, example
+    )
+    return conv._replace(packed=(layout, bias))
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is there, and computes in this precision."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+def convolve(x: Tensor, conv: Conv, *, relu: bool = False) -> Tensor:
+    """The convolution, then a ReLU if asked for; differentiable where x or the weight want it."""
+    weight, bias, prepared = conv
+    pad = weight.shape[2] // 2
+    if prepared is not None and is_plain(x, weight):
+        pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        if pixels >= PACKED_PIXELS:
+            then = "relu" if relu else "none"
+            result: Tensor = torch.ops.mkldnn._convolution_pointwise(
+                x, *prepared, [pad, pad], [1, 1], [1, 1], 1, then, [], ""
+            )
+            return result
+        if pad == 0 and pixels >= ONEDNN_PIXELS and weight.shape[1] >= ONEDNN_CHANNELS:
+            out = torch.mkldnn_convolution(x, weight, bias, (0, 0), (1, 1), (1, 1), 1)
+            return F.relu_(out) if relu else out
+    out = F.conv2d(x, weight, bias, padding=pad)
+    return F.relu_(out) if relu else out
+
+
+def is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether operators that nothing can differentiate or trace may run."""
+    backward = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    forward = forward_ad._current_level >= 0
+    return x.is_cpu and not (backward or forward or torch.compiler.is_compiling())

@@ -1,0 +1,123 @@
+"""The figures of a flow on images: how well it models them, exactly undoes itself, moves them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from latent_aug import functional as LF
+from latent_aug.data import UInt8Images, as_batch
+from latent_aug.flows import Glow
+from latent_aug.images import from_float
+
+SETTINGS = (("linf", 0.1), ("linf", 0.25), ("linf", 0.4), ("l2", 10.0), ("l2", 20.0))
+
+
+@torch.no_grad()
+def measure_flow(
+    flow: Glow,
+    images: UInt8Images,
+    *,
+    settings: Sequence[tuple[str, float]] = SETTINGS,
+    batch_size: int = 100,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Bits/dim, exactness, whiteness and what perturbations do, on every image given.
+
+    Args:
+        flow: A trained Glow.
+        images: 8-bit images.
+        settings: (norm, eps) of the random perturbations to try.
+        batch_size: Images at a time.
+        seed: Of dequantization noise and perturbations.
+        progress: Show a progress bar.
+
+    Returns:
+        JSON-ready figures: `images`, `bits_per_dim`, `round_trip_max_error` ([0, 1] units),
+        `uint8_identical` (images that come back byte for byte), `latent_mean` and `latent_std`
+        (a level, finest first) and for each setting in `perturbations` the `fallbacks` (share of
+        samples that come back unchanged), `mean_change` (grey levels of 255) and `saturated`
+        (share of all pixel values that leave [0, 1] by more than one grey level).
+    """
+    device = next(flow.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    bits, largest, identical, moments = (
+        0.0,
+        0.0,
+        0,
+        [torch.zeros(3, dtype=torch.float64) for _ in range(flow.levels)],
+    )
+    perturbed = [dict.fromkeys(("fallbacks", "mean_change", "saturated"), 0.0) for _ in settings]
+    for pixels in tqdm(loader(images, batch_size), disable=not progress, desc="measuring"):
+        x = pixels.to(device) / 255
+        bits += flow.bits_per_dim(x, generator=generator).sum().item()
+        z = flow.encode(x)
+        back = flow.decode(z)
+        largest = max(largest, (back - x).abs().max().item())
+        same = (from_float(back, torch.uint8) == pixels.to(device)).flatten(1).all(dim=1)
+        identical += int(same.sum())
+        for sums, level in zip(moments, flow.split_levels(z), strict=True):
+            found = (level.numel(), level.sum().item(), level.square().sum().item())
+            sums += torch.tensor(found, dtype=sums.dtype)
+        for figures, (norm, eps) in zip(perturbed, settings, strict=True):
+            normal = torch.randn(z.shape, generator=generator, device=device)
+            moved = flow.decode(z + LF.noise_of_norm(normal, eps, norm))  # type: ignore[arg-type]
+            for name, value in compare(moved, x, z).items():
+                figures[name] += value.sum().item()
+    count = len(images)
+    return {
+        "images": count,
+        "bits_per_dim": bits / count,
+        "round_trip_max_error": largest,
+        "uint8_identical": identical,
+        "latent_mean": [round(float(sums[1] / sums[0]), 3) for sums in moments],
+        "latent_std": [round(std(sums), 3) for sums in moments],
+        "perturbations": [
+            {"norm": norm, "eps": eps, **{k: v / count for k, v in figures.items()}}
+            for figures, (norm, eps) in zip(perturbed, settings, strict=True)
+        ],
+    }
+
+
+def loader(images: UInt8Images, batch_size: int) -> Iterable[Tensor]:
+    """Batches of uint8 images in order."""
+    own = torch.Generator()  # a loader draws its workers' seed even without workers
+    return DataLoader(images, batch_size=batch_size, collate_fn=as_batch, generator=own)
+
+
+def compare(moved: Tensor, x: Tensor, z: Tensor) -> dict[str, Tensor]:
+    """Per sample: falls back or not, mean change in grey levels, share of values out of range."""
+    outside = (moved < -1 / 255) | (moved > 1 + 1 / 255)
+    return {
+        "fallbacks": LF.unusable(moved, x, z),
+        "mean_change": mean_change(moved, x),
+        "saturated": outside.float().mean(dim=(1, 2, 3)),
+    }
+
+
+def mean_change(moved: Tensor, x: Tensor) -> Tensor:
+    """Mean absolute change of a pixel in grey levels, of what stays finite: (B,)."""
+    return ((moved.nan_to_num().clamp(0, 1) - x).abs() * 255).mean(dim=(1, 2, 3))
+
+
+def std(sums: Tensor) -> float:
+    """Standard deviation from count, sum and sum of squares."""
+    count, total, squares = sums.tolist()
+    return float((squares / count - (total / count) ** 2) ** 0.5)
+
+
+def rows(figures: dict[str, Any]) -> Iterator[str]:
+    """The perturbations as rows of a Markdown table."""
+    yield "| norm | eps | fall back | mean change (grey levels) | out of range |"
+    yield "|---|---|---|---|---|"
+    for p in figures["perturbations"]:
+        yield (
+            f"| {p['norm']} | {p['eps']:g} | {p['fallbacks']:.2%} | {p['mean_change']:.1f} | "
+            f"{p['saturated']:.2%} |"
+        )

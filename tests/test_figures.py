@@ -1,0 +1,99 @@
+"""Previews: what is drawn, and that nothing else happens."""
+
+import pytest
+import torch
+from conftest import ByClass, random_glow
+from PIL import Image
+from torch import nn
+
+from latent_aug import LatentAdversarial, LatentPerturb, preview
+
+
+def pictures(figure):
+    """Arrays and titles of what was drawn."""
+    subfigures = figure.subfigs or [figure]
+    axes = [a for part in subfigures for a in part.axes]
+    return [(a.get_title(), torch.as_tensor(a.images[0].get_array())) for a in axes]
+
+
+def test_originals_perturbed_and_differences():
+    flow, images = random_glow(), torch.rand(3, 3, 16, 16)
+    transform = LatentPerturb(0.2, flow=flow, p=0.0)
+    drawn = pictures(preview(transform, images, eps=[0.1, 0.4], amplify=3, temperatures=()))
+    assert len(drawn) == 3 * 5
+    assert [title for title, _ in drawn[:5]] == [
+        "original",
+        "linf 0.1",
+        "difference times 3",
+        "linf 0.4",
+        "difference times 3",
+    ]
+    original, small, difference, large, _ = (image for _, image in drawn[:5])
+    torch.testing.assert_close(original, images[0].permute(1, 2, 0))
+    change = (small - original).abs().max()
+    assert 0 < change < (large - original).abs().max()
+    torch.testing.assert_close(difference, ((small - original) * 3 + 0.5).clamp(0, 1))
+
+
+def test_nothing_of_the_transform_or_the_generator_changes():
+    transform = LatentPerturb((0.1, 0.2), flow=random_glow(), p=0.5)
+    state = torch.get_rng_state()
+    first = pictures(preview(transform, torch.rand(2, 3, 16, 16)))
+    assert (transform.eps, transform.p, transform.fallbacks) == ((0.1, 0.2), 0.5, 0)
+    torch.set_rng_state(state)
+    again = pictures(preview(transform, torch.rand(2, 3, 16, 16)))
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(first, again, strict=True))
+    assert [title for title, _ in first if title.startswith("linf")] == [
+        "linf 0.1",
+        "linf 0.2",
+        "linf 0.4",
+    ]
+
+
+def test_samples_over_temperature():
+    figure = preview(LatentPerturb(flow=random_glow()), torch.rand(1, 3, 16, 16))
+    samples = {title: image for title, image in pictures(figure) if "temperature" in title}
+    assert list(samples) == [f"samples, temperature {t}" for t in ("0", "0.5", "0.7", "1")]
+    assert samples["samples, temperature 0"].shape == (16, 64, 3)
+    four = samples["samples, temperature 0"].split(16, dim=1)
+    assert all(torch.allclose(four[0], one) for one in four)
+    assert not torch.allclose(samples["samples, temperature 1"], samples["samples, temperature 0"])
+
+
+def test_samples_are_of_the_size_that_is_perturbed():
+    transform = LatentPerturb(flow=random_glow(), resolution=16)
+    (*_, (_, last)) = pictures(preview(transform, torch.rand(1, 3, 64, 48)))
+    assert last.shape[0] in (20, 24)  # 64 x 48 to 21 x 16, padded
+
+
+@pytest.mark.parametrize("normalize", [None, ([0.5] * 3, [0.25] * 3)])
+def test_kinds_of_images(normalize):
+    x = torch.rand(1, 3, 16, 16)
+    images = [x[0]] if normalize is None else [(x[0] - 0.5) / 0.25]
+    transform = LatentPerturb(flow=random_glow(), normalize=normalize)
+    ((_, original), *_) = pictures(preview(transform, images))
+    torch.testing.assert_close(original, x[0].permute(1, 2, 0))
+    if normalize is None:
+        photo = Image.new("RGB", (20, 12), (255, 0, 0))
+        ((_, original), *_) = pictures(preview(transform, [photo]))
+        assert original.shape == (12, 20, 3)
+
+
+def test_attacks_and_conditional_flows():
+    x, y = torch.rand(2, 3, 16, 16), torch.tensor([1, 2])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 4))
+    attack = LatentAdversarial(model, eps=1.0, alpha=(0.25, 0.5), flow=random_glow())
+    drawn = pictures(preview(attack, x, y))
+    assert (drawn[3][1] - drawn[0][1]).abs().max() > 0
+    assert attack.with_eps(2.0).alpha == (0.5, 1.0)
+    pictures(preview(LatentPerturb(flow=ByClass()), x, y))
+
+
+def test_no_image_is_an_error():
+    with pytest.raises(ValueError, match="at least one image"):
+        preview(LatentPerturb(flow=random_glow()), torch.rand(0, 3, 16, 16))
+    normalized = LatentPerturb(flow=random_glow(), normalize=([0.5] * 3, [0.25] * 3))
+    with pytest.raises(TypeError, match="8-bit"):
+        preview(normalized, torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="eps must be finite"):
+        preview(LatentPerturb(flow=random_glow()), torch.rand(1, 3, 16, 16), eps=[-1.0])

@@ -1,0 +1,175 @@
+"""The hub's own client against a hub on 127.0.0.1."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from conftest import HUB, random_glow
+
+from latent_aug import LatentPerturb, load_flow
+
+REPO = "someone/my-flow"
+
+# The client's own, of the library it sends requests with.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with one flow, and an empty cache."""
+    constants = huggingface_hub.constants
+    assert HUB.url == constants.ENDPOINT
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    HUB.forget()
+    random_glow().save_pretrained(tmp_path / "flow")
+    HUB.commit(REPO, contents(tmp_path / "flow"))
+    return HUB
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+
+
+def same(flow, other):
+    x = torch.rand(2, 3, 16, 16)
+    return torch.equal(flow.encode(x), other.encode(x))
+
+
+def load_again(name):
+    """Clients before 1.0 leave it to the user to try a broken download again."""
+    try:
+        return load_flow(name)
+    except OSError:
+        assert int(huggingface_hub.__version__.split(".")[0]) < 1
+        return load_flow(name)
+
+
+def test_a_flow_is_downloaded_once(hub):
+    assert same(load_flow(REPO), random_glow())
+    assert any("/cdn/" in call for call in hub.calls)
+    hub.calls.clear()
+    assert same(load_flow(REPO), random_glow())
+    assert not any("/cdn/" in call for call in hub.calls)
+
+
+def test_a_cached_pinned_commit_needs_no_network(hub):
+    commit = hub.heads[REPO]
+    load_flow(REPO, revision=commit)
+    hub.calls.clear()
+    assert same(load_flow(REPO, revision=commit), random_glow())
+    assert hub.calls == []
+
+
+def test_another_commit_is_another_flow(hub, tmp_path):
+    before = hub.heads[REPO]
+    random_glow(seed=1).save_pretrained(tmp_path / "other")
+    hub.commit(REPO, contents(tmp_path / "other"))
+    assert same(load_flow(REPO, revision=before), random_glow())
+    assert same(load_flow(REPO), random_glow(seed=1))
+
+
+def test_only_config_and_weights_are_fetched(hub):
+    hub.commit(REPO, {"pytorch_model.bin": b"a pickle", "big.bin": bytes(1000)})
+    directory = Path(load_flow(REPO).loaded_from[0])
+    assert not directory.exists()  # it is remembered by its name
+    assert not any("bin" in call for call in hub.calls)
+
+
+def test_a_cut_download_goes_on_where_it_broke(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    hub.faults["/cdn/"] = "cut"
+    assert same(load_again(REPO), random_glow())
+    assert sum("GET /cdn/" in call for call in hub.calls) == 2
+    weights = hub.commits[REPO, hub.heads[REPO]]["model.safetensors"]
+    assert 0 < hub.ranges[-1] <= len(weights) // 2
+
+
+def test_a_server_error_is_tried_again(hub):
+    hub.faults["/cdn/"] = "500"
+    assert same(load_flow(REPO), random_glow())
+
+
+def test_wrong_bytes_are_refused_and_not_kept(hub):
+    hub.faults["/cdn/"] = "wrong"
+    with pytest.raises((ValueError, OSError), match=r"(?i)sha|checksum|consistency|safetensors"):
+        load_flow(REPO)
+    assert same(load_flow(REPO), random_glow())
+
+
+@pytest.mark.parametrize("name", ["someone/nothing", "nobody/my-flow"])
+def test_an_unknown_repository_lists_what_is_bundled(hub, name):
+    with pytest.raises(OSError, match=r"glow-cifar10.*glow-fashionmnist"):
+        load_flow(name)
+
+
+def test_an_unknown_revision_is_named(hub):
+    with pytest.raises(OSError, match="v9"):
+        load_flow(REPO, revision="v9")
+
+
+def test_a_repository_without_a_flow_is_an_error(hub):
+    hub.commit("someone/text", {"README.md": b"hello"})
+    with pytest.raises(OSError, match=r"config\.json"):
+        load_flow("someone/text")
+
+
+def test_a_private_repository_takes_the_usual_token(hub, monkeypatch):
+    hub.private.add(REPO)
+    with pytest.raises(OSError, match=r"(?i)gated|access|token"):
+        load_flow(REPO)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    assert same(load_flow(REPO), random_glow())
+
+
+def test_pushed_and_pulled_back_bit_for_bit(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    flow = random_glow(seed=3)
+    address = flow.push_to_hub("someone/pushed")
+    assert address.startswith(f"{hub.url}/someone/pushed/commit/")
+    loaded = load_flow("someone/pushed", revision=address.rsplit("/", 1)[1])
+    for name, tensor in flow.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    files = hub.commits["someone/pushed", hub.heads["someone/pushed"]]
+    assert set(files) == {"config.json", "model.safetensors", "README.md"}
+    assert "library_name: latent-aug" in files["README.md"].decode()
+
+
+def test_a_bundled_flow_is_pushed_with_its_card(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    load_flow("glow-fashionmnist").push_to_hub("someone/fashion")
+    card = hub.commits["someone/fashion", hub.heads["someone/fashion"]]["README.md"].decode()
+    assert "bits per dimension" in card
+
+
+def test_a_transform_is_pickled_by_the_commit_it_holds(hub, tmp_path):
+    import pickle
+
+    held = pickle.dumps(LatentPerturb(flow=REPO))
+    random_glow(seed=1).save_pretrained(tmp_path / "other")
+    hub.commit(REPO, contents(tmp_path / "other"))
+    assert len(held) < 5000
+    assert same(pickle.loads(held).flow, random_glow())
+
+
+def test_the_environment_s_variables_are_obeyed(hub, tmp_path):
+    """As a user sets them, each in a fresh process: offline, a mirror and a cache, offline."""
+    code = f"from latent_aug import load_flow; print(load_flow({REPO!r}).hidden)"
+    settings = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+
+    def run(offline):
+        environment = {**settings, "HF_HUB_OFFLINE": offline}
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    nothing = run("1")
+    assert nothing.returncode == 1
+    assert f"OSError: {REPO} is not in the cache" in nothing.stderr
+    assert run("0").stdout.strip() == "8"
+    hub.calls.clear()
+    assert run("1").stdout.strip() == "8"
+    assert hub.calls == []

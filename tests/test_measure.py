@@ -1,0 +1,45 @@
+"""The figures of a card."""
+
+import pytest
+import torch
+from conftest import random_glow
+
+from latent_aug.data import UInt8Images
+from latent_aug.measure import measure_flow
+
+
+def images(count=30):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator)
+
+
+def test_figures_are_those_of_the_flow(glow):
+    figures = measure_flow(glow, UInt8Images(images(), 3), settings=[("linf", 0.1)], batch_size=7)
+    x = images() / 255
+    z = glow.encode(x)
+    assert figures["images"] == 30
+    assert figures["bits_per_dim"] == pytest.approx(glow.bits_per_dim(x).mean().item(), abs=0.01)
+    assert figures["round_trip_max_error"] < 1e-4
+    assert figures["uint8_identical"] == 30
+    expected = [level.std().item() for level in glow.split_levels(z)]
+    assert figures["latent_std"] == pytest.approx(expected, abs=2e-3)
+    (perturbation,) = figures["perturbations"]
+    assert perturbation["fallbacks"] == 0
+    moved = glow.decode(z + 0.1 * torch.randn_like(z).clamp(-1, 1)).clamp(0, 1)
+    change = 255 * (moved - x).abs().mean().item()
+    assert perturbation["mean_change"] == pytest.approx(change, rel=0.05)
+
+
+def test_a_broken_flow_shows(monkeypatch):
+    flow = random_glow()
+    decode = flow.decode
+
+    def off_by_two_grey_levels(z):
+        x = decode(z) + 2 / 255
+        x[0] = float("nan")
+        return x
+
+    monkeypatch.setattr(flow, "decode", off_by_two_grey_levels)
+    figures = measure_flow(flow, UInt8Images(images(), 3), batch_size=10)
+    assert figures["uint8_identical"] == 0
+    assert all(p["fallbacks"] == pytest.approx(0.1) for p in figures["perturbations"])
