@@ -10,10 +10,16 @@ import torch
 import torchvision
 
 from latent_aug.data import UInt8Images
+from latent_aug.figures import preview
 from latent_aug.flows import Glow
 from latent_aug.flows.base import CARD_NAME, WEIGHTS_NAME
 from latent_aug.hub import sha256
 from latent_aug.measure import measure_flow, rows
+from latent_aug.transforms import LatentPerturb
+
+PICTURE_NAME = "preview.png"
+PICTURED = 4  # samples
+TEMPERATURE = 0.7  # of them
 
 TEMPLATE = """\
 ---
@@ -34,8 +40,8 @@ model-index:
 # {name}
 
 A Glow flow for latent perturbations with [latent-aug](https://pypi.org/project/latent-aug/),
-after Yüksel et al. 2021, "Semantic Perturbations with Normalizing Flows for Improved
-Generalization".
+after Yüksel et al. 2021, [Semantic Perturbations with Normalizing Flows for Improved
+Generalization](https://arxiv.org/abs/2108.07958).
 
 ```python
 from latent_aug import LatentPerturb
@@ -77,6 +83,8 @@ Random perturbations:
 {table}
 
 Suggested: eps {eps:g} with the linf norm.
+
+![Samples of the flow, perturbed, and samples at several temperatures]({picture})
 """
 
 
@@ -96,7 +104,9 @@ def write_card(
     note: str = "",
     dataset: str | None = None,
 ) -> dict[str, Any]:
-    """Measure a flow that lies in `output`, write its README.md there, and return the figures.
+    """Measure a flow that lies in `output`, write its card there, and return the figures.
+
+    The card's picture is of the flow's own samples, so that no training image is published by it.
 
     Args:
         flow: The flow as saved in `output`.
@@ -114,6 +124,7 @@ def write_card(
         dataset: The training data's name on the Hugging Face hub, for the card's metadata.
     """
     figures = measure_flow(flow, images, progress=True)
+    draw_samples(flow, tuple(images[0].shape[1:]), eps, output / PICTURE_NAME)
     text = TEMPLATE.format(
         **flow.config,
         **figures,
@@ -121,6 +132,7 @@ def write_card(
         multiple=flow.multiple,
         parameters=sum(p.numel() for p in flow.parameters()),
         weights=WEIGHTS_NAME,
+        picture=PICTURE_NAME,
         sha256=sha256(output / WEIGHTS_NAME),
         table="\n".join(rows(figures)),
         command=command,
@@ -139,3 +151,13 @@ def write_card(
     (output / CARD_NAME).write_text(text)
     (output / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     return figures
+
+
+def draw_samples(flow: Glow, size: tuple[int, ...], eps: float, path: Path) -> None:
+    """Draw samples of the given (H, W), and what half of eps, eps and twice eps do to them."""
+    device = next(flow.parameters()).device
+    shape = (PICTURED, flow.channels, *size)
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.no_grad():
+        samples = flow.decode(TEMPERATURE * z).clamp(0, 1)
+    preview(LatentPerturb(eps, flow=flow), samples).savefig(path, dpi=100)

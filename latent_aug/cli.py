@@ -126,12 +126,12 @@ def train(
             checkpoint_minutes=checkpoint_minutes,
             workers=workers,
         )
-        dataset = open_images(data, root=root)
+        images = open_images(data, root=root)
         held_out = None if validation is None else open_images(validation, root=root, train=False)
         torch.manual_seed(seed)
         flow = starting_flow(init, channels, levels, k, hidden)
-        trained = train_flow(flow, dataset, config, validation=held_out)
-        measured = held_out if held_out is not None else dataset
+        trained = train_flow(flow, images, config, validation=held_out)
+        measured = held_out if held_out is not None else images
         card = write_card(
             trained,
             UInt8Images(measured, trained.channels, size),
@@ -140,7 +140,7 @@ def train(
             training_data=about or data,
             fine_tuned_from=init,
             measured_on=validation or data,
-            images_seen=steps * min(batch_size, len(dataset)),
+            images_seen=steps * min(batch_size, len(images)),
             minutes=minutes_of(output),
             licence=licence,
             note=note,

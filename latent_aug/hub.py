@@ -71,7 +71,7 @@ def load_flow(
         flow = read_flow(directory).to(device)
     flow.loaded_from = (*origin, flow.weights_version())
     card = directory / CARD_NAME
-    flow.card = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
+    flow.card = card if card.is_file() else None
     return flow
 
 

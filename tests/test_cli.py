@@ -7,6 +7,7 @@ import tarfile
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from test_check import smooth
 from test_train import stripes
@@ -59,6 +60,18 @@ def test_train_writes_a_flow_and_its_card(folder, tmp_path):
     figures = json.loads((output / "figures.json").read_text())
     assert figures["images"] == 24
     assert f"{figures['bits_per_dim']:.3f} bits per dimension" in card
+    assert "(preview.png)" in card
+    with Image.open(output / "preview.png") as picture:
+        assert picture.width > 300
+    data = ModelCard(card).data
+    assert (data.datasets, data.license) == (None, "mit")
+    assert data.eval_results[0].metric_value == round(figures["bits_per_dim"], 3)
+
+
+def test_the_data_s_name_on_the_hub_is_in_the_card(folder, tmp_path):
+    result = run(folder, "--output", tmp_path / "flow", "--dataset", "someone/stripes", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert ModelCard.load(tmp_path / "flow" / "README.md").data.datasets == ["someone/stripes"]
 
 
 def test_the_same_command_again_resumes(folder, tmp_path):

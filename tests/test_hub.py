@@ -206,7 +206,7 @@ class TestWeights:
 
 def test_a_card_in_another_encoding_is_no_obstacle(saved):
     (saved / "README.md").write_bytes("Größe".encode("latin-1"))
-    assert load_flow(saved).card.startswith("Gr")
+    assert load_flow(saved).card == saved / "README.md"
 
 
 def test_a_config_that_from_config_takes_apart(tmp_path):

@@ -146,6 +146,23 @@ def test_a_bundled_flow_is_pushed_with_its_card(hub, monkeypatch):
     assert "bits per dimension" in card
 
 
+def test_a_card_s_pictures_are_pushed_with_it_until_the_weights_change(hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    (tmp_path / "flow" / "README.md").write_text("![samples](samples.png)")
+    (tmp_path / "flow" / "samples.png").write_bytes(b"a picture")
+    flow = load_flow(tmp_path / "flow")
+    flow.push_to_hub("someone/pictured")
+    files = hub.commits["someone/pictured", hub.heads["someone/pictured"]]
+    assert files["samples.png"] == b"a picture"
+    assert files["README.md"] == b"![samples](samples.png)"
+    with torch.no_grad():
+        next(flow.parameters()).add_(1)
+    flow.push_to_hub("someone/changed")
+    files = hub.commits["someone/changed", hub.heads["someone/changed"]]
+    assert set(files) == {"config.json", "model.safetensors", "README.md"}
+    assert b"samples.png" not in files["README.md"]
+
+
 def test_a_transform_is_pickled_by_the_commit_it_holds(hub, tmp_path):
     import pickle
 

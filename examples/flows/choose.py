@@ -1,29 +1,46 @@
-"""Which flow to ship: variants trained for the same CPU time on the same images.
+"""Which flow to ship: variants trained for the same CPU time, measured, and put to use.
 
     python examples/flows/choose.py train CIFAR10/train --runs FOLDER --minutes 15
-    python examples/flows/choose.py measure CIFAR10/test --runs FOLDER
+    python examples/flows/choose.py judge CIFAR10/train CIFAR10/test --runs FOLDER
+    python examples/flows/choose.py table
 
-Each variant gets as many steps of 64 images as fit into the given minutes of CPU time, measured
-on its first steps; a stopped script goes on where it was. `measure` writes what `latent-aug
-check` looks at for every variant that is trained.
+`train` gives each variant as many steps of 64 images as fit into the given minutes of CPU time,
+measured on its first steps; a stopped script goes on where it was. `judge` looks at each trained
+variant as `latent-aug check` does, on test images, and trains classifiers on 2,500 labelled
+images with it, three seeds; their accuracy is that on 5,000 other training images. The eps of
+LatentPerturb is the one that changes pixels by as much with every flow. `table` draws the table of
+checkpoints/README.md from what `judge` has left.
 """
 
 import argparse
 import json
+import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from variants import VARIANTS, new_flow, recipe
 
-from latent_aug import Glow, TrainConfig, train_flow
+from latent_aug import Glow, LatentAdversarial, LatentPerturb, TrainConfig, train_flow
+from latent_aug.check import check_flow
 from latent_aug.data import UInt8Images, open_images
-from latent_aug.measure import measure_flow
 
-RESULTS = Path(__file__).parents[1] / "results" / "flow_choices.json"
+sys.path.append(str(Path(__file__).parents[1] / "paper"))  # the same classifier as the tables'
+from methods import Augment, Method, cropped_and_flipped
+from protocol import Images, Protocol, labelled, read_images, run
+
+RESULTS = Path(__file__).parents[1] / "results" / "flow_choices"
 TIMED_STEPS = 30
+PROTOCOL = Protocol(per_class=250, epochs=20, width=16)
+VALIDATION = 500  # images of each class
+SEEDS = (0, 1, 2)
+ATTACK = {"eps": 1.0, "alpha": 0.5, "steps": 2, "p": 0.5}
+NO_FLOW = "none"  # crop and flip alone, for comparison
 
 
 def steps_within(seconds: float, name: str, images: UInt8Images) -> int:
@@ -38,9 +55,9 @@ def steps_within(seconds: float, name: str, images: UInt8Images) -> int:
     return int(seconds / (spent[1] - spent[0]) * 2 * TIMED_STEPS)
 
 
-def directory(runs: Path, name: str) -> Path:
-    """Of a variant's run."""
-    return runs / name.replace(", ", "-").replace(" ", "-")
+def slug(name: str) -> str:
+    """A variant's name for files."""
+    return name.replace(", ", "-").replace(" ", "-")
 
 
 def train(name: str, images: UInt8Images, output: Path, minutes: float) -> None:
@@ -49,7 +66,7 @@ def train(name: str, images: UInt8Images, output: Path, minutes: float) -> None:
     plan = output / "plan.json"
     if not plan.exists():
         steps = steps_within(60 * minutes, name, images)
-        plan.write_text(json.dumps({"name": name, "minutes": minutes, "steps": steps}))
+        plan.write_text(json.dumps({"minutes": minutes, "steps": steps}))
     steps = json.loads(plan.read_text())["steps"]
     if not (output / "model.safetensors").exists():
         config = TrainConfig(output=output, steps=steps, **recipe(name))
@@ -57,41 +74,125 @@ def train(name: str, images: UInt8Images, output: Path, minutes: float) -> None:
 
 
 def trained(name: str, output: Path) -> Glow:
-    """A variant's flow, frozen."""
+    """A variant's flow, frozen, its networks in bfloat16 as they were trained."""
     flow = new_flow(name)
     flow.load_state_dict(load_file(output / "model.safetensors"))
     return flow.requires_grad_(False).eval()
 
 
-def measure(runs: Path, images: UInt8Images, count: int) -> None:
-    """Every trained variant."""
-    chosen = UInt8Images(torch.stack([images[i] for i in images.spread(count)]), 3)
-    rows = []
-    for name in VARIANTS:
-        output = directory(runs, name)
-        if (output / "model.safetensors").exists():
-            plan = json.loads((output / "plan.json").read_text())
-            rows.append({**plan, **measure_flow(trained(name, output), chosen)})
-            print(name, rows[-1]["bits_per_dim"], flush=True)
-    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+def method_with(make: Any) -> Method:
+    """Crop, flip, and what `make` gives for a classifier: a function of images and classes."""
+
+    def method(model: nn.Module, classes: int) -> Augment:
+        perturb = make(model)
+
+        def augment(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            x = cropped_and_flipped(x, flip=True) / 255
+            return perturb(x.contiguous(memory_format=torch.channels_last), y), y
+
+        return augment
+
+    return method
+
+
+def accuracies(method: Method, data: tuple[Images, Images]) -> dict[str, Any]:
+    """Of one method, on the validation images, a seed each."""
+    runs = [run(method, *data, PROTOCOL, seed=seed) for seed in SEEDS]
+    return {
+        "accuracy": [round(r["accuracy"], 2) for r in runs],
+        "seconds": [r["seconds"] for r in runs],
+    }
+
+
+def judge(name: str, runs: Path, data: tuple[Images, Images], test: UInt8Images) -> dict[str, Any]:
+    """A trained variant's figures and what classifiers gain from it."""
+    output = runs / slug(name)
+    flow = trained(name, output)
+    found = check_flow(flow, test, count=len(test))
+    flow.network_dtype = torch.bfloat16  # as it was trained; faster
+    random = LatentPerturb(found.eps, flow=flow)
+    return {
+        "name": name,
+        **json.loads((output / "plan.json").read_text()),
+        "linf": found.eps,
+        **found.figures,
+        "LatentPerturb": accuracies(method_with(lambda model: lambda x, y: random(x)), data),
+        "LatentAdversarial": accuracies(
+            method_with(lambda model: LatentAdversarial(model, **ATTACK, flow=flow)), data
+        ),
+    }
+
+
+def table() -> str:
+    """What `judge` has left, as Markdown, best bits/dim first."""
+    rows = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
+    lines = [
+        "| variant | steps | bits/dim | latents' std | error | eps | fall back | out of range "
+        "| LatentPerturb | LatentAdversarial |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: row.get("bits_per_dim", 0.0)):
+        if row["name"] == NO_FLOW:
+            plain = of_seeds(row["accuracy"])
+            continue
+        at_eps = row["perturbations"][1]
+        lines.append(
+            f"| {row['name']} | {row['steps']:,} | {row['bits_per_dim']:.3f} "
+            f"| {', '.join(f'{s:.2f}' for s in row['latent_std'])} "
+            f"| {row['round_trip_max_error']:.0e} | {row['linf']:.3g} "
+            f"| {at_eps['fallbacks']:.1%} | {at_eps['saturated']:.1%} "
+            f"| {of_seeds(row['LatentPerturb']['accuracy'])} "
+            f"| {of_seeds(row['LatentAdversarial']['accuracy'])} |"
+        )
+    return "\n".join([*lines, "", f"Crop and flip alone: {plain} %."])
+
+
+def of_seeds(values: list[float]) -> str:
+    """Mean ± standard deviation."""
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 def main() -> None:
-    """Train, or measure."""
+    """Train, judge, or draw the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", choices=("train", "measure"))
-    parser.add_argument("images", help="a folder or tar of images")
-    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("task", choices=("train", "judge", "table"))
+    parser.add_argument("images", nargs="*", help="training images; to judge, test images as well")
+    parser.add_argument("--runs", type=Path)
     parser.add_argument("--minutes", type=float, default=15.0)
-    parser.add_argument("--count", type=int, default=2000, help="images to measure on")
-    parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--count", type=int, default=2000, help="test images to look at")
+    names = [NO_FLOW, *VARIANTS]
+    parser.add_argument("--only", nargs="*", default=names, choices=names)
     args = parser.parse_args()
-    images = UInt8Images(open_images(args.images), 3)
-    if args.task == "measure":
-        measure(args.runs, images, args.count)
+    if args.task == "table":
+        print(table())
         return
+    if args.runs is None or len(args.images) != (1 if args.task == "train" else 2):
+        parser.error("train takes --runs and one folder of images, judge --runs and two")
+    if args.task == "train":
+        images = UInt8Images(open_images(args.images[0]), 3)
+        for name in args.only:
+            if name != NO_FLOW:
+                train(name, images, args.runs / slug(name), args.minutes)
+        return
+    pool = labelled(read_images(Path(args.images[0])), Protocol(per_class=250 + VALIDATION))
+    parts = (slice(None, 250 * pool.classes), slice(250 * pool.classes, None))
+    first, second = (Images(pool.pixels[p], pool.labels[p], pool.classes) for p in parts)
+    test = UInt8Images(open_images(args.images[1]), 3)
+    test = UInt8Images(torch.stack([test[i] for i in test.spread(args.count)]), 3)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     for name in args.only:
-        train(name, images, directory(args.runs, name), args.minutes)
+        result = RESULTS / f"{slug(name)}.json"
+        if result.exists():
+            continue
+        if name == NO_FLOW:
+            plain = method_with(lambda model: lambda x, y: x)
+            row = {"name": name, **accuracies(plain, (first, second))}
+        elif (args.runs / slug(name) / "model.safetensors").exists():
+            row = judge(name, args.runs, (first, second), test)
+        else:
+            continue
+        result.write_text(json.dumps(row, indent=1) + "\n")
+        print(name, json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -87,7 +88,7 @@ class Flow(nn.Module):
     num_classes: int = 0
     levels: int = 1
     loaded_from: tuple[str, str | None, Any] | None = None  # name, commit, version when loaded
-    card: str | None = None  # the model card that lay beside the weights when they were loaded
+    card: Path | None = None  # the model card that lay beside the weights when they were loaded
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -162,7 +163,7 @@ class Flow(nn.Module):
         (directory / WEIGHTS_NAME).write_bytes(weights)
 
     def push_to_hub(self, repo_id: str) -> str:
-        """Upload config, weights and card to "org/repo" on the Hugging Face hub.
+        """Upload config, weights, card and its pictures to "org/repo" on the Hugging Face hub.
 
         Uses the token of `hf auth login`. Creates the repository where it does not exist. The card
         is the one that lay beside the weights where they are as they were loaded, else a short
@@ -179,12 +180,15 @@ class Flow(nn.Module):
         api.create_repo(repo_id, exist_ok=True)
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory)
-            (Path(directory) / CARD_NAME).write_text(self._card(repo_id))
+            self._write_card(Path(directory), repo_id)
             commit = api.upload_folder(repo_id=repo_id, folder_path=directory)
         return str(commit.commit_url)
 
-    def _card(self, repo_id: str) -> str:
+    def _write_card(self, directory: Path, repo_id: str) -> None:
         """Of what is pushed."""
         if self.card and self.loaded_from and self.loaded_from[2] == self.weights_version():
-            return self.card
-        return SHORT_CARD.format(repo_id=repo_id, kind=type(self).__name__, config=self.config)
+            for path in (self.card, *self.card.parent.glob("*.png")):
+                shutil.copy(path, directory)
+            return
+        text = SHORT_CARD.format(repo_id=repo_id, kind=type(self).__name__, config=self.config)
+        (directory / CARD_NAME).write_text(text)

@@ -1,0 +1,115 @@
+"""Draw RESULTS.md and its plots from what run.py has left.
+
+    python examples/paper/draw.py
+
+A section for each recipe of which there are runs: a table of its methods, mean ± standard deviation
+over seeds, beside the paper's figure where a recipe names one, and accuracy against training time.
+Validation runs, by which settings were chosen, stand below the test figures.
+"""
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[2]
+RECIPES = Path(__file__).parent / "recipes"
+RUNS = ROOT / "examples" / "results" / "paper"
+PICTURES = ROOT / "docs" / "pictures"
+OUTPUT = ROOT / "RESULTS.md"
+HEAD = """\
+# Results
+
+Drawn by `python examples/paper/draw.py` from the runs in
+[examples/results/paper](examples/results/paper): one JSON a run, with its command, settings,
+versions, time and figures. Accuracies are in per cent, mean ± standard deviation over seeds;
+every method of a table has the same images, network, epochs and seeds, and nothing was chosen by
+test accuracy.
+"""
+
+
+def runs_of(recipe: str, kind: str) -> dict[str, list[dict[str, Any]]]:
+    """Of each method, in the recipe's order, by seed."""
+    found = defaultdict(list)
+    for path in sorted((RUNS / recipe / kind).glob("*.json")):
+        entry = json.loads(path.read_text())
+        found[entry["method"]].append(entry)
+    methods = json.loads((RECIPES / f"{recipe}.json").read_text())["methods"]
+    return {name: found[name] for name in methods if name in found}
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """Mean ± standard deviation, or the one value."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def table(runs: dict[str, list[dict[str, Any]]], paper: dict[str, float]) -> list[str]:
+    """A row for each method; the best mean in bold."""
+    means = {name: statistics.mean(r["accuracy"] for r in own) for name, own in runs.items()}
+    columns = ["method", "accuracy", "seeds", "train accuracy", "minutes a run"]
+    lines = [columns + ["the paper"] * bool(paper)]
+    lines.append(["---"] * len(lines[0]))
+    for name, own in runs.items():
+        accuracy = spread([r["accuracy"] for r in own])
+        row = [
+            name,
+            f"**{accuracy}**" if means[name] == max(means.values()) else accuracy,
+            str(len(own)),
+            spread([r["train_accuracy"] for r in own]),
+            spread([r["seconds"] / 60 for r in own]),
+        ]
+        lines.append(row + ([f"{paper[name]:.1f}" if name in paper else ""] if paper else []))
+    return [f"| {' | '.join(row)} |" for row in lines]
+
+
+def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Accuracy against minutes of training, a point a method."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, own in runs.items():
+        minutes = statistics.mean(r["seconds"] / 60 for r in own)
+        accuracies = [r["accuracy"] for r in own]
+        error = statistics.stdev(accuracies) if len(own) > 1 else 0
+        mean = statistics.mean(accuracies)
+        axes.errorbar(minutes, mean, yerr=error, fmt="o", capsize=2)
+        axes.annotate(name, (minutes, mean), (4, 4), textcoords="offset points", fontsize=7)
+    axes.set(xscale="log", xlabel="minutes of training a run", ylabel="accuracy (%)")
+    figure.savefig(path, dpi=120)
+
+
+def section(recipe: str) -> list[str]:
+    """Text, table and plot of a recipe."""
+    described = json.loads((RECIPES / f"{recipe}.json").read_text())
+    lines = [f"\n## {described['title']}\n", described["text"]]
+    for kind in ("test", "validation"):
+        runs = runs_of(recipe, kind)
+        if not runs:
+            continue
+        some = next(iter(runs.values()))[0]
+        lines += [
+            "",
+            f"Trained on {some['train_images']:,} images for {some['protocol']['epochs']} epochs, "
+            f"evaluated on {some['evaluated_on']}; {some['device']}, {some['threads']} thread(s).",
+            "",
+            *table(runs, described.get("paper", {}) if kind == "test" else {}),
+        ]
+        if kind == "test":
+            picture = PICTURES / f"{recipe}.png"
+            plot(runs, picture)
+            lines += ["", f"![accuracy against time]({picture.relative_to(ROOT)})"]
+    return lines
+
+
+def main() -> None:
+    """Every recipe with runs."""
+    recipes = sorted(path.name for path in RUNS.iterdir() if path.is_dir())
+    lines = [HEAD, *(line for recipe in recipes for line in section(recipe))]
+    OUTPUT.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
