@@ -177,7 +177,7 @@ def run(
         "loss": loss,
         "train_accuracy": train_accuracy,
         "train_loss": train_loss,
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 2),
     }
 
 

@@ -1,0 +1,101 @@
+"""The driver of the paper's tables, at a tiny size."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_glow
+from torchvision.transforms.v2.functional import to_pil_image
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "paper"
+METHODS = {
+    "none": {"pixels": "none", "seeds": [0]},
+    "common": {"seeds": [0, 1]},
+    "mixup": {"pixels": "mixup", "seeds": [0]},
+    "augmix": {"pixels": "augmix", "seeds": [0]},
+    "latent": {"latent": {"eps": 0.25, "flow": "tiny"}, "seeds": [0]},
+    "attack": {"attack": {"eps": 1.0, "steps": 1, "flow": "tiny"}, "seeds": [0]},
+}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """Images of two classes, a flow, a recipe, and the driver's modules."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 20), ("test", 6)):
+        for index in range(count):
+            folder = tmp_path / "data" / "shapes" / part / f"class{index % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            image = torch.randint(256, (3, 16, 16), generator=generator, dtype=torch.uint8)
+            to_pil_image(image).save(folder / f"{index:02}.png")
+    random_glow().save_pretrained(tmp_path / "flows" / "tiny")
+    protocol = {"per_class": 10, "epochs": 1, "width": 4, "batch_size": 8}
+    described = {"title": "Shapes", "text": "Two classes.", "paper": {"common": 64.1}}
+    recipe = {"data": "shapes", "protocol": protocol, "methods": METHODS, **described}
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "shapes.json").write_text(json.dumps(recipe))
+    return tmp_path
+
+
+def drive(place, monkeypatch, *options):
+    """Run the driver; the files of runs that it left."""
+    import run
+
+    command = ["run.py", place / "recipes" / "shapes.json", place / "data"]
+    command += ["--flows", place / "flows", "--results", place / "results", *options]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+    run.main()
+    return sorted((place / "results").rglob("*.json"))
+
+
+def test_every_run_leaves_its_figures_and_is_not_repeated(place, monkeypatch):
+    files = drive(place, monkeypatch)
+    assert len(files) == 7
+    entry = json.loads((place / "results/shapes/validation/common 1.json").read_text())
+    assert (entry["train_images"], entry["evaluated_on"]) == (16, "4 validation images")
+    assert 0 <= entry["accuracy"] <= 100
+    assert entry["seed"] == 1
+    assert entry["command"].startswith("python examples/paper/run.py")
+    before = [file.stat().st_mtime_ns for file in files]
+    files[0].unlink()
+    assert drive(place, monkeypatch) == files
+    assert [file.stat().st_mtime_ns for file in files][1:] == before[1:]
+
+
+def test_the_same_seed_gives_the_same_figures(place, monkeypatch):
+    (first,) = drive(place, monkeypatch, "--only", "attack")
+    before = json.loads(first.read_text())
+    first.unlink()
+    drive(place, monkeypatch, "--only", "attack")
+    after = json.loads(first.read_text())
+    assert {k: v for k, v in before.items() if k != "seconds"} == {
+        k: v for k, v in after.items() if k != "seconds"
+    }
+
+
+def test_test_images_are_read_with_test_only(place, monkeypatch):
+    (file,) = drive(place, monkeypatch, "--test", "--only", "none")
+    entry = json.loads(file.read_text())
+    assert (entry["train_images"], entry["evaluated_on"]) == (20, "6 test images")
+
+
+def test_results_are_drawn_from_the_runs(place, monkeypatch):
+    import draw
+
+    drive(place, monkeypatch, "--test", "--only", "common", "none")
+    places = {"RECIPES": "recipes", "RUNS": "results", "PICTURES": "", "OUTPUT": "RESULTS.md"}
+    for name, part in {**places, "ROOT": ""}.items():
+        monkeypatch.setattr(draw, name, place / part)
+    draw.main()
+    lines = (place / "RESULTS.md").read_text().splitlines()
+    accuracies = [
+        json.loads((place / f"results/shapes/test/common {seed}.json").read_text())["accuracy"]
+        for seed in (0, 1)
+    ]
+    (row,) = [line for line in lines if line.startswith("| common")]
+    assert f"{sum(accuracies) / 2:.1f} ±" in row
+    assert row.endswith("| 64.1 |")
+    assert (place / "shapes.png").is_file()
