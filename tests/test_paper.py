@@ -15,7 +15,7 @@ METHODS = {
     "common": {"seeds": [0, 1]},
     "mixup": {"pixels": "mixup", "seeds": [0]},
     "augmix": {"pixels": "augmix", "seeds": [0]},
-    "latent": {"latent": {"eps": 0.25, "flow": "tiny"}, "seeds": [0]},
+    "latent": {"latent": {"eps": 0.25}, "seeds": [0]},
     "attack": {"attack": {"eps": 1.0, "steps": 1, "flow": "tiny"}, "seeds": [0]},
 }
 
@@ -34,7 +34,8 @@ def place(tmp_path, monkeypatch):
     random_glow().save_pretrained(tmp_path / "flows" / "tiny")
     protocol = {"per_class": 10, "epochs": 1, "width": 4, "batch_size": 8}
     described = {"title": "Shapes", "text": "Two classes.", "paper": {"common": 64.1}}
-    recipe = {"data": "shapes", "protocol": protocol, "methods": METHODS, **described}
+    flow = {"flow": "tiny", "network_dtype": "bfloat16"}
+    recipe = {"data": "shapes", "protocol": protocol, "flow": flow, "methods": METHODS, **described}
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "shapes.json").write_text(json.dumps(recipe))
     return tmp_path
@@ -59,6 +60,8 @@ def test_every_run_leaves_its_figures_and_is_not_repeated(place, monkeypatch):
     assert 0 <= entry["accuracy"] <= 100
     assert entry["seed"] == 1
     assert entry["command"].startswith("python examples/paper/run.py")
+    entry = json.loads((place / "results/shapes/validation/latent 0.json").read_text())
+    assert entry["settings"]["latent"] == {"eps": 0.25, "flow": "tiny", "network_dtype": "bfloat16"}
     before = [file.stat().st_mtime_ns for file in files]
     files[0].unlink()
     assert drive(place, monkeypatch) == files

@@ -3,8 +3,8 @@
     python examples/paper/run.py examples/paper/recipes/NAME.json DATA [--test]
 
 A recipe names a data set of DATA (a folder with <set>/train/<class>/* and <set>/test/<class>/*),
-what of the protocol differs from its defaults, and for each method its settings and seeds. Without
---test, runs are evaluated on a part of the labelled training images, to choose settings; the test
+what of the protocol differs from its defaults, the flow, and for each method its settings and
+seeds. Without --test, runs are evaluated on a part of the labelled training images, to choose settings; the test
 images are read with --test only. Stop it at any time; the same command goes on with what is
 missing. Runs of one recipe may share out its methods by --only, on several machines.
 """
@@ -38,6 +38,14 @@ def wanted(recipe: dict[str, Any], only: list[str] | None) -> Iterator[tuple[str
                 yield name, method["seeds"][round_]
 
 
+def settings_of(recipe: dict[str, Any], name: str) -> dict[str, Any]:
+    """A method's, with the recipe's flow where it names none."""
+    settings = {k: v for k, v in recipe["methods"][name].items() if k != "seeds"}
+    for part in {"latent", "attack"} & set(settings):
+        settings[part] = {**recipe.get("flow", {}), **settings[part]}
+    return settings
+
+
 def main() -> None:
     """Train what is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -60,7 +68,7 @@ def main() -> None:
         if data is None:
             test = read_images(folder / "test", protocol.size) if args.test else None
             data = split(read_images(folder / "train", protocol.size), test, protocol)
-        settings = {k: v for k, v in recipe["methods"][name].items() if k != "seeds"}
+        settings = settings_of(recipe, name)
         with tqdm(total=protocol.epochs, unit="epoch", desc=f"{name}, seed {seed}") as bar:
 
             def advance(loss: float, bar: Any = bar) -> None:
