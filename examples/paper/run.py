@@ -4,9 +4,10 @@
 
 A recipe names a data set of DATA (a folder with <set>/train/<class>/* and <set>/test/<class>/*),
 what of the protocol differs from its defaults, the flow, and for each method its settings and
-seeds. Without --test, runs are evaluated on a part of the labelled training images, to choose settings; the test
-images are read with --test only. Stop it at any time; the same command goes on with what is
-missing. Runs of one recipe may share out its methods by --only, on several machines.
+seeds. Without --test, runs are evaluated on a part of the labelled training images, to choose
+settings; the test images are read with --test only. Stop it at any time; the same command goes
+on with what is missing. Runs of one recipe may share out its methods by --only, on several
+machines.
 """
 
 import argparse
