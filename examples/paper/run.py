@@ -14,7 +14,6 @@ import argparse
 import json
 import platform
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,12 @@ def settings_of(recipe: dict[str, Any], name: str) -> dict[str, Any]:
     for part in {"latent", "attack"} & set(settings):
         settings[part] = {**recipe.get("flow", {}), **settings[part]}
     return settings
+
+
+def command_of(recipe: str, method: str, test: bool) -> str:
+    """What repeats a method's runs; DATA stands for the folder of data sets."""
+    command = ["python", "examples/paper/run.py", f"examples/paper/recipes/{recipe}.json", "DATA"]
+    return shlex.join([*command, *["--test"] * test, "--only", method])
 
 
 def main() -> None:
@@ -87,7 +92,7 @@ def main() -> None:
             "train_images": len(data[0].labels),
             "evaluated_on": f"{len(data[1].labels)} {kind} images",
             **figures,
-            "command": shlex.join(["python", "examples/paper/run.py", *sys.argv[1:]]),
+            "command": command_of(args.recipe.stem, name, args.test),
             "versions": {
                 "latent-aug": __version__,
                 "torch": torch.__version__,
