@@ -8,8 +8,9 @@
 measured on its first steps; a stopped script goes on where it was. `judge` looks at each trained
 variant as `latent-aug check` does, on test images, and trains classifiers on 2,500 labelled
 images with it, three seeds; their accuracy is that on 5,000 other training images. The eps of
-LatentPerturb is the one that changes pixels by as much with every flow. `table` draws the table of
-checkpoints/README.md from what `judge` has left.
+LatentPerturb is the one that changes pixels by as much with every flow; --no-classifiers looks at
+the flows alone, --precision is that of classifiers and of the flow in their use. `table` draws the
+tables of checkpoints/README.md from what `judge` has left.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,32 +97,34 @@ def method_with(make: Any) -> Method:
     return method
 
 
-def accuracies(method: Method, data: tuple[Images, Images]) -> dict[str, Any]:
+def accuracies(method: Method, data: tuple[Images, Images], protocol: Protocol) -> dict[str, Any]:
     """Of one method, on the validation images, a seed each."""
-    runs = [run(method, *data, PROTOCOL, seed=seed) for seed in SEEDS]
+    runs = [run(method, *data, protocol, seed=seed) for seed in SEEDS]
     return {
         "accuracy": [round(r["accuracy"], 2) for r in runs],
         "seconds": [r["seconds"] for r in runs],
     }
 
 
-def judge(name: str, runs: Path, data: tuple[Images, Images], test: UInt8Images) -> dict[str, Any]:
-    """A trained variant's figures and what classifiers gain from it."""
-    output = runs / slug(name)
-    flow = trained(name, output)
+def look(flow: Glow, plan: Path, test: UInt8Images) -> dict[str, Any]:
+    """A trained variant's figures."""
     found = check_flow(flow, test, count=len(test))
-    flow.network_dtype = torch.bfloat16  # as it was trained; faster
-    random = LatentPerturb(found.eps, flow=flow)
-    return {
-        "name": name,
-        **json.loads((output / "plan.json").read_text()),
-        "linf": found.eps,
-        **found.figures,
-        "LatentPerturb": accuracies(method_with(lambda model: lambda x, y: random(x)), data),
-        "LatentAdversarial": accuracies(
-            method_with(lambda model: LatentAdversarial(model, **ATTACK, flow=flow)), data
+    return {**json.loads(plan.read_text()), "linf": found.eps, **found.figures}
+
+
+def gains(
+    flow: Glow, eps: float, data: tuple[Images, Images], protocol: Protocol
+) -> dict[str, Any]:
+    """What classifiers gain from a variant."""
+    flow.network_dtype = torch.bfloat16 if protocol.precision == "bfloat16" else None
+    random = LatentPerturb(eps, flow=flow)
+    methods = {
+        "LatentPerturb": method_with(lambda model: lambda x, y: random(x)),
+        "LatentAdversarial": method_with(
+            lambda model: LatentAdversarial(model, **ATTACK, flow=flow)
         ),
     }
+    return {name: accuracies(method, data, protocol) for name, method in methods.items()}
 
 
 def table() -> str:
@@ -133,7 +137,7 @@ def table() -> str:
     ]
     for row in sorted(rows, key=lambda row: row.get("bits_per_dim", 0.0)):
         if row["name"] == NO_FLOW:
-            plain = of_seeds(row["accuracy"])
+            plain = of_seeds(row)
             continue
         at_eps = row["perturbations"][1]
         lines.append(
@@ -141,14 +145,16 @@ def table() -> str:
             f"| {', '.join(f'{s:.2f}' for s in row['latent_std'])} "
             f"| {row['round_trip_max_error']:.0e} | {row['linf']:.3g} "
             f"| {at_eps['fallbacks']:.1%} | {at_eps['saturated']:.1%} "
-            f"| {of_seeds(row['LatentPerturb']['accuracy'])} "
-            f"| {of_seeds(row['LatentAdversarial']['accuracy'])} |"
+            f"| {of_seeds(row.get('LatentPerturb'))} | {of_seeds(row.get('LatentAdversarial'))} |"
         )
     return "\n".join([*lines, "", f"Crop and flip alone: {plain} %."])
 
 
-def of_seeds(values: list[float]) -> str:
-    """Mean ± standard deviation."""
+def of_seeds(found: dict[str, Any] | None) -> str:
+    """Mean ± standard deviation; nothing where no classifier was trained."""
+    if found is None:
+        return ""
+    values = found["accuracy"]
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
@@ -160,6 +166,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path)
     parser.add_argument("--minutes", type=float, default=15.0)
     parser.add_argument("--count", type=int, default=2000, help="test images to look at")
+    parser.add_argument("--no-classifiers", action="store_true")
+    parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
     names = [NO_FLOW, *VARIANTS]
     parser.add_argument("--only", nargs="*", default=names, choices=names)
     args = parser.parse_args()
@@ -179,6 +187,7 @@ def main() -> None:
     first, second = (Images(pool.pixels[p], pool.labels[p], pool.classes) for p in parts)
     test = UInt8Images(open_images(args.images[1]), 3)
     test = UInt8Images(torch.stack([test[i] for i in test.spread(args.count)]), 3)
+    protocol = replace(PROTOCOL, precision=args.precision)
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in args.only:
         result = RESULTS / f"{slug(name)}.json"
@@ -186,9 +195,12 @@ def main() -> None:
             continue
         if name == NO_FLOW:
             plain = method_with(lambda model: lambda x, y: x)
-            row = {"name": name, **accuracies(plain, (first, second))}
+            row = {"name": name, **accuracies(plain, (first, second), protocol)}
         elif (args.runs / slug(name) / "model.safetensors").exists():
-            row = judge(name, args.runs, (first, second), test)
+            flow = trained(name, args.runs / slug(name))
+            row = {"name": name, **look(flow, args.runs / slug(name) / "plan.json", test)}
+            if not args.no_classifiers:
+                row |= gains(flow, row["linf"], (first, second), protocol)
         else:
             continue
         result.write_text(json.dumps(row, indent=1) + "\n")

@@ -24,9 +24,9 @@ sys.path.append(str(Path(__file__).parents[1] / "paper"))  # the images are the 
 from protocol import Protocol, labelled, read_images
 
 RESULTS = Path(__file__).parents[1] / "results" / "low_data_flows.json"
-SIZE = {"steps": 8, "hidden": 128}
-STAGES = (1000, 1500, 2000, 3000)  # optimizer steps of a run; the learning rate ends at 0 in each
-TUNING_STAGES = (200, 500, 1000)
+BASE = "glow-cifar10-small"
+STAGES = (500, 1000, 2000)  # optimizer steps of a run; the learning rate ends at 0 in each
+TUNING_STAGES = (200, 500)
 PER_CLASS, HELD_OUT = 250, 200
 
 
@@ -57,11 +57,11 @@ def main() -> None:
     first = PER_CLASS * pool.classes
     images, held_out = (UInt8Images(p, 3) for p in (pool.pixels[:first], pool.pixels[first:]))
     test = UInt8Images(read_images(args.data / "test").pixels, 3)
-    full = load_flow("glow-cifar10")
+    full = load_flow(BASE)
     assert isinstance(full, Glow)
-    rows = [{"flow": "glow-cifar10", **measure_flow(full, test)}]
+    rows = [{"flow": BASE, **measure_flow(full, test)}]
     for name, start, stages, lr in (
-        ("glow-cifar10-5percent", Glow(3, **SIZE), STAGES, 1e-3),
+        ("glow-cifar10-5percent", Glow(**full.config), STAGES, 1e-3),
         ("glow-cifar10-5percent-tuned", full, TUNING_STAGES, 2e-4),
     ):
         flow, bits = best_of(start, stages, lr, images, held_out, args.runs / f"{name}-runs")

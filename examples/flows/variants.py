@@ -73,21 +73,24 @@ class SmoothedGlow(Glow):
 
 
 SIZE = {"steps": 8, "hidden": 128}
-COMMON = {"crop": 4, "network_dtype": "bfloat16"}
+SMALL = {"steps": 4, "hidden": 64}
+COMMON = {"crop": 4}
+WHOLE = {"crop": 0}
 VARIANTS: dict[str, tuple[type[Glow], dict[str, Any], dict[str, Any]]] = {
     # name: class, its arguments, arguments of TrainConfig
     "reference": (Glow, {}, {}),
-    "no crops": (Glow, {}, {"crop": 0}),
-    "bound 0.5": (Glow, {"log_scale_bound": 0.5}, {}),
-    "bound 2": (Glow, {"log_scale_bound": 2.0}, {}),
+    "no crops": (Glow, {}, WHOLE),
     "logit": (LogitGlow, {}, {}),
-    "standard prior": (StandardPriorGlow, {}, {}),
-    "smoothed": (SmoothedGlow, {}, {}),
-    "K 16, H 64": (Glow, {"steps": 16, "hidden": 64}, {}),
-    "K 4, H 192": (Glow, {"steps": 4, "hidden": 192}, {}),
-    "K 4, H 64": (Glow, {"steps": 4, "hidden": 64}, {}),
-    "lr 0.002": (Glow, {}, {"lr": 2e-3}),
-    "no ema": (Glow, {}, {"ema": 0.0}),
+    "K 4, H 64": (Glow, SMALL, {}),
+    # What was left open, at the size of glow-cifar10-small and without crops.
+    "small": (Glow, SMALL, WHOLE),
+    "small, bound 2": (Glow, {**SMALL, "log_scale_bound": 2.0}, WHOLE),
+    "small, bound 0.5": (Glow, {**SMALL, "log_scale_bound": 0.5}, WHOLE),
+    "small, standard prior": (StandardPriorGlow, SMALL, WHOLE),
+    "small, smoothed": (SmoothedGlow, SMALL, WHOLE),
+    "small, no ema": (Glow, SMALL, {**WHOLE, "ema": 0.0}),
+    "small, K 8, H 32": (Glow, {"steps": 8, "hidden": 32}, WHOLE),
+    "small, K 2, H 128": (Glow, {"steps": 2, "hidden": 128}, WHOLE),
 }
 
 

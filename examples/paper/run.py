@@ -38,18 +38,21 @@ def wanted(recipe: dict[str, Any], only: list[str] | None) -> Iterator[tuple[str
                 yield name, method["seeds"][round_]
 
 
-def settings_of(recipe: dict[str, Any], name: str) -> dict[str, Any]:
+def settings_of(recipe: dict[str, Any], name: str, precision: str) -> dict[str, Any]:
     """A method's, with the recipe's flow where it names none."""
     settings = {k: v for k, v in recipe["methods"][name].items() if k != "seeds"}
     for part in {"latent", "attack"} & set(settings):
         settings[part] = {**recipe.get("flow", {}), **settings[part]}
+        if precision == "float32":
+            settings[part].pop("network_dtype", None)
     return settings
 
 
-def command_of(recipe: str, method: str, test: bool) -> str:
-    """What repeats a method's runs; DATA stands for the folder of data sets."""
+def command_of(recipe: str, method: str, args: argparse.Namespace) -> str:
+    """What repeats a method's runs; DATA and FOLDER stand for those of data sets and flows."""
     command = ["python", "examples/paper/run.py", f"examples/paper/recipes/{recipe}.json", "DATA"]
-    return shlex.join([*command, *["--test"] * test, "--only", method])
+    command += [*["--test"] * args.test, *["--flows", "FOLDER"] * bool(args.flows)]
+    return shlex.join([*command, "--precision", args.precision, "--only", method])
 
 
 def main() -> None:
@@ -60,10 +63,12 @@ def main() -> None:
     parser.add_argument("--test", action="store_true", help="evaluate on the test images")
     parser.add_argument("--only", nargs="+", help="these methods of the recipe")
     parser.add_argument("--flows", type=Path, help="a folder of flows that are not bundled")
+    precisions = ("bfloat16", "float32")
+    parser.add_argument("--precision", choices=precisions, default="bfloat16")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     recipe = json.loads(args.recipe.read_text())
-    protocol = Protocol(**recipe.get("protocol", {}), test=args.test)
+    protocol = Protocol(**recipe.get("protocol", {}), test=args.test, precision=args.precision)
     folder = args.data / recipe["data"]
     data = None
     kind = "test" if args.test else "validation"
@@ -74,7 +79,7 @@ def main() -> None:
         if data is None:
             test = read_images(folder / "test", protocol.size) if args.test else None
             data = split(read_images(folder / "train", protocol.size), test, protocol)
-        settings = settings_of(recipe, name)
+        settings = settings_of(recipe, name, args.precision)
         with tqdm(total=protocol.epochs, unit="epoch", desc=f"{name}, seed {seed}") as bar:
 
             def advance(loss: float, bar: Any = bar) -> None:
@@ -92,7 +97,7 @@ def main() -> None:
             "train_images": len(data[0].labels),
             "evaluated_on": f"{len(data[1].labels)} {kind} images",
             **figures,
-            "command": command_of(args.recipe.stem, name, args.test),
+            "command": command_of(args.recipe.stem, name, args),
             "versions": {
                 "latent-aug": __version__,
                 "torch": torch.__version__,
