@@ -4,13 +4,14 @@
     python examples/benchmarks/speed.py           # what was measured, as a table of ratios
 
 IMAGES is a folder or tar of 32 x 32 colour images. For Glow flows of three levels with K steps of
-H hidden channels, and the bundled CIFAR-10 flow: images per second of encode, decode, round trip,
+H hidden channels, and the bundled CIFAR-10 flows: images per second of encode, decode, round trip,
 the gradient of decode to the latents (fast and lean), a whole adversarial step (3 steps, CIFAR
 ResNet-18) and a training step, for normflows' own methods and for ours with coupling networks in
 float32 and bfloat16. Each contestant runs in a process of its own, as it would in use, and they
 take turns; medians over calls, then over rounds. "peak" is the machine's own best rate of
 multiplying matrices of that dtype (torch.mm or a 1x1 convolution, whichever is faster), "share"
-what of it the round trip's products reach. "kept" tells normflows after glibc was told to keep
+what of it the round trip's products reach. --ways leaves contestants out: bfloat16 on a processor
+without AVX-512, where it is slow. "kept" tells normflows after glibc was told to keep
 freed memory, as our engine does and as a program full of large tensors may have done anyway.
 """
 
@@ -40,7 +41,7 @@ from latent_aug.data import UInt8Images, open_images
 from latent_aug.flows.engine import keep_freed_memory
 
 RESULTS = Path(__file__).parents[1] / "results" / "speed.json"
-FLOWS = ("8,64", "8,128", "16,128", "16,256", "32,512", "glow-cifar10")
+FLOWS = ("8,64", "8,128", "16,128", "16,256", "32,512", "glow-cifar10", "glow-cifar10-small")
 WAYS = ("normflows", "normflows kept", "float32", "bfloat16")
 LARGEST = 2**32  # bytes that autograd may keep
 
@@ -121,8 +122,8 @@ def rows_of(args: argparse.Namespace) -> Iterator[list[dict[str, object]]]:
     """Every contestant in turn, a few rounds; medians, one list for each flow and batch."""
     for name, batch in itertools.product(args.flows, args.batches):
         rows = []
-        found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-        for _, way in itertools.product(range(args.rounds), WAYS):
+        found: dict[str, list[dict[str, float]]] = {way: [] for way in args.ways}
+        for _, way in itertools.product(range(args.rounds), args.ways):
             command = [sys.executable, __file__, args.images, "--one", name, str(batch), way]
             output = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
             found[way].append(json.loads(output.splitlines()[-1]))
@@ -137,7 +138,8 @@ def rows_of(args: argparse.Namespace) -> Iterator[list[dict[str, object]]]:
 
 def keep(rows: list[dict[str, object]], path: Path) -> None:
     """Write rows beside those of other flows and batches."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    cpu = f"cpu, {torch.backends.cpu.get_cpu_capability()}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     result = {"device": device, "threads": torch.get_num_threads(), "rows": rows}
     if path.exists():
         measured = {(row["flow"], row["batch"]) for row in rows}
@@ -174,6 +176,7 @@ def main() -> None:
     parser.add_argument("images", nargs="?", help="a folder or tar of 32 x 32 colour images")
     parser.add_argument("--flows", nargs="*", default=FLOWS)
     parser.add_argument("--batches", nargs="*", type=int, default=[32, 128])
+    parser.add_argument("--ways", nargs="*", default=WAYS, choices=WAYS)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--one", nargs=3, metavar=("FLOW", "BATCH", "WAY"))
