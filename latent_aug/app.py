@@ -38,6 +38,9 @@ CSS = """
 .pictures img {width: 100%; image-rendering: pixelated; border-radius: 4px}
 .pictures figcaption {font-size: 0.85em; line-height: 1.3}
 .about {font-size: 0.9em}
+#examples .grid-container {
+  grid-template-columns: repeat(4, minmax(0, 1fr)) !important; grid-auto-rows: auto !important}
+#examples .grid-container button {aspect-ratio: 1; height: auto !important}
 """
 
 
