@@ -9,7 +9,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which reads it
+# Before the import, which reads them: nothing is sent anywhere, nothing is kept in the browser.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = os.environ["GRADIO_RUN_HISTORY"] = "False"
 
 try:
     import gradio as gr
@@ -291,7 +292,6 @@ def serve(flows: Sequence[str], *, port: int | None, browser: bool) -> tuple[gr.
         quiet=True,
         max_file_size=ex.MOST_BYTES,
         ssr_mode=False,
-        run_history=False,
         footer_links=[],
         theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         css=CSS,
