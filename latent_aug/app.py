@@ -7,6 +7,7 @@ import html
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from typing import Any
 
 # Before the import, which reads them: nothing is sent anywhere, nothing is kept in the browser.
@@ -77,6 +78,7 @@ def settings_of(
 def said(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same, its errors as messages on the page."""
 
+    @wraps(function)  # Gradio reads the annotations: of an event, say
     def wrapped(*arguments: Any) -> Any:
         try:
             return function(*arguments)
@@ -195,7 +197,7 @@ def page(flows: Sequence[str]) -> gr.Blocks:
                     places = ["everywhere", "inside", "outside"]
                     where = gr.Radio(places, value="everywhere", label="of the box")
                     box = [
-                        gr.Slider(0, 1, value, step=0.05, label=name, min_width=100)
+                        gr.Slider(0, 1, value, step=0.05, label=name, min_width=150)
                         for name, value in BOX.items()
                     ]
                 with gr.Tab("random"):

@@ -228,6 +228,9 @@ def test_in_a_browser(address, browser, broken, photograph):
     assert after[0] == before[0]
     assert len(after) == 3
 
+    find("#examples .grid-container button")[6].click()
+    before = until(lambda: (now := shown()) and now[0] != before[0] and now)
+
     find("#upload input[type=file]")[0].send_keys(str(broken))
     until(
         lambda: "is not an image that can be read" in browser.find_element(By.TAG_NAME, "body").text
