@@ -1,4 +1,4 @@
-"""The command line: `latent-aug train`, `check` and `preview`."""
+"""The command line: `latent-aug train`, `check`, `preview` and `explore`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from latent_aug.check import GREY_LEVELS, check_flow
 from latent_aug.data import UInt8Images, as_batch, open_images
 from latent_aug.figures import preview
 from latent_aug.flows import Glow
-from latent_aug.hub import load_flow
+from latent_aug.hub import bundled_flows, load_flow
 from latent_aug.report import minutes_of
 from latent_aug.train import TrainConfig, train_flow
 from latent_aug.transforms import LatentPerturb
@@ -211,6 +211,22 @@ def preview_command(
         transform = LatentPerturb(sizes[0], norm=norm, flow=loaded, resolution=resolution)
         draw(transform, images, picture, sizes)
     typer.echo(f"{picture}")
+
+
+@app.command()
+def explore(
+    flow: Annotated[list[str] | None, typer.Option(help="One more to choose; repeat it.")] = None,
+    port: Annotated[int | None, typer.Option(help="Else the first free one from 7860.")] = None,
+    browser: Annotated[bool, typer.Option(help="Open it in a browser.")] = True,
+) -> None:
+    """Look at perturbations on a page of this machine: drag eps, choose norm, level and region."""
+    with errors_as_messages():
+        from latent_aug.app import serve
+
+        flows = [*(flow or []), *reversed(bundled_flows())]
+        page, address = serve(flows, port=port, browser=browser)
+    typer.echo(f"{address} (Ctrl+C ends it)")
+    page.block_thread()
 
 
 def draw(

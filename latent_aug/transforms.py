@@ -186,6 +186,16 @@ class LatentPerturb(UsesFlow, v2.Transform):
                 draws[kind(x, image)] = self._draw(x, frames_of(image), sample)
         return {"draws": draws}
 
+    def noise(self, draws: Tensor, eps: LF.Size, mask: Tensor | None) -> Tensor:
+        """What is added to the latents; override it for a perturbation of another shape.
+
+        Args:
+            draws: From N(0, I), (B, C, H, W).
+            eps: Of the transform, or (B, 1, 1, 1) where it is drawn per sample.
+            mask: Zeros and ones, broadcastable to the draws: what may move; None for all.
+        """
+        return LF.noise_of_norm(draws, eps, self.norm, mask=mask)
+
     @torch.no_grad()
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Apply what was drawn; deterministic."""
@@ -244,7 +254,7 @@ class LatentPerturb(UsesFlow, v2.Transform):
         mask = movable(self.flow, like, shrunk(pixels, small), self.levels)
         eps = self._draws.between(*self.eps, len(first), x)
         draws = self._draws.normal(like.shape, x)
-        noise = LF.noise_of_norm(draws, eps, self.norm, mask=mask)
+        noise = self.noise(draws, eps, mask)
         chosen = self._draws.uniform((len(first),), x) < self.p
         y = None
         if self.flow.num_classes:

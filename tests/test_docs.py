@@ -1,0 +1,81 @@
+"""The documentation: its Python runs, its commands exist, its site has no broken link."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCKS = [
+    pytest.param(page, block, id=f"{page.relative_to(ROOT)}:{number}")
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+]
+
+
+def commands(page):
+    """Lines of its shell blocks that call us, joined where they go on."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("latent-aug")]
+
+
+@pytest.mark.parametrize(("page", "block"), BLOCKS)
+def test_the_code_runs(page, block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "block"}
+    exec(compile(block, str(page), "exec"), names)
+    # An example whose images all come back as they were shows nothing, unless it says so.
+    made = [v for v in names.values() if hasattr(v, "fallbacks") and not isinstance(v, type)]
+    assert "fallbacks ==" in block or all(value.fallbacks == 0 for value in made)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_to_a_file_leads_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    links = re.findall(r"\]\((?!http)([^)#]+)", text) + re.findall(r'src="([^"]+)"', text)
+    for link in links:
+        assert (page.parent / link).exists(), link
+
+
+def test_the_commands_know_their_options():
+    typer = pytest.importorskip("typer")
+    from latent_aug.cli import app
+
+    known = typer.main.get_command(app).commands
+    found = [command for page in PAGES for command in commands(page)]
+    assert len(found) > 5
+    for name, *arguments in found:
+        options = {o for p in known[name].params for o in (*p.opts, *p.secondary_opts)}
+        assert {a for a in arguments if a.startswith("-")} <= options, (name, arguments)
+
+
+def test_a_laplace_perturbation_has_its_standard_deviation():
+    """That of docs/extend.md."""
+    block = next(p.values[1] for p in BLOCKS if "class LaplacePerturb" in p.values[1])
+    names = {"__name__": "block"}
+    exec(block, names)
+    noise = names["perturb"].noise(torch.randn(64, 3, 64, 64), 0.2, None)
+    assert noise.std().item() == pytest.approx(0.2, rel=0.02)
+    assert (noise.abs().mean() / noise.std()).item() == pytest.approx(0.5**0.5, rel=0.02)
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocstrings")
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", ROOT / ".ci/mkdocs.yml"]
+    done = subprocess.run(
+        [*map(str, command), "--site-dir", str(tmp_path / "site")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "site" / "api.html").read_text()
+    for name in ("LatentPerturb", "LatentAdversarial", "load_flow", "train_flow", "preview"):
+        assert f'id="latent_aug.{name}"' in page
+    # Nothing of it is fetched from elsewhere.
+    outside = r'(?:<link[^>]+rel="stylesheet"[^>]+href|<(?:script|img)[^>]+src)="https?:'
+    assert not re.search(outside, page)

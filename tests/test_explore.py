@@ -1,0 +1,160 @@
+"""What the explorer computes, without a browser or a server."""
+
+import re
+
+import pytest
+import torch
+from conftest import ByClass, random_glow, same_trace, trace_of
+from PIL import Image
+
+from latent_aug import LatentAdversarial, LatentPerturb, explore
+from latent_aug.explore import Settings
+
+
+@pytest.fixture(scope="module")
+def shirt():
+    clothes = explore.load_clothes()
+    return explore.subject_of("glow-fashionmnist", clothes.images[:1], int(clothes.labels[0]))
+
+
+def test_the_classifier_is_as_good_as_it_is_said_to_be(monkeypatch, request):
+    monkeypatch.syspath_prepend(str(request.config.rootpath / "examples"))
+    import quickstart
+
+    clothes = explore.load_clothes()
+    assert explore.CLOTHES.stat().st_size < 300_000
+    assert clothes.labels.tolist() == [k for k in range(10) for _ in range(2)]
+    images, labels = quickstart.load_images(train=False)
+    found = quickstart.accuracy(clothes.classifier, images, labels)
+    said = float(re.search(r"right on ([\d.]+) %", clothes.about)[1])
+    assert found == pytest.approx(said, abs=0.15)
+    shown = (images[:, None] == clothes.images).flatten(2).all(dim=2).any(dim=0)
+    assert shown.all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_uploads_are_converted_and_cropped(tmp_path, mode, channels):
+    path = tmp_path / "image.png"
+    Image.new("RGB", (60, 40), (204, 204, 204)).convert(mode).save(path)
+    x = explore.read_upload(path, channels, 32)
+    assert x.shape == (1, channels, 32, 32)
+    assert torch.allclose(x, torch.tensor(0.8), atol=0.01)
+
+
+def test_what_is_no_image_is_refused(tmp_path, monkeypatch):
+    good = tmp_path / "good.png"
+    Image.effect_noise((64, 64), 50).save(good)
+    text, cut, other = tmp_path / "text.png", tmp_path / "cut.png", tmp_path / "other.ppm"
+    text.write_text("not an image")
+    cut.write_bytes(good.read_bytes()[:500])
+    Image.new("RGB", (8, 8)).save(other)
+    for path in (text, cut, other):
+        with pytest.raises(ValueError, match=f"{path.name} is not an image"):
+            explore.read_upload(path, 3, 32)
+    monkeypatch.setattr(explore, "MOST_PIXELS", 64 * 64 - 1)
+    with pytest.raises(ValueError, match="pixels"):
+        explore.read_upload(good, 3, 32)
+    monkeypatch.setattr(explore, "MOST_BYTES", 1000)
+    with pytest.raises(ValueError, match="MiB"):
+        explore.read_upload(good, 3, 32)
+
+
+def test_an_image_moves_as_by_the_transform(shirt):
+    settings = Settings(eps=0.4, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    transform = LatentPerturb(0.4, flow="glow-fashionmnist", generator=generator)
+    moved = explore.perturbed(shirt, settings)
+    torch.testing.assert_close(moved.x, transform(shirt.x))
+    assert not moved.fell_back
+    assert not torch.equal(explore.perturbed(shirt, Settings(eps=0.4, seed=4)).x, moved.x)
+
+
+def test_a_greater_eps_changes_more(shirt):
+    changes = [
+        (explore.perturbed(shirt, Settings(eps=eps)).x - shirt.x).abs().mean()
+        for eps in (0.0, 0.1, 0.3, 0.6)
+    ]
+    assert changes[0] < 1e-4
+    assert changes == sorted(changes)
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_a_box_moves_or_stays(shirt, where):
+    settings = Settings(eps=0.5, where=where, box=(0.5, 0.75, 0.25, 0.25))  # the wrong way round
+    moved = explore.perturbed(shirt, settings).x != shirt.x
+    inside = torch.zeros_like(moved)
+    inside[..., 7:21, 7:14] = True
+    still = moved & (~inside if where == "inside" else inside)
+    assert moved.any()
+    assert not still.any()
+
+
+def test_a_level_moves_alone(shirt):
+    every, fine, coarse = (
+        explore.perturbed(shirt, Settings(eps=0.5, level=level)).x for level in (None, 0, 1)
+    )
+    assert not torch.equal(fine, coarse)
+    assert not torch.equal(every, fine)
+
+
+def test_what_the_flow_cannot_perturb_is_said():
+    noise = explore.subject_of("glow-cifar10-small", torch.rand(1, 3, 32, 32))
+    moved = explore.perturbed(noise, Settings())
+    assert moved.fell_back
+    assert torch.equal(moved.x, noise.x)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "rms"])
+def test_the_attack_by_steps(shirt, norm):
+    eps, alpha = {"linf": (0.1, 0.05), "l2": (1.0, 0.5), "rms": (0.03, 0.015)}[norm]
+    model = explore.load_clothes().classifier
+    before = trace_of(model)
+    settings = Settings(eps=eps, norm=norm)
+    path = list(explore.attacked(shirt, settings, alpha=alpha, steps=3))
+    assert [step.number for step in path] == [0, 1, 2, 3]
+    assert torch.equal(path[0].x, shirt.x)
+    assert path[-1].loss > path[0].loss + 0.5
+    for step in path:
+        assert step.loss == pytest.approx(-step.probabilities[0].log().item(), rel=1e-4)
+    attack = LatentAdversarial(
+        model,
+        eps=eps,
+        alpha=alpha,
+        steps=3,
+        norm=norm,
+        flow="glow-fashionmnist",
+        generator=torch.Generator().manual_seed(0),
+    )
+    torch.testing.assert_close(path[-1].x, attack(shirt.x, torch.tensor([0])))
+    assert same_trace(trace_of(model), before)
+
+
+def test_an_image_without_a_label_is_attacked_at_what_it_is_taken_for():
+    clothes = explore.load_clothes()
+    subject = explore.subject_of("glow-fashionmnist", clothes.images[4:5])
+    first, *_, last = explore.attacked(subject, Settings(0.1), alpha=0.05, steps=2)
+    taken_for = first.probabilities.argmax()
+    assert last.probabilities[taken_for] < first.probabilities[taken_for]
+
+
+def test_the_classifier_is_for_grey_images():
+    subject = explore.subject_of("glow-cifar10-small", torch.full((1, 3, 32, 32), 0.5))
+    with pytest.raises(ValueError, match="grey"):
+        next(explore.attacked(subject, Settings(), alpha=0.1, steps=1))
+
+
+def test_examples_and_samples():
+    images, labels = explore.examples_of(random_glow())
+    assert images.shape == (12, 3, 32, 32)
+    assert labels == [None] * 12
+    drawn = explore.samples(random_glow(1), count=2, temperatures=[0.0, 1.0])
+    assert drawn.shape == (2, 2, 1, 28, 28)
+    assert torch.equal(drawn[0, 0], drawn[0, 1])
+    assert not torch.equal(drawn[1, 0], drawn[1, 1])
+
+
+def test_flows_of_classes_are_refused(monkeypatch):
+    monkeypatch.setattr(explore, "shared_flow", lambda name: ByClass())
+    with pytest.raises(ValueError, match="without classes"):
+        explore.subject_of("by-class", torch.rand(1, 3, 8, 8))
