@@ -16,7 +16,8 @@ from latent_aug.transforms import LatentPerturb
 if TYPE_CHECKING:
     from latent_aug.check import check_flow
     from latent_aug.figures import preview
-    from latent_aug.train import TrainConfig, train_flow
+    from latent_aug.recipe import TrainConfig
+    from latent_aug.train import train_flow
 
 __version__ = "0.1.0"
 
@@ -38,7 +39,7 @@ __all__ = [
 
 
 LAZY = {
-    "TrainConfig": "train",
+    "TrainConfig": "recipe",
     "check_flow": "check",
     "preview": "figures",
     "train_flow": "train",
