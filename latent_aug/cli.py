@@ -1,12 +1,10 @@
-"""The command line: `latent-aug train`, `check` and `preview`."""
+"""The command line: `latent-aug train`, `check`, `preview` and `augment`."""
 
 from __future__ import annotations
 
 import importlib
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,39 +18,20 @@ from torch import nn
 
 from latent_aug.card import write_card
 from latent_aug.check import GREY_LEVELS, check_flow
+from latent_aug.cli_augment import augment
+from latent_aug.cli_options import DATA, FLOW, NORM, PICTURE, ROOT, SIZE, Norm, errors_as_messages
 from latent_aug.data import UInt8Images, as_batch, open_images
 from latent_aug.figures import preview
 from latent_aug.flows import Glow
 from latent_aug.hub import load_flow
 from latent_aug.processes import Processes
-from latent_aug.randomness import rank_and_count
 from latent_aug.recipe import TrainConfig
 from latent_aug.report import minutes_of
 from latent_aug.train import train_flow
 from latent_aug.transforms import LatentPerturb
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-
-
-DATA = typer.Argument(help="A folder of images, a tar of them, or torchvision:NAME.")
-ROOT = typer.Option(help="Where torchvision's data sets live.")
-FLOW = typer.Argument(help="A bundled name, a directory, or org/repo on the hub.")
-PICTURE = typer.Option(help="Where to draw.")
-SIZE = typer.Option(help="Resize and crop to this side.")
-NORM = typer.Option(help="Of eps.")
-Norm = Literal["linf", "l2", "rms"]
-
-
-@contextmanager
-def errors_as_messages() -> Iterator[None]:
-    """What a user can mend is a line and exit code 1, not a traceback."""
-    try:
-        yield
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        own, count = rank_and_count()
-        who = f"rank {own}: " if count > 1 else ""
-        typer.echo(f"{who}error: {error}", err=True)
-        raise typer.Exit(1) from error
+app.command()(augment)
 
 
 @app.callback()
