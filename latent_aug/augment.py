@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import operator
@@ -171,6 +172,7 @@ class Job:
         self.device = torch.device(device) if device else own_device()
         self.output = Path(config.output)
         self.classes: list[str] = [str(name) for name in getattr(dataset, "classes", None) or []]
+        self._order: tuple[int, list[int]] = (-1, [])  # the last one's copy and order
         self.samples = self.count * (config.copies + config.originals)
         self.shards = -(-self.samples // config.shard_size)
 
@@ -223,7 +225,7 @@ class Job:
 
     def order(self, copy: int) -> list[int]:
         """The order of the images in a copy."""
-        if getattr(self, "_order", (None,))[0] != copy:
+        if self._order[0] != copy:
             generator = torch.Generator().manual_seed(mixed(self.config.seed, copy, self.count))
             self._order = copy, torch.randperm(self.count, generator=generator).tolist()
         return self._order[1]
@@ -286,6 +288,12 @@ class Job:
         if self.classes:
             write_text(self.output / CLASSES_NAME, "".join(f"{name}\n" for name in self.classes))
 
+    def labels_digest(self) -> str:
+        """A fingerprint of the classes, and of each file's name and label where they are known."""
+        known = self.dataset if isinstance(self.dataset, EncodedImages) else None
+        parts = [self.classes, known and known.names, known and known.labels]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
     def settings(self) -> dict[str, Any]:
         """What decides the shards' content."""
         some = torch.linspace(0, self.count - 1, min(self.count, 16)).long().tolist()
@@ -295,10 +303,10 @@ class Job:
             "transform": repr(self.transform),
             "away": self.transform.away,
             "flow": digest(self.transform.flow.state_dict().values()),
-            "network_dtype": str(getattr(self.transform.flow, "network_dtype", None)),
+            "network_dtype": str(getattr(self.transform.flow, "network_dtype", None) or "float32"),
             "images": self.count,
             "data": digest([self.read(index)[0] for index in some]),
-            "classes": len(self.classes),
+            "labels": self.labels_digest(),
             "shards": self.shards,
         }
 

@@ -84,7 +84,7 @@ def test_shards_hold_every_copy_with_its_label(data, tmp_path):
         assert samples[f"{index:08}-1"][1] == samples[f"{index:08}-2"][1] == dataset.labels[index]
     assert (tmp_path / "out" / "classes.txt").read_text().split() == list(CLASSES)
     settings = json.loads((tmp_path / "out" / "augment.json").read_text())
-    assert (settings["shards"], settings["images"], settings["classes"]) == (3, 10, 3)
+    assert (settings["shards"], settings["images"], settings["seed"]) == (3, 10, 0)
 
 
 def test_copies_without_noise_are_the_images(data, tmp_path):
@@ -233,6 +233,9 @@ def test_other_settings_do_not_go_into_the_same_output(data, tmp_path):
     for changes in ({"seed": 1}, {"eps": 0.3}, {"copies": 3}, {"flow": random_glow(seed=1)}):
         with pytest.raises(ValueError, match="copies of another kind"):
             augment(data, tmp_path / "out", **changes)
+    (data / "bird").rename(data / "eagle")
+    with pytest.raises(ValueError, match=r"copies of another kind: \{'labels'"):
+        augment(data, tmp_path / "out")
     next(data.rglob("*.png")).unlink()
     with pytest.raises(ValueError, match=r"copies of another kind: \{'images': \(10, 9\)"):
         augment(data, tmp_path / "out")

@@ -4,7 +4,8 @@
     python examples/benchmarks/scale.py --draw    # draws what was measured
 
 Rewrites examples/results/scale.json and the tables in docs/scale.md. Round trips are of one
-core, or on a GPU where there is one; the rest is on the CPU. Images are samples of the flow,
+core, or on a GPU where there is one; the rest is on the CPU. Coupling networks also run in
+bfloat16 where that is faster than float32. Images are samples of the flow,
 32 x 32; a photograph is 500 x 375 pixels of them side by side.
 """
 
@@ -31,6 +32,7 @@ from torchvision.transforms.v2 import functional as tvf
 from latent_aug import AugmentConfig, Glow, LatentPerturb, TrainConfig, augment_images, load_flow
 from latent_aug.data import EncodedImages, UInt8Images, to_uint8
 from latent_aug.processes import Processes
+from latent_aug.recipe import resolve_dtype
 from latent_aug.train import Run
 
 RESULTS = Path(__file__).parents[1] / "results" / "scale.json"
@@ -60,11 +62,18 @@ def seconds(run: Callable[[], Any]) -> float:
     return statistics.median(taken)
 
 
-def samples(count: int, flow_name: str = "glow-cifar10-small") -> Tensor:
+def precisions() -> list[str]:
+    """Of the coupling networks, that are worth measuring here."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fastest = resolve_dtype(TrainConfig(output="unused"), glow(FLOWS[0], "float32"), device)
+    return sorted({"float32", fastest}, reverse=True)
+
+
+def samples(count: int) -> Tensor:
     """Images that a flow takes for its own, uint8 (B, 3, 32, 32)."""
     z = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return (load_flow(flow_name).decode(0.7 * z).clamp(0, 1) * 255).byte()
+        return (load_flow(FLOWS[0]).decode(0.7 * z).clamp(0, 1) * 255).byte()
 
 
 def glow(name: str, dtype: str) -> Glow:
@@ -82,7 +91,7 @@ def round_trips() -> dict[str, Any]:
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     for name in FLOWS:
-        for dtype in ("float32", "bfloat16"):
+        for dtype in precisions():
             flow, rates = glow(name, dtype).to(device), {}
             for side in SIDES:
                 batch = max(2, BATCH * 32**2 // side**2) if device == "cpu" else BATCH
@@ -100,13 +109,12 @@ def stages(tiles: Tensor) -> dict[str, float]:
     jpeg = encoded(photo, "jpeg")
     small = to_uint8(photo, 3, 224)
     batch = torch.stack([small] * 4)
-    flows = [glow(FLOWS[0], dtype) for dtype in ("float32", "bfloat16")]
+    flow = glow(FLOWS[0], "float32")
     runs: dict[str, tuple[Callable[[], Any], int]] = {
         "read a JPEG of 500 x 375, resize": (lambda: to_uint8(open_image(jpeg), 3, 224), 1),
-        "perturb, float32": (lambda: LatentPerturb(flow=flows[0])(batch), 4),
-        "perturb, bfloat16": (lambda: LatentPerturb(flow=flows[1])(batch), 4),
-        "perturb, resolution=64": (lambda: LatentPerturb(flow=flows[0], resolution=64)(batch), 4),
-        "perturb, resolution=32": (lambda: LatentPerturb(flow=flows[0], resolution=32)(batch), 4),
+        "perturb": (lambda: LatentPerturb(flow=flow)(batch), 4),
+        "perturb, resolution=64": (lambda: LatentPerturb(flow=flow, resolution=64)(batch), 4),
+        "perturb, resolution=32": (lambda: LatentPerturb(flow=flow, resolution=32)(batch), 4),
         "write PNG": (lambda: encoded(small, "png"), 1),
         "write JPEG": (lambda: encoded(small, "jpeg"), 1),
     }
@@ -164,7 +172,7 @@ def all_reduce_seconds(tensor: Tensor) -> float:
 def augmenting(place: Path) -> tuple[float, float]:
     """When this worker of `augment_images` began and ended."""
     data, perturb = EncodedImages(place / "images"), LatentPerturb(flow="glow-cifar10")
-    perturb(torch.rand(BATCH, 3, 32, 32))
+    perturb(samples(BATCH))  # warms up
     config = AugmentConfig(output=place / "copies", shard_size=IMAGES // 4)
     if dist.is_initialized():
         dist.barrier()
@@ -173,12 +181,12 @@ def augmenting(place: Path) -> tuple[float, float]:
     return began, time.time()
 
 
-def worker(place: Path) -> None:
-    """What each process of a layout measures."""
+def worker(place: Path, dtypes: list[str]) -> None:
+    """What each process of a layout measures, all of them the same."""
     found: dict[str, Any] = {}
     Processes("cpu")
     found["augment"] = augmenting(place)
-    for dtype in ("float32", "bfloat16"):
+    for dtype in dtypes:
         found[f"training, {dtype}"] = training(place, dtype)
     rank = os.environ.get("RANK", "0")
     (place / f"{rank}.json").write_text(json.dumps(found))
@@ -187,6 +195,7 @@ def worker(place: Path) -> None:
 def scaling(tiles: Tensor) -> dict[str, Any]:
     """Training and augmenting in each layout."""
     result: dict[str, Any] = {}
+    dtypes = precisions()
     for layout, (processes, threads) in LAYOUTS.items():
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder)
@@ -196,7 +205,7 @@ def scaling(tiles: Tensor) -> dict[str, Any]:
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
             launcher = [*launch, str(processes)] if processes > 1 else []
             subprocess.run(
-                [sys.executable, *launcher, __file__, "--worker", folder],
+                [sys.executable, *launcher, __file__, "--worker", folder, *dtypes],
                 check=True,
                 env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             )
@@ -210,6 +219,11 @@ def scaling(tiles: Tensor) -> dict[str, Any]:
     return result
 
 
+def gigaflops(flow: Glow) -> dict[str, float]:
+    """Of a round trip, by side."""
+    return {str(s): round(2 * network_flops(flow, s, s) / 1e9, 2) for s in (32, 224)}
+
+
 def measure() -> dict[str, Any]:
     """Everything."""
     load, tiles = os.getloadavg()[0], samples(IMAGES)
@@ -219,11 +233,7 @@ def measure() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "torch": torch.__version__,
         "others_load": round(load, 1),
-        "gflop": {
-            name: {str(s): round(2 * network_flops(glow(name, "float32"), s, s) / 1e9, 2)}
-            for name in FLOWS
-            for s in (32, 224)
-        },
+        "gflop": {name: gigaflops(glow(name, "float32")) for name in FLOWS},
         "round_trips": round_trips(),
         "stages_ms": stages(tiles),
         "scaling": scaling(tiles),
@@ -257,8 +267,7 @@ def tables(r: dict[str, Any]) -> dict[str, str]:
         return cells
 
     ways = {
-        "224 x 224, float32": "perturb, float32",
-        "224 x 224, bfloat16": "perturb, bfloat16",
+        "as it is": "perturb",
         "`resolution=64`": "perturb, resolution=64",
         "`resolution=32`": "perturb, resolution=32",
     }
@@ -307,7 +316,7 @@ def draw(result: dict[str, Any]) -> None:
         if not found:
             raise ValueError(f"{PAGE} has no place for {name}")
         _, end, rest = after.partition(END)
-        text = f"{before}{found}\n{drawn}\n{end}{rest}"
+        text = f"{before}{found}\n\n{drawn}\n\n{end}{rest}"
     PAGE.write_text(text)
 
 
@@ -315,10 +324,10 @@ def main() -> None:
     """Measure, keep, draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draw", action="store_true")
-    parser.add_argument("--worker", type=Path)
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker(options.worker)
+        worker(Path(options.worker[0]), options.worker[1:])
         return
     if not options.draw:
         RESULTS.write_text(json.dumps(measure(), indent=1) + "\n")
