@@ -233,7 +233,7 @@ def test_other_settings_do_not_go_into_the_same_output(data, tmp_path):
     for changes in ({"seed": 1}, {"eps": 0.3}, {"copies": 3}, {"flow": random_glow(seed=1)}):
         with pytest.raises(ValueError, match="copies of another kind"):
             augment(data, tmp_path / "out", **changes)
-    (data / "bird").rename(data / "eagle")
+    (data / "dog").rename(data / "duck")  # in the same order
     with pytest.raises(ValueError, match=r"copies of another kind: \{'labels'"):
         augment(data, tmp_path / "out")
     next(data.rglob("*.png")).unlink()
