@@ -14,13 +14,16 @@ from latent_aug.schedules import LatentSchedule
 from latent_aug.transforms import LatentPerturb
 
 if TYPE_CHECKING:
+    from latent_aug.augment import AugmentConfig, augment_images
     from latent_aug.check import check_flow
     from latent_aug.figures import preview
-    from latent_aug.train import TrainConfig, train_flow
+    from latent_aug.recipe import TrainConfig
+    from latent_aug.train import train_flow
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AugmentConfig",
     "Flow",
     "Glow",
     "LatentAdversarial",
@@ -30,6 +33,7 @@ __all__ = [
     "LatentPerturb",
     "LatentSchedule",
     "TrainConfig",
+    "augment_images",
     "check_flow",
     "load_flow",
     "preview",
@@ -38,7 +42,9 @@ __all__ = [
 
 
 LAZY = {
-    "TrainConfig": "train",
+    "AugmentConfig": "augment",
+    "TrainConfig": "recipe",
+    "augment_images": "augment",
     "check_flow": "check",
     "preview": "figures",
     "train_flow": "train",

@@ -1,12 +1,10 @@
-"""The command line: `latent-aug train`, `check`, `preview` and `explore`."""
+"""The command line: `latent-aug train`, `check`, `preview`, `augment` and `explore`."""
 
 from __future__ import annotations
 
 import importlib
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,34 +18,20 @@ from torch import nn
 
 from latent_aug.card import write_card
 from latent_aug.check import GREY_LEVELS, check_flow
+from latent_aug.cli_augment import augment
+from latent_aug.cli_options import DATA, FLOW, NORM, PICTURE, ROOT, SIZE, Norm, errors_as_messages
 from latent_aug.data import UInt8Images, as_batch, open_images
 from latent_aug.figures import preview
 from latent_aug.flows import Glow
 from latent_aug.hub import bundled_flows, load_flow
+from latent_aug.processes import Processes
+from latent_aug.recipe import TrainConfig
 from latent_aug.report import minutes_of
-from latent_aug.train import TrainConfig, train_flow
+from latent_aug.train import train_flow
 from latent_aug.transforms import LatentPerturb
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-
-
-DATA = typer.Argument(help="A folder of images, a tar of them, or torchvision:NAME.")
-ROOT = typer.Option(help="Where torchvision's data sets live.")
-FLOW = typer.Argument(help="A bundled name, a directory, or org/repo on the hub.")
-PICTURE = typer.Option(help="Where to draw.")
-SIZE = typer.Option(help="Resize and crop to this side.")
-NORM = typer.Option(help="Of eps.")
-Norm = Literal["linf", "l2", "rms"]
-
-
-@contextmanager
-def errors_as_messages() -> Iterator[None]:
-    """What a user can mend is a line and exit code 1, not a traceback."""
-    try:
-        yield
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+app.command()(augment)
 
 
 @app.callback()
@@ -77,7 +61,9 @@ def train(
         int | None, typer.Option("--hidden", "-H", help="Coupling network width, else 128.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = TrainConfig.steps,
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = TrainConfig.batch_size,
+    batch_size: Annotated[
+        int, typer.Option(help="Images a step, of all processes together.")
+    ] = TrainConfig.batch_size,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = TrainConfig.lr,
     warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = TrainConfig.warmup,
     decay: Annotated[
@@ -98,6 +84,13 @@ def train(
         float, typer.Option(help="Between saves of the run's state.")
     ] = TrainConfig.checkpoint_minutes,
     workers: Annotated[int, typer.Option(help="Loader processes.")] = TrainConfig.workers,
+    accumulate: Annotated[
+        int, typer.Option(help="Parts in which a process takes its share of a batch.")
+    ] = TrainConfig.accumulate,
+    timeout_minutes: Annotated[
+        float, typer.Option(help="A process that waits longer for another one gives up.")
+    ] = TrainConfig.timeout_minutes,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Even where there is a GPU.")] = False,
     licence: Annotated[str, typer.Option(help="For the card: the weights' licence.")] = "mit",
     about: Annotated[
         str | None, typer.Option(help="For the card: the training data, in words.")
@@ -125,18 +118,28 @@ def train(
             seed=seed,
             checkpoint_minutes=checkpoint_minutes,
             workers=workers,
+            accumulate=accumulate,
+            timeout_minutes=timeout_minutes,
         )
-        images = open_images(data, root=root)
-        held_out = None if validation is None else open_images(validation, root=root, train=False)
-        torch.manual_seed(seed)
-        flow = starting_flow(init, channels, levels, k, hidden)
-        trained = train_flow(flow, images, config, validation=held_out)
+        device = "cpu" if cpu else None
+        processes = Processes(device, timeout_minutes=timeout_minutes)
+        with processes.one_first():  # it may download
+            images = open_images(data, root=root)
+            held_out = (
+                None if validation is None else open_images(validation, root=root, train=False)
+            )
+            torch.manual_seed(seed)
+            flow = starting_flow(init, channels, levels, k, hidden)
+        trained = train_flow(flow, images, config, validation=held_out, device=device)
+        processes.leave()
+        if not processes.is_main:
+            return
         measured = held_out if held_out is not None else images
         card = write_card(
             trained,
             UInt8Images(measured, trained.channels, size),
             output,
-            command=shlex.join(["latent-aug", *sys.argv[1:]]),
+            command=shlex.join([*launcher(processes.count), *sys.argv[1:]]),
             training_data=about or data,
             fine_tuned_from=init,
             measured_on=validation or data,
@@ -247,6 +250,13 @@ def imported_model(name: str) -> nn.Module:
     if not isinstance(found, nn.Module):
         raise ValueError(f"classifier must be module:name of a torch model, got {name!r}")
     return found
+
+
+def launcher(processes: int) -> list[str]:
+    """What comes before the subcommand."""
+    if processes == 1:
+        return ["latent-aug"]
+    return ["accelerate", "launch", "--num_processes", str(processes), "-m", "latent_aug"]
 
 
 def starting_flow(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import tarfile
@@ -23,38 +24,54 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", 
 
 
 class EncodedImages(Dataset[Image.Image]):
-    """Images of one folder tree or one tar (also compressed), without labels, sorted by name.
+    """Images of one folder tree or one tar (also compressed), sorted by name.
 
-    A tar's members are kept in memory as they are, still encoded.
+    Items are images alone; their labels are beside them. A tar's members are kept in memory as
+    they are, still encoded.
+
+    Attributes:
+        names: Of the images, in the folder or the tar.
+        classes: The outermost folders in there, sorted, or numbers in a tar with ``.cls`` members
+            as WebDataset has them; empty where an image lies in no folder.
+        labels: Index of each image's class; None without classes.
 
     Raises:
         FileNotFoundError: The path does not exist, or holds no image.
+        ValueError: It is no tar, or a ``.cls`` member is no number or missing.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.files: list[Path | bytes] = []
-        path = Path(path)
+        path, numbers = Path(path), {}
         if path.is_dir():
             found = (Path(root) / name for root, _, names in os.walk(path) for name in names)
             self.files += sorted(file for file in found if is_image(file.name))
+            self.names = [Path(file).relative_to(path).as_posix() for file in self.files]  # type: ignore[arg-type]
         elif path.is_file():
             try:
-                with tarfile.open(path) as tar:
-                    members = (m for m in tar if m.isfile() and is_image(m.name))
-                    self.files += [read_member(tar, m) for m in sorted(members, key=by_name)]
+                content = read_tar(path)
             except (tarfile.TarError, EOFError, zlib.error) as error:
                 raise ValueError(f"{path} is no folder and no readable tar") from error
+            numbers = {key_of(n): data for n, data in content.items() if not is_image(n)}
+            self.names = sorted(name for name in content if is_image(name))
+            self.files += [content[name] for name in self.names]
         if not self.files:
             raise FileNotFoundError(f"no images ({', '.join(EXTENSIONS)}) found in {path}")
+        self.classes, self.labels = (
+            classes_by_number(self.names, numbers) if numbers else classes_by_folder(self.names)
+        )
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Image.Image:
         file = self.files[index]
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            image.load()
-            return image
+        try:
+            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+                image.load()
+                return image
+        except OSError as error:
+            raise OSError(f"image {self.names[index]} cannot be read: {error}") from error
 
 
 def is_image(name: str) -> bool:
@@ -62,15 +79,46 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS) and not Path(name).name.startswith(".")
 
 
-def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """The content of a regular file in a tar."""
-    file = tar.extractfile(member)
-    return b"" if file is None else file.read()
+def read_tar(path: Path) -> dict[str, bytes]:
+    """Content of the images and ``.cls`` members in a tar, by name."""
+    content = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            if member.isfile() and (is_image(member.name) or member.name.endswith(".cls")):
+                file = tar.extractfile(member)
+                content[member.name] = b"" if file is None else file.read()
+    return content
 
 
-def by_name(member: tarfile.TarInfo) -> str:
-    """Sort key of a tar member."""
-    return member.name
+def key_of(name: str) -> str:
+    """What members of one WebDataset sample share: the name up to the first dot of its end."""
+    folder, slash, end = name.rpartition("/")
+    return folder + slash + end.partition(".")[0]
+
+
+def classes_by_folder(names: list[str]) -> tuple[list[str], list[int] | None]:
+    """Classes and labels by outermost folder; one that is around all folders does not count."""
+    parts = [name.split("/") for name in names]
+    while all(len(part) > 2 and part[0] == parts[0][0] for part in parts):
+        parts = [part[1:] for part in parts]
+    if any(len(part) < 2 for part in parts):
+        return [], None
+    classes = sorted({part[0] for part in parts})
+    index = {name: number for number, name in enumerate(classes)}
+    return classes, [index[part[0]] for part in parts]
+
+
+def classes_by_number(
+    names: list[str], numbers: dict[str, bytes]
+) -> tuple[list[str], list[int] | None]:
+    """Classes and labels by the ``.cls`` member of each image's sample."""
+    labels = []
+    for name in names:
+        number = numbers.get(key_of(name), b"").strip()
+        if not number.isdigit():
+            raise ValueError(f"image {name} has no .cls member with a class's number beside it")
+        labels.append(int(number))
+    return [str(number) for number in range(max(labels) + 1)], labels
 
 
 def open_images(source: str | Path, *, root: str | Path = "data", train: bool = True) -> Any:
@@ -178,3 +226,11 @@ def check_sides(images: UInt8Images, multiple: int) -> None:
             f"images are {height}x{width}, this flow needs sides that divide by {multiple}: give "
             "a size to resize to, or a flow of fewer levels"
         )
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """A fingerprint of tensors' values."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()

@@ -91,6 +91,12 @@ class UsesFlow:
         result._draws, result._fallbacks = Draws(None), FallbackCounter()
         return result
 
+    def with_generator(self, generator: torch.Generator | None) -> Self:
+        """A copy that draws from this generator, with counts of its own."""
+        result = copy.copy(self)
+        result._draws, result._fallbacks = Draws(generator), FallbackCounter()
+        return result
+
     def _unit_range(self, images: Tensor) -> Tensor:
         """A float batch in the user's units as one in [0, 1], its range checked."""
         x = self._normalization.undo(images)

@@ -33,14 +33,21 @@ _reseeded: dict[int, tuple[int, torch.Generator]] = {}
 
 
 def rank() -> int | None:
-    """Of this process in distributed training; None in a training of one process.
+    """Of this process in distributed training; None in a training of one process."""
+    own, count = rank_and_count()
+    return own if count > 1 else None
 
-    Loader workers, where torch.distributed is not set up, know it from their environment.
+
+def rank_and_count() -> tuple[int, int]:
+    """Of this process among how many; (0, 1) alone.
+
+    Loader workers, where torch.distributed is not set up, know it from their environment, as do
+    processes of torchrun or accelerate that do not set it up at all.
     """
     if dist.is_available() and dist.is_initialized():
-        return dist.get_rank() if dist.get_world_size() > 1 else None
-    given, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    return int(given) if given.isdecimal() and size not in ("", "1") else None
+        return dist.get_rank(), dist.get_world_size()
+    own, count = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return (int(own), int(count)) if own.isdecimal() and count.isdecimal() else (0, 1)
 
 
 def mixed(*numbers: int) -> int:

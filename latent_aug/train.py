@@ -2,94 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from latent_aug.batches import StepSampler, generator_for, random_crop, random_flip
-from latent_aug.data import UInt8Images, as_batch, check_sides
+from latent_aug.batches import ImageDraws, StepSampler, cropped, draws_for, flipped, generator_for
+from latent_aug.data import UInt8Images, as_batch, check_sides, digest
 from latent_aug.flows import Glow
-from latent_aug.flows.base import RUN_NAME
+from latent_aug.flows.base import RUN_NAME, bits_of, dequantized
 from latent_aug.flows.engine import keep_freed_memory
+from latent_aug.processes import Processes
+from latent_aug.recipe import TrainConfig, learning_rate, resolve_dtype, warmed_up_ema
 from latent_aug.report import append_to_log, draw, mean_bits_per_dim
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How `train_flow` trains.
-
-    Args:
-        output: Directory for the flow, its log, its pictures and the state of the run.
-        steps: Optimizer steps.
-        batch_size: Images per step.
-        lr: Adam's learning rate.
-        warmup: Steps over which the learning rate rises from 0.
-        decay: Last share of the steps over which it falls to 0.
-        clip_norm: Greatest norm of the gradient of the bits/dim.
-        ema: Decay of the exponential moving average of the weights, which is what is kept.
-        flip: Mirror each image with probability ½.
-        crop: Zero-pad by this many pixels and crop back at random.
-        network_dtype: Precision of the coupling networks; "auto" measures which is faster here.
-        size: Resize and crop images to this side.
-        seed: Of order, noise and augmentation.
-        checkpoint_minutes: Time between two saves of the run's state.
-        validation_images: At most this many held-out images measure a checkpoint.
-        workers: Loader processes for images that do not fit into memory.
-
-    Raises:
-        ValueError: A number is out of range.
-    """
-
-    output: str | Path
-    steps: int = 6000
-    batch_size: int = 64
-    lr: float = 1e-3
-    warmup: int = 200
-    decay: float = 0.4
-    clip_norm: float = 50.0
-    ema: float = 0.998
-    flip: bool = True
-    crop: int = 0
-    network_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    size: int | None = None
-    seed: int = 0
-    checkpoint_minutes: float = 3.0
-    validation_images: int = 1000
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "lr", "clip_norm", "validation_images"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
-        for name in ("warmup", "crop", "workers", "checkpoint_minutes"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
-        for name in ("decay", "ema"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
-        if self.network_dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(
-                f"network_dtype must be 'auto', 'float32' or 'bfloat16', got {self.network_dtype!r}"
-            )
-
-    def recipe(self) -> dict[str, Any]:
-        """What decides the result: everything but where, how often and by whom it is written."""
-        elsewhere = ("output", "checkpoint_minutes", "validation_images", "workers")
-        return {k: v for k, v in asdict(self).items() if k not in elsewhere}
 
 
 def train_flow(
@@ -108,13 +42,17 @@ def train_flow(
     with the same arguments ends in the weights it would have reached undisturbed. (Two runs in
     two directories agree only with a `network_dtype` other than "auto", which is measured.)
 
+    Under `accelerate launch` or torchrun each process takes its share of every step's batch, and
+    the main one writes. Batches, noise and losses do not depend on the number of processes, so a
+    run may be resumed on another one; only sums of floats come in another order.
+
     Args:
         flow: An untrained Glow, or a trained one to fine-tune; it is trained in place.
         dataset: Images, or tuples that begin with one: PIL, uint8, or float in [0, 1]. Labels
             are not used. Augmentation belongs in the config, where it is repeatable.
         config: The recipe.
         validation: Held-out images for the bits/dim at each checkpoint.
-        device: Where to train; by default an accelerator if there is one.
+        device: Where to train; by default an accelerator if there is one, each process its own.
         progress: Show a progress bar with bits/dim and images/s.
 
     Returns:
@@ -122,7 +60,8 @@ def train_flow(
 
     Raises:
         FloatingPointError: The loss or its gradient is not finite; names the step.
-        ValueError: The dataset does not fit the flow, or `config.output` holds another run.
+        ValueError: The dataset does not fit the flow, `config.output` holds another run, or the
+            processes do not see the same images, or outnumber those of a batch.
 
     Source: the paper's A.2; Kingma & Dhariwal 2018; Theis et al. 2016 for the dequantization.
 
@@ -136,16 +75,14 @@ def train_flow(
         >>> flow.bits_per_dim(images).shape
         torch.Size([64])
     """
+    processes = Processes(device, timeout_minutes=config.timeout_minutes)
     images = UInt8Images(dataset, flow.channels, config.size)
     held_out = None if validation is None else UInt8Images(validation, flow.channels, config.size)
     check_sides(images, flow.multiple)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    run = Run(flow.to(device), config, images)
-    output = Path(config.output)
+    run = Run(flow.to(processes.device), config, images, processes)
     resumed = f"resumed at step {run.step}" if run.step else "training"
-    bar = tqdm(
-        total=config.steps, initial=run.step, unit="step", desc=resumed, disable=not progress
-    )
+    hidden = not (progress and processes.is_main)
+    bar = tqdm(total=config.steps, initial=run.step, unit="step", desc=resumed, disable=hidden)
     last_save, loss = time.monotonic(), None
     for batch in run.batches():
         started = time.monotonic()
@@ -153,20 +90,32 @@ def train_flow(
         run.seconds += time.monotonic() - started
         bar.update()
         bar.set_postfix_str(
-            f"{loss:.3f} bits/dim, {len(batch) / (time.monotonic() - started):.0f} images/s"
+            f"{loss:.3f} bits/dim, {run.batch_size / (time.monotonic() - started):.0f} images/s"
         )
         if time.monotonic() - last_save > 60 * config.checkpoint_minutes:
-            run.report(held_out, loss)
-            run.save()
+            run.checkpoint(held_out, loss)
             last_save = time.monotonic()
     bar.close()
     if loss is not None:
-        run.report(held_out, loss)  # first: a run saved as finished has its last report
-        run.save()
+        run.checkpoint(held_out, loss)
     flow.network_dtype = None
     averaged = run.averaged()
-    averaged.save_pretrained(output)
+    if processes.is_main:
+        averaged.save_pretrained(config.output)
+    processes.wait()
     return averaged
+
+
+class Likelihood(nn.Module):
+    """A flow's bits/dim as a forward pass, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, flow: Glow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        """Of images (B, C, H, W) in [0, 1] and uniform noise in [0, 1): (B,)."""
+        return bits_of(self.flow.log_prob(dequantized(x, noise)), x)
 
 
 class Run:
@@ -176,32 +125,46 @@ class Run:
         flow: The flow to train, on the device to train on.
         config: The recipe.
         images: The training images.
+        processes: This process among those that train together.
     """
 
-    def __init__(self, flow: Glow, config: TrainConfig, images: UInt8Images) -> None:
-        self.flow, self.config, self.images = flow, config, images
-        self.device = next(flow.parameters()).device
+    def __init__(
+        self, flow: Glow, config: TrainConfig, images: UInt8Images, processes: Processes
+    ) -> None:
+        self.flow, self.config, self.images, self.processes = flow, config, images, processes
+        self.batch_size = min(config.batch_size, len(images))
+        if self.batch_size < processes.count:
+            raise ValueError(
+                f"batch_size is of all {processes.count} processes, each of which needs an image "
+                f"of the {self.batch_size} a step"
+            )
         self.step, self.seconds = 0, 0.0
         self.path = Path(config.output) / RUN_NAME
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.identity = self._identity()
-        saved = self._load()
-        self.dtype_name = saved["dtype_name"] if saved else resolve_dtype(config, flow, self.device)
+        processes.agree("what is trained on what", self.identity)
+        saved = processes.from_main(self._load)
+        self.dtype_name = (
+            saved["dtype_name"]
+            if saved
+            else processes.from_main(lambda: resolve_dtype(config, flow, processes.device))
+        )
         if not saved and not flow.is_initialized():
-            flow.initialize(
-                self.augment(self.first_batch(), torch.Generator().manual_seed(config.seed))
-            )
+            first = self.first_batch()
+            draws = draws_for(config.seed, -1, range(len(first)), images.shape, config.crop)
+            flow.initialize(self.augment(first, draws))
         flow.requires_grad_(True).train()
         keep_freed_memory()
+        if saved:
+            flow.load_state_dict(saved["flow"])
+        self.likelihood = processes.shared(Likelihood(flow))  # from here on all have one's weights
         self.optimizer = torch.optim.Adam(flow.parameters(), lr=config.lr)
         self.average = AveragedModel(flow, multi_avg_fn=warmed_up_ema(config.ema))
         if saved:
-            flow.load_state_dict(saved["flow"])
             self.average.load_state_dict(saved["average"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step, self.seconds = saved["step"], saved["seconds"]
         flow.network_dtype = getattr(torch, self.dtype_name)
-        if not saved:
+        if not saved and processes.is_main:
             self.save()  # what was decided and initialised is this run's from now on
 
     def first_batch(self) -> Tensor:
@@ -210,49 +173,73 @@ class Run:
         return as_batch(self.images.__getitems__(order[:256].tolist()))
 
     def batches(self) -> Iterator[Tensor]:
-        """The batches that are left, uint8 (B, C, H, W)."""
+        """This process's shares of the batches that are left, uint8 (B, C, H, W)."""
+        self.sampler = StepSampler(
+            len(self.images),
+            self.batch_size,
+            self.step,
+            self.config.steps,
+            self.config.seed,
+            rank=self.processes.rank,
+            processes=self.processes.count,
+        )
         return iter(
             DataLoader(
                 self.images,
-                batch_sampler=StepSampler(
-                    len(self.images),
-                    self.config.batch_size,
-                    self.step,
-                    self.config.steps,
-                    self.config.seed,
-                ),
+                batch_sampler=self.sampler,
                 num_workers=0 if self.images.kept is not None else self.config.workers,
                 collate_fn=as_batch,
             )
         )
 
-    def augment(self, batch: Tensor, generator: torch.Generator) -> Tensor:
-        """uint8 to float in [0, 1] on the device, mirrored and cropped at random."""
+    def augment(self, batch: Tensor, draws: ImageDraws) -> Tensor:
+        """uint8 to float in [0, 1] on the device, mirrored and cropped as was drawn."""
         if self.config.flip:
-            batch = random_flip(batch, generator)
+            batch = flipped(batch, draws.mirrored)
         if self.config.crop:
-            batch = random_crop(batch, self.config.crop, generator)
-        return batch.to(self.device) / 255
+            batch = cropped(batch, self.config.crop, draws.corners)
+        return batch.to(self.processes.device) / 255
 
     def train_step(self, batch: Tensor) -> float:
-        """One step; the batch's bits/dim."""
-        generator = generator_for(self.config.seed, self.step)
-        x = self.augment(batch, generator)
+        """One step with this process's share of a batch; the whole batch's bits/dim."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
-        loss = self.flow.bits_per_dim(x, generator=generator).mean()
         self.optimizer.zero_grad()
-        loss.backward()
+        loss = self.processes.total(self.backward(batch)).item()
         norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), self.config.clip_norm)
-        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+        if not math.isfinite(loss) or not math.isfinite(norm.item()):
             raise FloatingPointError(
-                f"step {self.step}: loss {loss.item()}, gradient norm {norm.item()}; lower lr or "
+                f"step {self.step}: loss {loss}, gradient norm {norm.item()}; lower lr or "
                 f"raise warmup (last saved state: {self.path})"
             )
         self.optimizer.step()
         self.average.update_parameters(self.flow)
         self.step += 1
-        return loss.item()
+        return loss
+
+    def backward(self, batch: Tensor) -> Tensor:
+        """Gradients of the whole batch's mean bits/dim; this share's part of that mean, a scalar.
+
+        The share goes through in `accumulate` parts; the last one's backward pass brings the
+        gradients of all processes together.
+        """
+        parts = batch.chunk(self.config.accumulate)
+        first, loss = self.sampler.places.start, torch.zeros((), device=self.processes.device)
+        for number, part in enumerate(parts, 1):
+            places = range(first, first + len(part))
+            draws = draws_for(self.config.seed, self.step, places, part.shape[1:], self.config.crop)
+            x, noise = self.augment(part, draws), draws.noise.to(self.processes.device)
+            with self.processes.unshared(self.likelihood) if number < len(parts) else nullcontext():
+                bits = self.likelihood(x, noise).sum() / self.batch_size
+                self.processes.backward(bits)
+            first, loss = places.stop, loss + bits.detach()
+        return loss
+
+    def checkpoint(self, held_out: UInt8Images | None, loss: float) -> None:
+        """Report and save, in the main process."""
+        if self.processes.is_main:
+            self.report(held_out, loss)  # first: a run saved as finished has its last report
+            self.save()
 
     def average_flow(self) -> Glow:
         """The averaged flow as it stands."""
@@ -275,6 +262,7 @@ class Run:
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         torch.save(state, partial)
         os.replace(partial, self.path)
@@ -319,47 +307,3 @@ class Run:
                     "(then, now); use the same settings, or another output"
                 )
         return saved
-
-
-def digest(tensors: Iterable[Tensor]) -> str:
-    """A fingerprint of tensors' values."""
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()
-
-
-def warmed_up_ema(ema: float) -> Callable[[Any, Any, Any], None]:
-    """An exponential moving average that forgets its first, untrained weights sooner."""
-
-    def update(averaged: Any, current: Any, count: Any) -> None:
-        decay = min(ema, (1 + int(count)) / (10 + int(count)))
-        get_ema_multi_avg_fn(decay)(averaged, current, count)
-
-    return update
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, constant, linear decay to 0 over the last `decay` of the steps."""
-    rising = (step + 1) / max(config.warmup, 1)
-    falling = (config.steps - step) / max(config.decay * config.steps, 1)
-    return config.lr * min(1.0, rising, falling)
-
-
-def resolve_dtype(config: TrainConfig, flow: Glow, device: torch.device) -> str:
-    """Which precision of the coupling networks trains faster on this machine."""
-    if config.network_dtype != "auto":
-        return config.network_dtype
-    seconds = {}
-    for name in ("float32", "bfloat16"):
-        dtype: torch.dtype = getattr(torch, name)
-        x = torch.ones(32, flow.hidden, 16, 16, dtype=dtype, device=device)
-        x = x.contiguous(memory_format=torch.channels_last)
-        weight = x.new_ones(flow.hidden, flow.hidden, 1, 1)
-        for _ in range(4):  # the last, warmed-up run counts
-            started = time.perf_counter()
-            for _ in range(8):
-                out = F.conv2d(x, weight)
-            float(out.flatten()[0])  # waits for an accelerator
-            seconds[name] = time.perf_counter() - started
-    return min(seconds, key=lambda name: seconds[name])

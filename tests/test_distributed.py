@@ -6,8 +6,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import convolutional_classifier, free_port, join_group, random_glow
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from latent_aug import LatentAdversarial
+from latent_aug import LatentAdversarial, LatentLoader, LatentPerturb
 
 RANKS, STEPS = 2, 3
 
@@ -88,3 +89,69 @@ def test_two_processes_are_as_one(options):
             results[rank][1], dict(models[rank].state_dict()), atol=1e-5, rtol=1e-4
         )
     assert not torch.equal(results[0][0][0], results[1][0][0])
+
+
+def collectives():
+    """How many this process has taken part in."""
+    if not dist.is_initialized():
+        return 0
+    return dist.distributed_c10d._get_default_group()._get_sequence_number_for_group()
+
+
+def perturbed_epoch(model):
+    """Batches from the loader, the same attacked, and collectives there and in training.
+
+    Every process has the same images, and the same seed in its global generator.
+    """
+    torch.manual_seed(0)
+    data = TensorDataset(0.2 + 0.6 * torch.rand(8, 3, 16, 16), torch.arange(8) % 4)
+    torch.manual_seed(1)
+    flow = random_glow()
+    loaders = [
+        LatentLoader(DataLoader(data, 4), LatentPerturb(0.3, flow=flow), seed=seed)
+        for seed in (5, None)
+    ]
+    attack = LatentAdversarial(model, flow=flow, steps=2, p=0.5)
+    found, perturbing, training = [], 0, 0
+    for loader in loaders:
+        before = collectives()
+        for batch in loader:
+            images, labels = attack.step(batch)
+            perturbing, before = perturbing + collectives() - before, collectives()
+            found.append((batch[0], images))
+            F.cross_entropy(model(images), labels).backward()
+            training, before = training + collectives() - before, collectives()
+    return found, perturbing, training
+
+
+def perturb_together(rank, port, results):
+    """What each process runs."""
+    join_group(rank, port, RANKS)
+    torch.set_num_threads(1)
+    model = nn.parallel.DistributedDataParallel(convolutional_classifier().eval())
+    results[rank] = perturbed_epoch(model)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_loader_and_attack_draw_by_rank_and_say_nothing(monkeypatch):
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(
+            perturb_together, args=(free_port(), results), nprocs=RANKS, join=True
+        )
+        results = dict(results)
+    for rank in range(RANKS):
+        found, perturbing, training = results[rank]
+        assert perturbing == 0
+        assert training >= len(found)  # it is heard, so silence means something
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(RANKS))
+        expected, _, _ = perturbed_epoch(convolutional_classifier().eval())
+        for ours, alone in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, alone, atol=1e-4, rtol=0)
+    for first, second in zip(results[0][0], results[1][0], strict=True):
+        assert all(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    everything = [batch for rank in range(RANKS) for batch, _ in results[rank][0]]
+    assert len(torch.cat(everything).unique(dim=0)) == len(everything) * 4

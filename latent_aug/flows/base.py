@@ -50,6 +50,16 @@ def digest_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def dequantized(x: Tensor, noise: Tensor) -> Tensor:
+    """8-bit images (values v / 255) spread over their bins by uniform noise in [0, 1)."""
+    return x + (noise - 0.5) / 255
+
+
+def bits_of(log_prob: Tensor, x: Tensor) -> Tensor:
+    """Bits per dimension of 8-bit images (B, C, H, W) from their log-density (B,), in nats."""
+    return (math.log(255) - log_prob / x[0].numel()) / math.log(2)
+
+
 class Flow(nn.Module):
     """An invertible map between images and latents of the same shape, with an N(0, I) prior.
 
@@ -127,8 +137,7 @@ class Flow(nn.Module):
         an upper bound on the bits of the discrete image (Theis et al. 2016, §3.1).
         """
         noise = uniform(x.shape, x, generator)
-        nats = self.log_prob(x + (noise - 0.5) / 255, y)
-        return (math.log(255) - nats / x[0].numel()) / math.log(2)
+        return bits_of(self.log_prob(dequantized(x, noise), y), x)
 
     def weights_version(self) -> tuple[Any, ...]:
         """Something that changes when a parameter or buffer is written to, moved or replaced.

@@ -1,0 +1,318 @@
+"""Perturbed copies of a data set on disk, for training loops that read files."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import operator
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
+from tqdm import tqdm
+
+from latent_aug.arguments import one_of, positive
+from latent_aug.data import EncodedImages, digest, to_uint8
+from latent_aug.randomness import mixed, rank_and_count
+from latent_aug.shards import Sample, replaced, write_files, write_tar, write_text
+from latent_aug.transforms import LatentPerturb
+
+SETTINGS_NAME, CLASSES_NAME = "augment.json", "classes.txt"
+SUFFIXES = {"png": "png", "jpeg": "jpg"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """What `augment_images` writes.
+
+    Args:
+        output: Directory for the copies; empty, or of the same job stopped before.
+        copies: Perturbed copies of each image.
+        originals: Write each image itself as well, as copy 0.
+        form: "shards" writes tars as WebDataset reads them, "folder" one folder for each class, as
+            torchvision's ImageFolder reads them.
+        shard_size: Images of a shard, which is written or missing as a whole.
+        image_format: "png" is lossless, "jpeg" smaller.
+        quality: Of "jpeg", 1 to 100.
+        size: Resize and crop images to this side; None keeps their sizes.
+        batch_size: Images of one size that go through the flow together.
+        seed: Of order and noise.
+
+    Raises:
+        ValueError, TypeError: An argument is out of range.
+    """
+
+    output: str | Path
+    copies: int = 1
+    originals: bool = False
+    form: Literal["shards", "folder"] = "shards"
+    shard_size: int = 1000
+    image_format: Literal["png", "jpeg"] = "png"
+    quality: int = 95
+    size: int | None = None
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("copies", "shard_size", "batch_size", "quality"):
+            positive(name, getattr(self, name))
+        if self.size is not None:
+            positive("size", self.size)
+        if self.quality > 100:
+            raise ValueError(f"quality must lie in 1 to 100, got {self.quality!r}")
+        one_of("form", self.form, ("shards", "folder"))
+        one_of("image_format", self.image_format, ("png", "jpeg"))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
+
+
+@dataclass(frozen=True)
+class AugmentReport:
+    """What one worker did: shards written and found, images written, images left as they were."""
+
+    written: int
+    found: int
+    images: int
+    fallbacks: int
+
+
+def augment_images(
+    dataset: Any,
+    transform: LatentPerturb,
+    config: AugmentConfig,
+    *,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> AugmentReport:
+    """Write perturbed copies of a data set's images, with their labels, in shards.
+
+    Each copy of the data set is in an order of its own. A shard follows from the seed and its
+    number alone, and is there as a whole or not at all: the same call again writes those that are
+    missing. Several processes with RANK and WORLD_SIZE in their environment, as torchrun and
+    accelerate start them, take the shards in turn and need not talk to each other.
+
+    Beside the shards lie ``augment.json``, the settings, and ``classes.txt``, a class a line in the
+    order of the labels.
+
+    Args:
+        dataset: Images, or (image, label, ...): PIL, uint8, or float in [0, 1]; they are
+            converted to the flow's channels. Labels are class indices.
+        transform: How to perturb; its generator is not used.
+        config: What to write, and where.
+        device: Where to perturb; by default an accelerator if there is one, shared in turn by the
+            processes of a machine.
+        progress: Show a progress bar, in the first process.
+
+    Returns:
+        What this process did.
+
+    Raises:
+        ValueError: The data set does not fit the flow, or `config.output` holds something else.
+        OSError: An image cannot be read; says which.
+
+    Source: none in the paper, which perturbs in training.
+
+    Example:
+        >>> import tempfile
+        >>> perturb = LatentPerturb(flow="glow-fashionmnist")
+        >>> data = [(torch.rand(1, 28, 28), label) for label in range(4)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     config = AugmentConfig(output=folder, copies=2, shard_size=4)
+        ...     augment_images(data, perturb, config, progress=False)
+        ...     sorted(os.listdir(folder))
+        AugmentReport(written=2, found=0, images=8, fallbacks=0)
+        ['augment.json', 'shard-000000.tar', 'shard-000001.tar']
+    """
+    job = Job(dataset, transform, config, device)
+    job.write_settings()
+    rank, count = rank_and_count()
+    mine = range(rank, job.shards, count)
+    missing = [shard for shard in mine if not job.path(shard).exists()]
+    total = sum(len(job.items(shard)) for shard in missing)
+    with tqdm(total=total, unit="image", disable=not progress or rank > 0) as bar:
+        for shard in missing:
+            job.write(shard, bar)
+    fallbacks = job.transform.fallbacks
+    return AugmentReport(len(missing), len(mine) - len(missing), total, fallbacks)
+
+
+class Job:
+    """A data set's copies, shard by shard.
+
+    Args:
+        dataset: See `augment_images`.
+        transform: See `augment_images`.
+        config: See `augment_images`.
+        device: Where to perturb.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        transform: LatentPerturb,
+        config: AugmentConfig,
+        device: str | torch.device | None,
+    ) -> None:
+        if not isinstance(transform, LatentPerturb):
+            raise TypeError(f"transform must be a LatentPerturb, got {type(transform).__name__}")
+        if not hasattr(dataset, "__len__") or len(dataset) == 0:
+            raise ValueError(f"dataset must have a length above 0, got {type(dataset).__name__}")
+        self.channels = transform.flow.channels
+        if self.channels not in (1, 3):
+            raise ValueError(f"files are of 1 or 3 channels, the flow's images of {self.channels}")
+        self.dataset, self.config, self.count = dataset, config, len(dataset)
+        self.generator = torch.Generator()
+        self.transform = transform.with_generator(self.generator)
+        self.device = torch.device(device) if device else own_device()
+        self.output = Path(config.output)
+        self.classes: list[str] = [str(name) for name in getattr(dataset, "classes", None) or []]
+        self._order: tuple[int, list[int]] = (-1, [])  # the last one's copy and order
+        self.samples = self.count * (config.copies + config.originals)
+        self.shards = -(-self.samples // config.shard_size)
+
+    def path(self, shard: int) -> Path:
+        """The file that is there when a shard is."""
+        folder = self.config.form == "folder"
+        return self.output / (f".shard-{shard:06}.done" if folder else f"shard-{shard:06}.tar")
+
+    def items(self, shard: int) -> range:
+        """The images of a shard, counted over all copies."""
+        first = shard * self.config.shard_size
+        return range(first, min(first + self.config.shard_size, self.samples))
+
+    def write(self, shard: int, bar: Any) -> None:
+        """Make a shard and put it in its place."""
+        self.generator.manual_seed(mixed(self.config.seed, shard))
+        for left in self.output.glob(f".{self.path(shard).name}.*.partial"):  # by a kill
+            left.unlink(missing_ok=True)
+        samples, suffix = self.perturbed(self.items(shard), bar), SUFFIXES[self.config.image_format]
+        if self.config.form == "shards":
+            write_tar(self.path(shard), samples, suffix)
+        else:
+            write_files(self.output, samples, suffix, self.classes)
+            with replaced(self.path(shard)) as partial:
+                partial.touch()
+
+    def perturbed(self, items: range, bar: Any) -> Iterator[Sample]:
+        """The samples of a shard, encoded."""
+        step = self.config.batch_size
+        for first in range(items.start, items.stop, step):
+            chosen = [self.chosen(k) for k in range(first, min(first + step, items.stop))]
+            read = [self.read(index) for index, _ in chosen]
+            images, labels = [image for image, _ in read], [label for _, label in read]
+            groups: dict[Any, list[int]] = {}
+            for place, (_, copy) in enumerate(chosen):
+                if copy:
+                    groups.setdefault(images[place].shape, []).append(place)
+            for places in groups.values():
+                moved = self.moved([images[i] for i in places], [labels[i] for i in places])
+                for place, image in zip(places, moved, strict=True):
+                    images[place] = image
+            for (index, copy), image, label in zip(chosen, images, labels, strict=True):
+                yield Sample(f"{index:08}-{copy}", self.encoded(image), label)
+            bar.update(len(chosen))
+
+    def chosen(self, item: int) -> tuple[int, int]:
+        """Which image and which copy of it; 0 is the image itself."""
+        copy, place = divmod(item, self.count)
+        return self.order(copy)[place], copy + (not self.config.originals)
+
+    def order(self, copy: int) -> list[int]:
+        """The order of the images in a copy."""
+        if self._order[0] != copy:
+            generator = torch.Generator().manual_seed(mixed(self.config.seed, copy, self.count))
+            self._order = copy, torch.randperm(self.count, generator=generator).tolist()
+        return self._order[1]
+
+    def read(self, index: int) -> tuple[Tensor, int | None]:
+        """An image, uint8 (C, H, W), and its label."""
+        sample = self.dataset[index]
+        image = to_uint8(sample, self.channels, self.config.size)
+        if isinstance(self.dataset, EncodedImages):
+            return image, None if self.dataset.labels is None else self.dataset.labels[index]
+        if not isinstance(sample, (tuple, list)) or len(sample) < 2:
+            return image, None
+        try:
+            return image, operator.index(sample[1])
+        except TypeError as error:
+            raise ValueError(
+                f"labels must be class indices, image {index} has {sample[1]!r}"
+            ) from error
+
+    def moved(self, images: list[Tensor], labels: list[int | None]) -> Tensor:
+        """Images of one size, perturbed."""
+        batch = torch.stack(images).to(self.device)
+        if not self.transform.flow.num_classes:
+            result: Tensor = self.transform(batch)
+        elif None in labels:
+            raise ValueError("the flow is conditional on classes, and the data set has no labels")
+        else:
+            result, _ = self.transform(batch, torch.tensor(labels))
+        return result.cpu()
+
+    def encoded(self, image: Tensor) -> bytes:
+        """An image file."""
+        file, jpeg = io.BytesIO(), self.config.image_format == "jpeg"
+        options = {"quality": self.config.quality} if jpeg else {}
+        to_pil_image(image).save(file, self.config.image_format, **options)
+        return file.getvalue()
+
+    def write_settings(self) -> None:
+        """Say what the output is of, or see that it is of the same.
+
+        Raises:
+            ValueError: It is not.
+        """
+        self.output.mkdir(parents=True, exist_ok=True)
+        path = self.output / SETTINGS_NAME
+        others = [p.name for p in self.output.iterdir() if not p.name.startswith(".")]
+        if others and not path.exists():  # in this order: other workers write it first
+            raise ValueError(f"output {self.output} must be empty, it holds {others[0]}")
+        own = json.loads(json.dumps(self.settings()))
+        if not path.exists():
+            write_text(path, json.dumps(own, indent=1) + "\n")
+        else:
+            then = json.loads(path.read_text())
+            changed = {k: (then.get(k), own.get(k)) for k in own if then.get(k) != own[k]}
+            if changed:
+                raise ValueError(
+                    f"output {self.output} holds copies of another kind: {changed} (then, now); "
+                    "use the same settings, or another output"
+                )
+        if self.classes:
+            write_text(self.output / CLASSES_NAME, "".join(f"{name}\n" for name in self.classes))
+
+    def labels_digest(self) -> str:
+        """A fingerprint of the classes, and of each file's name and label where they are known."""
+        known = self.dataset if isinstance(self.dataset, EncodedImages) else None
+        parts = [self.classes, known and known.names, known and known.labels]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the shards' content."""
+        some = torch.linspace(0, self.count - 1, min(self.count, 16)).long().tolist()
+        config = {k: v for k, v in asdict(self.config).items() if k != "output"}
+        return {
+            **config,
+            "transform": repr(self.transform),
+            "away": self.transform.away,
+            "flow": digest(self.transform.flow.state_dict().values()),
+            "network_dtype": str(getattr(self.transform.flow, "network_dtype", None) or "float32"),
+            "images": self.count,
+            "data": digest([self.read(index)[0] for index in some]),
+            "labels": self.labels_digest(),
+            "shards": self.shards,
+        }
+
+
+def own_device() -> torch.device:
+    """The accelerator that falls to this process of its machine, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

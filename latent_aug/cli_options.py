@@ -1,0 +1,31 @@
+"""What the commands of the command line have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import typer
+
+from latent_aug.randomness import rank_and_count
+
+DATA = typer.Argument(help="A folder of images, a tar of them, or torchvision:NAME.")
+ROOT = typer.Option(help="Where torchvision's data sets live.")
+FLOW = typer.Argument(help="A bundled name, a directory, or org/repo on the hub.")
+PICTURE = typer.Option(help="Where to draw.")
+SIZE = typer.Option(help="Resize and crop to this side.")
+NORM = typer.Option(help="Of eps.")
+Norm = Literal["linf", "l2", "rms"]
+
+
+@contextmanager
+def errors_as_messages() -> Iterator[None]:
+    """What a user can mend is a line and exit code 1, not a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        own, count = rank_and_count()
+        who = f"rank {own}: " if count > 1 else ""
+        typer.echo(f"{who}error: {error}", err=True)
+        raise typer.Exit(1) from error

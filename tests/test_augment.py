@@ -1,0 +1,333 @@
+"""Copies of a data set on disk: what is in them, shard by shard, by any number of workers."""
+
+import gc
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+import webdataset
+from conftest import ByClass, Identity, random_glow
+from PIL import Image
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from typer.testing import CliRunner
+
+from latent_aug import AugmentConfig, LatentPerturb, augment_images
+from latent_aug.cli import app
+from latent_aug.data import EncodedImages, to_uint8
+
+CLASSES = ("bird", "cat", "dog")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """An ImageFolder of 10 images in three classes, of two sizes."""
+    generator = torch.Generator().manual_seed(1)
+    for number in range(10):
+        folder = tmp_path / "data" / CLASSES[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        coarse = torch.rand(1, 3, 3, 3, generator=generator)
+        size = (16, 16) if number < 8 else (12, 20)
+        image = F.interpolate(coarse, size=size, mode="bilinear")[0]
+        to_pil_image((60 + 140 * image).byte()).save(folder / f"{number}.png")
+    return tmp_path / "data"
+
+
+def augment(data, output, *, eps=0.25, flow=None, **changes):
+    settings = {"output": output, "copies": 2, "shard_size": 8, "batch_size": 4, **changes}
+    transform = LatentPerturb(eps, flow=flow or random_glow())
+    dataset = data if isinstance(data, list) else EncodedImages(data)
+    return augment_images(dataset, transform, AugmentConfig(**settings), progress=False)
+
+
+def read(output, suffix="png"):
+    """What WebDataset reads: image and label by key."""
+    shards = sorted(str(path) for path in output.glob("*.tar"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves its files to the collector
+        samples = webdataset.WebDataset(shards, shardshuffle=False).decode("pilrgb")
+        found = list(samples.to_tuple("__key__", suffix, "cls"))
+        del samples
+        gc.collect()
+    return {key: (image, label) for key, image, label in found}
+
+
+def contents(output):
+    """Bytes of every file, by name."""
+    files = (path for path in output.rglob("*") if path.is_file())
+    return {path.relative_to(output).as_posix(): path.read_bytes() for path in files}
+
+
+def as_worker(monkeypatch, rank, count):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+
+
+def test_shards_hold_every_copy_with_its_label(data, tmp_path):
+    report = augment(data, tmp_path / "out")
+    assert (report.written, report.found, report.images) == (3, 0, 20)
+    samples, dataset = read(tmp_path / "out"), EncodedImages(data)
+    assert sorted(samples) == [f"{i:08}-{copy}" for i in range(10) for copy in (1, 2)]
+    for index in range(10):
+        first, second = (pil_to_tensor(samples[f"{index:08}-{copy}"][0]) for copy in (1, 2))
+        original = to_uint8(dataset[index], 3)
+        assert first.shape == original.shape
+        for a, b in ((first, second), (first, original), (second, original)):
+            assert not torch.equal(a, b)
+        assert samples[f"{index:08}-1"][1] == samples[f"{index:08}-2"][1] == dataset.labels[index]
+    assert (tmp_path / "out" / "classes.txt").read_text().split() == list(CLASSES)
+    settings = json.loads((tmp_path / "out" / "augment.json").read_text())
+    assert (settings["shards"], settings["images"], settings["seed"]) == (3, 10, 0)
+
+
+def test_copies_without_noise_are_the_images(data, tmp_path):
+    augment(data, tmp_path / "out", eps=0.0, originals=True, copies=1)
+    samples, dataset = read(tmp_path / "out"), EncodedImages(data)
+    for index in range(10):
+        for copy in (0, 1):
+            image = pil_to_tensor(samples[f"{index:08}-{copy}"][0])
+            assert torch.equal(image, to_uint8(dataset[index], 3))
+
+
+def test_each_copy_is_shuffled(data, tmp_path):
+    augment(data, tmp_path / "out", shard_size=10)
+    orders = []
+    for shard in range(2):
+        with tarfile.open(tmp_path / "out" / f"shard-{shard:06}.tar") as tar:
+            names = [name for name in tar.getnames() if name.endswith("png")]
+        orders.append([int(name.split("-")[0]) for name in names])
+        assert {name.split("-")[1] for name in names} == {f"{shard + 1}.png"}
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(10))
+    assert orders[0] != orders[1] != list(range(10))
+
+
+@pytest.mark.parametrize("form", ["shards", "folder"])
+def test_any_number_of_workers_writes_the_same(data, tmp_path, monkeypatch, form):
+    augment(data, tmp_path / "alone", form=form)
+    torch.manual_seed(123)  # the global random state has no say
+    written = []
+    for rank in (1, 2, 0):
+        as_worker(monkeypatch, rank, 3)
+        written.append(augment(data, tmp_path / "three", form=form).written)
+    assert written == [1, 1, 1]
+    assert contents(tmp_path / "three") == contents(tmp_path / "alone")
+    monkeypatch.undo()
+    augment(data, tmp_path / "other", form=form, seed=1)
+    assert contents(tmp_path / "other") != contents(tmp_path / "alone")
+
+
+def test_a_folder_is_an_image_folder(data, tmp_path):
+    augment(data, tmp_path / "out", form="folder", image_format="jpeg")
+    written, original = ImageFolder(tmp_path / "out"), ImageFolder(data)
+    assert written.class_to_idx == original.class_to_idx
+    assert len(written) == 20
+    assert all(path.endswith(".jpg") for path, _ in written.samples)
+    labels = EncodedImages(data).labels
+    for path, label in written.samples:
+        assert label == labels[int(os.path.basename(path).split("-")[0])]
+
+
+@pytest.mark.parametrize("form", ["shards", "folder"])
+def test_what_was_stopped_goes_on(data, tmp_path, monkeypatch, form):
+    augment(data, tmp_path / "undisturbed", form=form)
+    original, calls = LatentPerturb.transform, []
+
+    def stopped(self, *arguments):
+        calls.append(1)
+        if len(calls) == 4:  # in the second shard
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    monkeypatch.setattr(LatentPerturb, "transform", stopped)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        augment(data, out, form=form)
+    shards = sorted(p.name for p in out.iterdir() if "shard-" in p.name)
+    assert shards == [".shard-000000.done" if form == "folder" else "shard-000000.tar"]
+    name = ".shard-000001.done" if form == "folder" else "shard-000001.tar"
+    (out / f".{name}.x.partial").touch()  # as a kill leaves it
+    report = augment(data, out, form=form)
+    assert (report.written, report.found) == (2, 1)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_accelerate_s_processes_share_the_work(data, tmp_path):
+    pytest.importorskip("accelerate")
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
+    launch += " --mixed_precision no --dynamo_backend no --main_process_port 0"
+    arguments = [str(data), str(tmp_path / "two"), "--flow", "glow-cifar10-small", "--size", "16"]
+    arguments += ["--copies", "2", "--shard-size", "5", "--cpu"]
+    done = subprocess.run(
+        [sys.executable, *launch.split(), "-m", "latent_aug", "augment", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert f"worker {rank} of 2: 2 shards, 10 images" in done.stdout
+    arguments[1] = str(tmp_path / "one")
+    result = CliRunner().invoke(app, ["augment", *arguments])
+    assert result.exit_code == 0, result.output
+    assert f"{tmp_path / 'one'}: 4 shards, 20 images" in result.output
+    ours, expected = read(tmp_path / "two"), read(tmp_path / "one")
+    assert {key: label for key, (_, label) in ours.items()} == {
+        key: label for key, (_, label) in expected.items()
+    }
+    for key, (image, _) in ours.items():  # another number of threads may round otherwise
+        difference = pil_to_tensor(image).int() - pil_to_tensor(expected[key][0]).int()
+        assert difference.abs().max() <= 1
+    result = CliRunner().invoke(app, ["augment", *arguments])
+    assert "0 shards, 0 images; 4 were there" in result.output
+
+
+def test_a_conditional_flow_is_told_the_labels(tmp_path):
+    images = [(torch.full((3, 8, 8), 0.5), label) for label in range(4)]
+    augment(images, tmp_path / "out", flow=ByClass(), copies=1)
+    changes = []
+    for key, (image, label) in sorted(read(tmp_path / "out").items()):
+        assert int(key.split("-")[0]) == label
+        changes.append((pil_to_tensor(image).float() - 128).abs().mean())
+    assert changes == sorted(changes)  # the scale grows with the class
+    with pytest.raises(ValueError, match="the data set has no labels"):
+        augment([image for image, _ in images], tmp_path / "none", flow=ByClass())
+
+
+def test_images_that_the_flow_cannot_perturb_are_counted(tmp_path):
+    class Broken(Identity):
+        def decode(self, z, y=None):
+            return z * float("nan")
+
+    images = [torch.full((3, 8, 8), 0.5)] * 3
+    assert augment(images, tmp_path / "out", flow=Broken(), copies=1).fallbacks == 3
+
+
+def test_classes_out_of_order_are_folders_by_number(tmp_path):
+    class Named(list):
+        classes = ("top/shirt", "boot")
+
+    images = Named((torch.full((3, 8, 8), 0.5), label) for label in (0, 1))
+    augment(images, tmp_path / "out", form="folder")
+    assert ImageFolder(tmp_path / "out").classes == ["00000", "00001"]
+    assert (tmp_path / "out" / "classes.txt").read_text() == "top/shirt\nboot\n"
+
+
+def test_unlabelled_images_have_no_label(tmp_path):
+    augment([torch.full((3, 8, 8), 0.5)], tmp_path / "out", copies=1)
+    with tarfile.open(tmp_path / "out" / "shard-000000.tar") as tar:
+        assert tar.getnames() == ["00000000-1.png"]
+    assert not (tmp_path / "out" / "classes.txt").exists()
+
+
+def test_other_settings_do_not_go_into_the_same_output(data, tmp_path):
+    augment(data, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    for changes in ({"seed": 1}, {"eps": 0.3}, {"copies": 3}, {"flow": random_glow(seed=1)}):
+        with pytest.raises(ValueError, match="copies of another kind"):
+            augment(data, tmp_path / "out", **changes)
+    (data / "dog").rename(data / "duck")  # in the same order
+    with pytest.raises(ValueError, match=r"copies of another kind: \{'labels'"):
+        augment(data, tmp_path / "out")
+    next(data.rglob("*.png")).unlink()
+    with pytest.raises(ValueError, match=r"copies of another kind: \{'images': \(10, 9\)"):
+        augment(data, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+    with pytest.raises(ValueError, match="must be empty, it holds"):
+        augment(data, data)
+
+
+def test_an_image_that_cannot_be_read_is_named(data, tmp_path):
+    (data / "cat" / "7.png").write_bytes(b"no image")
+    with pytest.raises(OSError, match=r"image cat/7\.png cannot be read"):
+        augment(data, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("shard*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"copies": 0}, "copies"),
+        ({"shard_size": 1.5}, "shard_size"),
+        ({"form": "zip"}, "form"),
+        ({"image_format": "webp"}, "image_format"),
+        ({"quality": 101}, "quality"),
+        ({"seed": -1}, "seed"),
+        ({"size": 0}, "size"),
+    ],
+)
+def test_bad_settings_are_named(changes, words):
+    with pytest.raises(ValueError, match=words):
+        AugmentConfig(output="x", **changes)
+
+
+def test_bad_data_is_named(tmp_path):
+    image = torch.full((3, 8, 8), 0.5)
+    with pytest.raises(ValueError, match=r"class indices, image 0 has 'cat'"):
+        augment([(image, "cat")], tmp_path / "a")
+    with pytest.raises(ValueError, match="length above 0"):
+        augment([], tmp_path / "b")
+    with pytest.raises(TypeError, match="must be a LatentPerturb"):
+        augment_images([image], torch.nn.Identity(), AugmentConfig(output=tmp_path / "c"))
+    assert list(tmp_path.iterdir()) == [] or not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere", "out"], "no images"),
+        (["data", "data/out"], "lies among the images"),
+        (["data", "out", "--copies", "0"], "copies must be"),
+        (["data", "out", "--flow", "nothing"], "nothing"),
+    ],
+)
+def test_errors_are_one_line(data, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["augment", *arguments])
+    assert result.exit_code == 1
+    assert result.output.startswith("error: ")
+    assert words in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_can_be_read_back(data, tmp_path):
+    augment(data, tmp_path / "out", copies=1, shard_size=10)
+    shard = EncodedImages(tmp_path / "out" / "shard-000000.tar")
+    labels = EncodedImages(data).labels
+    assert shard.labels == [labels[int(name.split("-")[0])] for name in shard.names]
+    assert shard.classes == ["0", "1", "2"]
+
+
+def tar_of(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_classes_are_the_outermost_folders_that_differ(tmp_path):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    png = file.getvalue()
+    for names, classes, labels in (
+        (["a/1.png", "b/2.png"], ["a", "b"], [0, 1]),
+        (["all/a/1.png", "all/b/2.png"], ["a", "b"], [0, 1]),
+        (["a/1.png", "a/2.png"], ["a"], [0, 0]),
+        (["a/x/1.png", "b/2.png"], ["a", "b"], [0, 1]),
+        (["1.png", "b/2.png"], [], None),
+    ):
+        images = EncodedImages(tar_of(tmp_path / "x.tar", dict.fromkeys(names, png)))
+        assert (images.classes, images.labels) == (classes, labels)
+    for number in (b"", b"cat"):
+        content = {"1.png": png, "1.cls": b"3", "2.png": png, "2.cls": number}
+        with pytest.raises(ValueError, match=r"2\.png has no \.cls"):
+            EncodedImages(tar_of(tmp_path / "y.tar", content))
