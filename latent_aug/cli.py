@@ -20,9 +20,9 @@ from torch import nn
 
 from latent_aug.card import write_card
 from latent_aug.check import GREY_LEVELS, check_flow
-from latent_aug.data import UInt8Images, as_batch, open_images
+from latent_aug.data import UInt8Images, as_batch, images_for, open_images, to_uint8
 from latent_aug.figures import preview
-from latent_aug.flows import Glow
+from latent_aug.flows import ConditionalDenseFlow, Glow
 from latent_aug.hub import load_flow
 from latent_aug.report import minutes_of
 from latent_aug.train import TrainConfig, train_flow
@@ -76,6 +76,13 @@ def train(
     hidden: Annotated[
         int | None, typer.Option("--hidden", "-H", help="Coupling network width, else 128.")
     ] = None,
+    classes: Annotated[
+        int | None,
+        typer.Option(
+            help="Train the paper's fully connected flow of so many classes (the folders'), "
+            "for small grey images, -K 12 and -H 512 if not given."
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = TrainConfig.steps,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = TrainConfig.batch_size,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = TrainConfig.lr,
@@ -107,7 +114,7 @@ def train(
         str | None, typer.Option(help="For the card: the data's name on the Hugging Face hub.")
     ] = None,
 ) -> None:
-    """Train a Glow by maximum likelihood; the same command again resumes a stopped run."""
+    """Train a flow by maximum likelihood; the same command again resumes a stopped run."""
     with errors_as_messages():
         config = TrainConfig(
             output=output,
@@ -129,12 +136,12 @@ def train(
         images = open_images(data, root=root)
         held_out = None if validation is None else open_images(validation, root=root, train=False)
         torch.manual_seed(seed)
-        flow = starting_flow(init, channels, levels, k, hidden)
+        flow = starting_flow(init, channels, levels, k, hidden, classes, images, size)
         trained = train_flow(flow, images, config, validation=held_out)
         measured = held_out if held_out is not None else images
         card = write_card(
             trained,
-            UInt8Images(measured, trained.channels, size),
+            images_for(trained, measured, size),
             output,
             command=shlex.join(["latent-aug", *sys.argv[1:]]),
             training_data=about or data,
@@ -234,19 +241,34 @@ def imported_model(name: str) -> nn.Module:
 
 
 def starting_flow(
-    init: str | None, channels: int | None, levels: int | None, k: int | None, hidden: int | None
-) -> Glow:
-    """A new Glow, or the one to fine-tune, whose sizes are its own."""
-    sizes = {"channels": channels, "levels": levels, "steps": k, "hidden": hidden}
-    asked: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
-    if init is None:
-        return Glow(**{"channels": 3, "levels": 3, "steps": 8, "hidden": 128, **asked})
-    if asked:
-        raise ValueError("--init brings its own --channels, --levels, -K and -H; omit them")
-    flow = load_flow(init)
-    if not isinstance(flow, Glow):
-        raise ValueError(f"--init must name a Glow, got a {type(flow).__name__}")
-    return flow
+    init: str | None,
+    channels: int | None,
+    levels: int | None,
+    k: int | None,
+    hidden: int | None,
+    classes: int | None,
+    images: Any,
+    size: int | None,
+) -> Glow | ConditionalDenseFlow:
+    """A new flow, or the one to fine-tune, whose sizes are its own."""
+    sizes = {"channels": channels, "steps": k, "hidden": hidden}
+    asked: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
+    if init is not None:
+        if asked or levels is not None or classes is not None:
+            raise ValueError(
+                "--init brings its own --channels, --levels, --classes, -K and -H; omit them"
+            )
+        flow = load_flow(init)
+        if not isinstance(flow, (Glow, ConditionalDenseFlow)):
+            raise ValueError(f"--init must name a Glow, got a {type(flow).__name__}")
+        return flow
+    if classes is None:
+        levels = 3 if levels is None else levels
+        return Glow(**{"channels": 3, "levels": levels, "steps": 8, "hidden": 128, **asked})
+    if levels is not None:
+        raise ValueError("--levels is for Glow: a flow of --classes has one")
+    height, width = to_uint8(images[0], asked.setdefault("channels", 1), size).shape[1:]
+    return ConditionalDenseFlow(height=height, width=width, num_classes=classes, **asked)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from latent_aug.batches import StepSampler, generator_for, random_crop, random_flip
-from latent_aug.data import UInt8Images, as_batch, check_sides
-from latent_aug.flows import Glow
+from latent_aug.data import UInt8Images, as_batch, check_sides, images_for
+from latent_aug.flows import Flow, Glow
 from latent_aug.flows.base import RUN_NAME
 from latent_aug.flows.engine import keep_freed_memory
 from latent_aug.report import append_to_log, draw, mean_bits_per_dim
+
+AnyFlow = TypeVar("AnyFlow", bound=Flow)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +95,14 @@ class TrainConfig:
 
 
 def train_flow(
-    flow: Glow,
+    flow: AnyFlow,
     dataset: Any,
     config: TrainConfig,
     *,
     validation: Any = None,
     device: str | torch.device | None = None,
     progress: bool = True,
-) -> Glow:
+) -> AnyFlow:
     """Train a flow by maximum likelihood on dequantized images and write it to `config.output`.
 
     Every random choice of a step follows from the seed and the step's number, and the state of
@@ -109,9 +111,11 @@ def train_flow(
     two directories agree only with a `network_dtype` other than "auto", which is measured.)
 
     Args:
-        flow: An untrained Glow, or a trained one to fine-tune; it is trained in place.
-        dataset: Images, or tuples that begin with one: PIL, uint8, or float in [0, 1]. Labels
-            are not used. Augmentation belongs in the config, where it is repeatable.
+        flow: An untrained Glow, a trained one to fine-tune, or another flow with `log_prob` and
+            weights; it is trained in place.
+        dataset: Images, or tuples that begin with one: PIL, uint8, or float in [0, 1]. Classes
+            are used by a class-conditional flow only: the dataset's `targets`, or second in its
+            tuples. Augmentation belongs in the config, where it is repeatable.
         config: The recipe.
         validation: Held-out images for the bits/dim at each checkpoint.
         device: Where to train; by default an accelerator if there is one.
@@ -136,9 +140,9 @@ def train_flow(
         >>> flow.bits_per_dim(images).shape
         torch.Size([64])
     """
-    images = UInt8Images(dataset, flow.channels, config.size)
-    held_out = None if validation is None else UInt8Images(validation, flow.channels, config.size)
-    check_sides(images, flow.multiple)
+    images = images_for(flow, dataset, config.size)
+    held_out = None if validation is None else images_for(flow, validation, config.size)
+    check_sides(images, flow)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     run = Run(flow.to(device), config, images)
     output = Path(config.output)
@@ -147,9 +151,9 @@ def train_flow(
         total=config.steps, initial=run.step, unit="step", desc=resumed, disable=not progress
     )
     last_save, loss = time.monotonic(), None
-    for batch in run.batches():
+    for batch, y in run.batches():
         started = time.monotonic()
-        loss = run.train_step(batch)
+        loss = run.train_step(batch, y)
         run.seconds += time.monotonic() - started
         bar.update()
         bar.set_postfix_str(
@@ -166,7 +170,7 @@ def train_flow(
     flow.network_dtype = None
     averaged = run.averaged()
     averaged.save_pretrained(output)
-    return averaged
+    return cast(AnyFlow, averaged)
 
 
 class Run:
@@ -178,7 +182,7 @@ class Run:
         images: The training images.
     """
 
-    def __init__(self, flow: Glow, config: TrainConfig, images: UInt8Images) -> None:
+    def __init__(self, flow: Flow, config: TrainConfig, images: UInt8Images) -> None:
         self.flow, self.config, self.images = flow, config, images
         self.device = next(flow.parameters()).device
         self.step, self.seconds = 0, 0.0
@@ -209,22 +213,18 @@ class Run:
         order = torch.randperm(len(self.images), generator=generator_for(self.config.seed, -1))
         return as_batch(self.images.__getitems__(order[:256].tolist()))
 
-    def batches(self) -> Iterator[Tensor]:
-        """The batches that are left, uint8 (B, C, H, W)."""
-        return iter(
-            DataLoader(
-                self.images,
-                batch_sampler=StepSampler(
-                    len(self.images),
-                    self.config.batch_size,
-                    self.step,
-                    self.config.steps,
-                    self.config.seed,
-                ),
-                num_workers=0 if self.images.kept is not None else self.config.workers,
-                collate_fn=as_batch,
-            )
+    def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The batches that are left: uint8 (B, C, H, W), and classes (B,) for a flow of classes."""
+        size, seed = self.config.batch_size, self.config.seed
+        sampler = StepSampler(len(self.images), size, self.step, self.config.steps, seed)
+        loader = DataLoader(
+            self.images,
+            batch_sampler=sampler,
+            num_workers=0 if self.images.kept is not None else self.config.workers,
+            collate_fn=as_batch,
         )
+        for batch, indices in zip(loader, sampler, strict=True):
+            yield batch, self.images.classes_at(indices)
 
     def augment(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         """uint8 to float in [0, 1] on the device, mirrored and cropped at random."""
@@ -234,13 +234,14 @@ class Run:
             batch = random_crop(batch, self.config.crop, generator)
         return batch.to(self.device) / 255
 
-    def train_step(self, batch: Tensor) -> float:
+    def train_step(self, batch: Tensor, y: Tensor | None = None) -> float:
         """One step; the batch's bits/dim."""
         generator = generator_for(self.config.seed, self.step)
         x = self.augment(batch, generator)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
-        loss = self.flow.bits_per_dim(x, generator=generator).mean()
+        y = None if y is None else y.to(self.device)
+        loss = self.flow.bits_per_dim(x, y, generator=generator).mean()
         self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), self.config.clip_norm)
@@ -254,11 +255,11 @@ class Run:
         self.step += 1
         return loss.item()
 
-    def average_flow(self) -> Glow:
+    def average_flow(self) -> Flow:
         """The averaged flow as it stands."""
-        return cast(Glow, self.average.module)
+        return cast(Flow, self.average.module)
 
-    def averaged(self) -> Glow:
+    def averaged(self) -> Flow:
         """The averaged flow, frozen, in evaluation mode and full precision."""
         flow = self.average_flow().requires_grad_(False).eval()
         flow.network_dtype = None
@@ -296,12 +297,13 @@ class Run:
 
     def _identity(self) -> dict[str, dict[str, Any]]:
         """What makes two runs the same: recipe, architecture, images and where they started."""
-        some = as_batch(self.images.__getitems__(self.images.spread(64)))
+        some = [as_batch(self.images.__getitems__(self.images.spread(64)))]
+        some += [] if self.images.labels is None else [self.images.labels]
         weights = self.flow.state_dict().values() if self.flow.is_initialized() else ()
         return {
             "recipe": self.config.recipe(),
             "architecture": self.flow.config,
-            "data": {"count": len(self.images), "digest": digest([some])},
+            "data": {"count": len(self.images), "digest": digest(some)},
             "start": {"digest": digest(weights)},  # untrained weights follow from their own seed
         }
 
@@ -346,8 +348,10 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * min(1.0, rising, falling)
 
 
-def resolve_dtype(config: TrainConfig, flow: Glow, device: torch.device) -> str:
+def resolve_dtype(config: TrainConfig, flow: Flow, device: torch.device) -> str:
     """Which precision of the coupling networks trains faster on this machine."""
+    if not isinstance(flow, Glow):
+        return "float32"
     if config.network_dtype != "auto":
         return config.network_dtype
     seconds = {}
