@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import vae_gan  # noqa: F401  # load_flow knows its flow from now on
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-import vae_gan  # noqa: F401  # load_flow knows its flow from now on
 from latent_aug import Flow, LatentAdversarial, LatentPerturb, LatentSchedule, load_flow
 from latent_aug.batches import random_crop, random_flip
 

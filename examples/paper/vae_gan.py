@@ -16,6 +16,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def down(shape: tuple[int, ...], hidden: int, outputs: int) -> nn.Sequential:
     """Three convolutions that halve the image, and a linear layer."""
     layers: list[nn.Module] = []
     widths = [shape[0], hidden, 2 * hidden, 4 * hidden]
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in pairwise(widths):
         layers += [nn.Conv2d(before, after, 4, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
     return nn.Sequential(
         *layers, nn.Flatten(), nn.Linear(widths[-1] * math.prod(halved(shape)[-1]), outputs)
@@ -131,7 +132,7 @@ def up(shape: tuple[int, ...], hidden: int, inputs: int) -> nn.Sequential:
         nn.Linear(inputs, widths[0] * math.prod(sizes[0])),
         nn.Unflatten(1, (widths[0], *sizes[0])),
     ]
-    for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (before, after) in enumerate(pairwise(widths)):
         odd = (sizes[i + 1][0] - 2 * sizes[i][0], sizes[i + 1][1] - 2 * sizes[i][1])
         layers += [nn.BatchNorm2d(before), nn.ReLU()]
         layers.append(nn.ConvTranspose2d(before, after, 4, 2, 1, output_padding=odd))
@@ -203,7 +204,7 @@ def losses_of(
     told = told + F.binary_cross_entropy_with_logits(critic(images.detach()), fake.detach() * 0)
     weighted = how.beta * reconstruction
     losses = (weighted + divergence, weighted + how.gamma * fooled, told)
-    return losses, float(reconstruction) / x[0].numel()
+    return losses, reconstruction.item() / x[0].numel()
 
 
 def main() -> None:
