@@ -34,8 +34,8 @@ def test_a_broken_flow_shows(monkeypatch):
     flow = random_glow()
     decode = flow.decode
 
-    def off_by_two_grey_levels(z):
-        x = decode(z) + 2 / 255
+    def off_by_two_grey_levels(z, y=None):
+        x = decode(z, y) + 2 / 255
         x[0] = float("nan")
         return x
 
