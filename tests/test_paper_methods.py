@@ -245,3 +245,37 @@ def test_recipes_are_well_formed(recipe):
                 phase[part].pop("levels", None)
                 phase[part].pop("resolution", None)
         assert isinstance(methods.perturbation_of(settings, None, model), LatentSchedule)
+
+
+def test_figure_2_is_drawn_of_what_there_is(tmp_path, monkeypatch):
+    import draw
+
+    for place in ("RUNS", "PICTURES", "ROOT"):
+        monkeypatch.setattr(draw, place, tmp_path)
+    assert draw.figure2() == []
+    drawn = []
+    monkeypatch.setattr(draw, "Figure", lambda **_: Canvas(drawn))
+    for size, seed, accuracy in ((2400, 0, 80.0), (600, 0, 70.0), (600, 1, 72.0)):
+        folder = tmp_path / f"figure2-{size}" / "test"
+        folder.mkdir(parents=True, exist_ok=True)
+        entry = {"method": "standard", "train_images": size, "accuracy": accuracy}
+        (folder / f"standard {seed}.json").write_text(json.dumps(entry))
+    assert "figure2.png" in draw.figure2()[-1]
+    ((sizes, means), options) = drawn
+    assert (sizes, means) == ([600, 2400], [71.0, 80.0])
+    assert options["yerr"] == pytest.approx([2**0.5, 0])
+
+
+class Canvas:
+    """In place of a figure and its axes: keeps what is drawn."""
+
+    def __init__(self, drawn):
+        self.errorbar = lambda *points, **options: drawn.extend((points, options))
+
+    def subplots(self):
+        return self
+
+    def ignored(self, *arguments, **options):
+        pass
+
+    set = legend = savefig = ignored
