@@ -3,10 +3,10 @@
     python examples/paper/vae_gan.py DATA/fashion_mnist/train FOLDER/vae-gan-fashion_mnist
 
 An encoder and a decoder for each class, trained beside a discriminator on that class alone; the
-same command goes on with the classes that are missing. Written from their paper and the
-hyperparameters in the A.2 of the one reproduced here, not from their code; what neither says is
-decided here: the width of the networks (that of their classifier), an L1 reconstruction summed over
-pixels, and a discriminator that sees reconstructions and samples.
+same command goes on with the classes that are missing. Written anew, with the hyperparameters in
+the A.2 of the paper that is reproduced here and without a look at their code; what A.2 does not say
+is decided here: the width of the networks (that of the classifier in Table 4), an L1 reconstruction
+summed over pixels, and a discriminator that sees reconstructions and samples.
 """
 
 from __future__ import annotations
