@@ -179,7 +179,7 @@ def check(
     """Does a flow suit your images, and which eps does? Exit code 2 if it does not."""
     with errors_as_messages():
         loaded = load_flow(flow)
-        images = UInt8Images(open_images(data, root=root), loaded.channels, size)
+        images = images_for(loaded, open_images(data, root=root), size)
         found = check_flow(
             loaded,  # type: ignore[arg-type]  # it says so if it is no Glow
             images,
@@ -213,7 +213,7 @@ def preview_command(
     """Draw images, what becomes of them at several eps, the differences, and samples."""
     with errors_as_messages():
         loaded = load_flow(flow)
-        images = UInt8Images(open_images(data, root=root), loaded.channels, size)
+        images = images_for(loaded, open_images(data, root=root), size)
         sizes = eps or ([0.1, 0.25, 0.5] if norm in ("linf", "rms") else [5.0, 10.0, 20.0])
         transform = LatentPerturb(sizes[0], norm=norm, flow=loaded, resolution=resolution)
         draw(transform, images, picture, sizes)
@@ -224,8 +224,9 @@ def draw(
     transform: LatentPerturb, images: UInt8Images, picture: Path, eps: list[float] | None
 ) -> None:
     """Write the preview of some images."""
-    some = as_batch(images.__getitems__(images.spread(6)))
-    preview(transform, some, eps=eps).savefig(picture, dpi=120, bbox_inches="tight")
+    chosen = images.spread(6)
+    some, y = as_batch(images.__getitems__(chosen)), images.classes_at(chosen)
+    preview(transform, some, y, eps=eps).savefig(picture, dpi=120, bbox_inches="tight")
 
 
 def imported_model(name: str) -> nn.Module:

@@ -79,6 +79,10 @@ def test_a_flow_of_classes(folder, tmp_path):
     assert "class-conditional flow (Table 3): 2 fully connected couplings" in card
     assert "24 of 24 images come back byte for byte" in card
     assert (output / "preview.png").stat().st_size > 0
+    drawn = CliRunner().invoke(
+        app, ["preview", str(output), str(folder), "--picture", str(tmp_path / "drawn.png")]
+    )
+    assert drawn.exit_code == 0, drawn.output
     again = run(folder, "--output", tmp_path / "b", "--init", output, "--steps", 2)
     assert again.exit_code == 0, again.output
     for wrong, words in (
