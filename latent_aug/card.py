@@ -11,7 +11,7 @@ import torchvision
 
 from latent_aug.data import UInt8Images
 from latent_aug.figures import preview
-from latent_aug.flows import Glow
+from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
 from latent_aug.flows.base import CARD_NAME, WEIGHTS_NAME
 from latent_aug.hub import sha256
 from latent_aug.measure import measure_flow, rows
@@ -26,7 +26,7 @@ TEMPLATE = """\
 license: {licence}
 library_name: latent-aug
 pipeline_tag: unconditional-image-generation
-tags: [normalizing-flow, glow, data-augmentation, image-classification]
+tags: [normalizing-flow, {tag}, data-augmentation, image-classification]
 {datasets}metrics: [bits-per-dimension]
 model-index:
 - name: {name}
@@ -39,7 +39,7 @@ model-index:
 ---
 # {name}
 
-A Glow flow for latent perturbations with [latent-aug](https://pypi.org/project/latent-aug/),
+A {kind} flow for latent perturbations with [latent-aug](https://pypi.org/project/latent-aug/),
 after Yüksel et al. 2021, [Semantic Perturbations with Normalizing Flows for Improved
 Generalization](https://arxiv.org/abs/2108.07958).
 
@@ -51,10 +51,7 @@ augment = LatentPerturb(eps={eps:g}, flow="{name}")
 
 ## The flow
 
-{channels} channel(s), {levels} levels of {steps} steps, coupling networks of {hidden} channels,
-log-scales bounded by {log_scale_bound:g}: {parameters:,} parameters. Height and width must divide
-by {multiple} (the transforms pad and crop). SHA-256 of `{weights}`:
-`{sha256}`.
+{architecture} SHA-256 of `{weights}`: `{sha256}`.
 
 ## Training
 
@@ -87,9 +84,19 @@ Suggested: eps {eps:g} with the linf norm.
 ![Samples of the flow, perturbed, and samples at several temperatures]({picture})
 """
 
+GLOW = """\
+{channels} channel(s), {levels} levels of {steps} steps, coupling networks of {hidden} channels,
+log-scales bounded by {log_scale_bound:g}: {parameters:,} parameters. Height and width must divide
+by {multiple} (the transforms pad and crop)."""
+DENSE = """\
+The paper's class-conditional flow (Table 3): {steps} fully connected couplings whose networks have
+a hidden layer of {hidden}, log-scales clamped to {clamp:g}, each followed by a fixed permutation:
+{parameters:,} parameters. Images are {channels} x {height} x {width}, of {num_classes} classes, and
+it needs their classes: call a transform with (image, class) samples, see `labels_getter`."""
+
 
 def write_card(
-    flow: Glow,
+    flow: Glow | ConditionalDenseFlow,
     images: UInt8Images,
     output: Path,
     *,
@@ -125,12 +132,15 @@ def write_card(
     """
     figures = measure_flow(flow, images, progress=True)
     draw_samples(flow, tuple(images[0].shape[1:]), eps, output / PICTURE_NAME)
+    parameters = sum(p.numel() for p in flow.parameters())
+    kind = GLOW if isinstance(flow, Glow) else DENSE
+    sizes = {**flow.config, "parameters": parameters, "multiple": flow.multiple}
     text = TEMPLATE.format(
-        **flow.config,
         **figures,
         name=output.resolve().name,
-        multiple=flow.multiple,
-        parameters=sum(p.numel() for p in flow.parameters()),
+        kind="Glow" if isinstance(flow, Glow) else "class-conditional",
+        tag="glow" if isinstance(flow, Glow) else "conditional",
+        architecture=kind.format(**sizes),
         weights=WEIGHTS_NAME,
         picture=PICTURE_NAME,
         sha256=sha256(output / WEIGHTS_NAME),
@@ -153,11 +163,12 @@ def write_card(
     return figures
 
 
-def draw_samples(flow: Glow, size: tuple[int, ...], eps: float, path: Path) -> None:
+def draw_samples(flow: Flow, size: tuple[int, ...], eps: float, path: Path) -> None:
     """Draw samples of the given (H, W), and what half of eps, eps and twice eps do to them."""
     device = next(flow.parameters()).device
     shape = (PICTURED, flow.channels, *size)
     z = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    y = torch.arange(PICTURED, device=device) % flow.num_classes if flow.num_classes else None
     with torch.no_grad():
-        samples = flow.decode(TEMPERATURE * z).clamp(0, 1)
-    preview(LatentPerturb(eps, flow=flow), samples).savefig(path, dpi=100)
+        samples = flow.decode(TEMPERATURE * z, y).clamp(0, 1)
+    preview(LatentPerturb(eps, flow=flow), samples, y).savefig(path, dpi=100)

@@ -138,7 +138,7 @@ def check_flow(
         raise ValueError(f"flow must be a Glow, got a {type(loaded).__name__}")
     pixels = UInt8Images(images, loaded.channels, size)
     positive("count", count)
-    check_sides(pixels, loaded.multiple)
+    check_sides(pixels, loaded)
     chosen = as_batch(pixels.__getitems__(pixels.spread(count)))
     calibrated = chosen[torch.linspace(0, len(chosen) - 1, min(len(chosen), CALIBRATED_ON)).long()]
     moved = perturbed_by(loaded, calibrated, norm, seed)

@@ -20,9 +20,9 @@ from latent_aug.card import write_card
 from latent_aug.check import GREY_LEVELS, check_flow
 from latent_aug.cli_augment import augment
 from latent_aug.cli_options import DATA, FLOW, NORM, PICTURE, ROOT, SIZE, Norm, errors_as_messages
-from latent_aug.data import UInt8Images, as_batch, open_images
+from latent_aug.data import UInt8Images, as_batch, images_for, open_images, to_uint8
 from latent_aug.figures import preview
-from latent_aug.flows import Glow
+from latent_aug.flows import ConditionalDenseFlow, Glow
 from latent_aug.hub import bundled_flows, load_flow
 from latent_aug.processes import Processes
 from latent_aug.recipe import TrainConfig
@@ -59,6 +59,13 @@ def train(
     ] = None,
     hidden: Annotated[
         int | None, typer.Option("--hidden", "-H", help="Coupling network width, else 128.")
+    ] = None,
+    classes: Annotated[
+        int | None,
+        typer.Option(
+            help="Train the paper's fully connected flow of so many classes (the folders'), "
+            "for small grey images, -K 12 and -H 512 if not given."
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = TrainConfig.steps,
     batch_size: Annotated[
@@ -100,7 +107,7 @@ def train(
         str | None, typer.Option(help="For the card: the data's name on the Hugging Face hub.")
     ] = None,
 ) -> None:
-    """Train a Glow by maximum likelihood; the same command again resumes a stopped run."""
+    """Train a flow by maximum likelihood; the same command again resumes a stopped run."""
     with errors_as_messages():
         config = TrainConfig(
             output=output,
@@ -129,7 +136,7 @@ def train(
                 None if validation is None else open_images(validation, root=root, train=False)
             )
             torch.manual_seed(seed)
-            flow = starting_flow(init, channels, levels, k, hidden)
+            flow = starting_flow(init, channels, levels, k, hidden, classes, images, size)
         trained = train_flow(flow, images, config, validation=held_out, device=device)
         processes.leave()
         if not processes.is_main:
@@ -137,7 +144,7 @@ def train(
         measured = held_out if held_out is not None else images
         card = write_card(
             trained,
-            UInt8Images(measured, trained.channels, size),
+            images_for(trained, measured, size),
             output,
             command=shlex.join([*launcher(processes.count), *sys.argv[1:]]),
             training_data=about or data,
@@ -175,7 +182,7 @@ def check(
     """Does a flow suit your images, and which eps does? Exit code 2 if it does not."""
     with errors_as_messages():
         loaded = load_flow(flow)
-        images = UInt8Images(open_images(data, root=root), loaded.channels, size)
+        images = images_for(loaded, open_images(data, root=root), size)
         found = check_flow(
             loaded,  # type: ignore[arg-type]  # it says so if it is no Glow
             images,
@@ -209,7 +216,7 @@ def preview_command(
     """Draw images, what becomes of them at several eps, the differences, and samples."""
     with errors_as_messages():
         loaded = load_flow(flow)
-        images = UInt8Images(open_images(data, root=root), loaded.channels, size)
+        images = images_for(loaded, open_images(data, root=root), size)
         sizes = eps or ([0.1, 0.25, 0.5] if norm in ("linf", "rms") else [5.0, 10.0, 20.0])
         transform = LatentPerturb(sizes[0], norm=norm, flow=loaded, resolution=resolution)
         draw(transform, images, picture, sizes)
@@ -236,8 +243,9 @@ def draw(
     transform: LatentPerturb, images: UInt8Images, picture: Path, eps: list[float] | None
 ) -> None:
     """Write the preview of some images."""
-    some = as_batch(images.__getitems__(images.spread(6)))
-    preview(transform, some, eps=eps).savefig(picture, dpi=120, bbox_inches="tight")
+    chosen = images.spread(6)
+    some, y = as_batch(images.__getitems__(chosen)), images.classes_at(chosen)
+    preview(transform, some, y, eps=eps).savefig(picture, dpi=120, bbox_inches="tight")
 
 
 def imported_model(name: str) -> nn.Module:
@@ -260,19 +268,34 @@ def launcher(processes: int) -> list[str]:
 
 
 def starting_flow(
-    init: str | None, channels: int | None, levels: int | None, k: int | None, hidden: int | None
-) -> Glow:
-    """A new Glow, or the one to fine-tune, whose sizes are its own."""
-    sizes = {"channels": channels, "levels": levels, "steps": k, "hidden": hidden}
-    asked: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
-    if init is None:
-        return Glow(**{"channels": 3, "levels": 3, "steps": 8, "hidden": 128, **asked})
-    if asked:
-        raise ValueError("--init brings its own --channels, --levels, -K and -H; omit them")
-    flow = load_flow(init)
-    if not isinstance(flow, Glow):
-        raise ValueError(f"--init must name a Glow, got a {type(flow).__name__}")
-    return flow
+    init: str | None,
+    channels: int | None,
+    levels: int | None,
+    k: int | None,
+    hidden: int | None,
+    classes: int | None,
+    images: Any,
+    size: int | None,
+) -> Glow | ConditionalDenseFlow:
+    """A new flow, or the one to fine-tune, whose sizes are its own."""
+    sizes = {"channels": channels, "steps": k, "hidden": hidden}
+    asked: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
+    if init is not None:
+        if asked or levels is not None or classes is not None:
+            raise ValueError(
+                "--init brings its own --channels, --levels, --classes, -K and -H; omit them"
+            )
+        flow = load_flow(init)
+        if not isinstance(flow, (Glow, ConditionalDenseFlow)):
+            raise ValueError(f"--init must name a Glow, got a {type(flow).__name__}")
+        return flow
+    if classes is None:
+        levels = 3 if levels is None else levels
+        return Glow(**{"channels": 3, "levels": levels, "steps": 8, "hidden": 128, **asked})
+    if levels is not None:
+        raise ValueError("--levels is for Glow: a flow of --classes has one")
+    height, width = to_uint8(images[0], asked.setdefault("channels", 1), size).shape[1:]
+    return ConditionalDenseFlow(height=height, width=width, num_classes=classes, **asked)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as tvf
 
+from latent_aug.flows import Flow
 from latent_aug.images import check_range, from_float
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
@@ -173,18 +174,30 @@ class UInt8Images(Dataset[Tensor]):
         channels: Channels to convert to.
         size: Side to resize and crop to; None keeps the images as they are.
         keep_bytes: Memory that decoded images may take.
+        num_classes: Above 0, the images' classes are read as well, see `class_of`.
+
+    Attributes:
+        labels: The classes (N,), or None.
 
     Raises:
-        ValueError: The dataset is empty, or an image does not have the first one's size.
+        ValueError: The dataset is empty, an image does not have the first one's size, or has no
+            class where one is needed.
     """
 
     def __init__(
-        self, dataset: Any, channels: int, size: int | None = None, keep_bytes: int = 2**30
+        self,
+        dataset: Any,
+        channels: int,
+        size: int | None = None,
+        keep_bytes: int = 2**30,
+        *,
+        num_classes: int = 0,
     ) -> None:
         if not hasattr(dataset, "__len__") or len(dataset) == 0:
             raise ValueError(f"dataset must have a length above 0, got {type(dataset).__name__}")
         self.dataset, self.channels, self.size, self.count = dataset, channels, size, len(dataset)
         self.kept: Tensor | None = None
+        self.labels = classes_in(dataset, num_classes) if num_classes else None
         self.shape = to_uint8(dataset[0], channels, size).shape
         if self.count * self.shape.numel() <= keep_bytes:
             self.kept = torch.stack([self[i] for i in range(self.count)])
@@ -203,6 +216,10 @@ class UInt8Images(Dataset[Tensor]):
             )
         return image
 
+    def classes_at(self, indices: list[int] | slice) -> Tensor | None:
+        """The classes of some images, as a flow takes them: None for an unconditional one."""
+        return None if self.labels is None else self.labels[indices]
+
     def spread(self, count: int) -> list[int]:
         """Up to `count` indices, evenly spread: a folder is sorted by class."""
         return torch.linspace(0, self.count - 1, min(count, self.count)).long().tolist()
@@ -213,18 +230,51 @@ class UInt8Images(Dataset[Tensor]):
         return self.kept[indices] if self.kept is not None else [self[i] for i in indices]
 
 
+def classes_in(dataset: Any, num_classes: int) -> Tensor:
+    """The classes (N,) of a dataset: its `targets` or `labels`, or what is second in its samples.
+
+    Raises:
+        ValueError: A sample has no class, or it is not in 0 to num_classes - 1.
+    """
+    found = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    try:
+        labels = torch.as_tensor(
+            [int(dataset[i][1]) for i in range(len(dataset))] if found is None else found
+        )
+    except (TypeError, IndexError, KeyError, ValueError) as error:
+        raise ValueError(
+            "a class-conditional flow needs (image, class) samples or a dataset with `targets` "
+            "or `labels`"
+        ) from error
+    if labels.shape != (len(dataset),) or labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(
+            f"the dataset's classes must lie in 0 to {num_classes - 1}, the flow's, got "
+            f"{sorted(set(labels.flatten().tolist()))[:20]}"
+        )
+    return labels.long()
+
+
 def as_batch(samples: Tensor | list[Tensor]) -> Tensor:
     """A batch that came whole, or one to stack."""
     return samples if isinstance(samples, Tensor) else torch.stack(samples)
 
 
-def check_sides(images: UInt8Images, multiple: int) -> None:
-    """Refuse images whose height or width a flow cannot halve often enough."""
+def images_for(flow: Flow, dataset: Any, size: int | None = None) -> UInt8Images:
+    """A dataset's images as a flow's trainer reads them, with classes where the flow has some."""
+    return UInt8Images(dataset, flow.channels, size, num_classes=flow.num_classes)
+
+
+def check_sides(images: UInt8Images, flow: Flow) -> None:
+    """Refuse images whose height and width a flow does not map."""
     height, width = images.shape[1:]
-    if height % multiple or width % multiple:
+    if flow.size is not None and (height, width) != flow.size:
         raise ValueError(
-            f"images are {height}x{width}, this flow needs sides that divide by {multiple}: give "
-            "a size to resize to, or a flow of fewer levels"
+            f"images are {height}x{width}, this flow maps {flow.size[0]}x{flow.size[1]} only"
+        )
+    if height % flow.multiple or width % flow.multiple:
+        raise ValueError(
+            f"images are {height}x{width}, this flow needs sides that divide by {flow.multiple}: "
+            "give a size to resize to, or a flow of fewer levels"
         )
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from latent_aug import functional as LF
 from latent_aug.data import UInt8Images, as_batch
-from latent_aug.flows import Glow
+from latent_aug.flows import Flow
 from latent_aug.images import from_float
 
 SETTINGS = (("linf", 0.1), ("linf", 0.25), ("linf", 0.4), ("l2", 10.0), ("l2", 20.0))
@@ -20,7 +20,7 @@ SETTINGS = (("linf", 0.1), ("linf", 0.25), ("linf", 0.4), ("l2", 10.0), ("l2", 2
 
 @torch.no_grad()
 def measure_flow(
-    flow: Glow,
+    flow: Flow,
     images: UInt8Images,
     *,
     settings: Sequence[tuple[str, float]] = SETTINGS,
@@ -31,8 +31,8 @@ def measure_flow(
     """Bits/dim, exactness, whiteness and what perturbations do, on every image given.
 
     Args:
-        flow: A trained Glow.
-        images: 8-bit images.
+        flow: A trained flow.
+        images: 8-bit images, with their classes for a class-conditional flow.
         settings: (norm, eps) of the random perturbations to try.
         batch_size: Images at a time.
         seed: Of dequantization noise and perturbations.
@@ -54,11 +54,14 @@ def measure_flow(
         [torch.zeros(3, dtype=torch.float64) for _ in range(flow.levels)],
     )
     perturbed = [dict.fromkeys(("fallbacks", "mean_change", "saturated"), 0.0) for _ in settings]
-    for pixels in tqdm(loader(images, batch_size), disable=not progress, desc="measuring"):
+    batches = loader(images, batch_size)
+    for number, pixels in enumerate(tqdm(batches, disable=not progress, desc="measuring")):
         x = pixels.to(device) / 255
-        bits += flow.bits_per_dim(x, generator=generator).sum().item()
-        z = flow.encode(x)
-        back = flow.decode(z)
+        y = images.classes_at(slice(number * batch_size, (number + 1) * batch_size))
+        y = None if y is None else y.to(device)
+        bits += flow.bits_per_dim(x, y, generator=generator).sum().item()
+        z = flow.encode(x, y)
+        back = flow.decode(z, y)
         largest = max(largest, (back - x).abs().max().item())
         same = (from_float(back, torch.uint8) == pixels.to(device)).flatten(1).all(dim=1)
         identical += int(same.sum())
@@ -67,7 +70,8 @@ def measure_flow(
             sums += torch.tensor(found, dtype=sums.dtype)
         for figures, (norm, eps) in zip(perturbed, settings, strict=True):
             normal = torch.randn(z.shape, generator=generator, device=device)
-            moved = flow.decode(z + LF.noise_of_norm(normal, eps, norm))  # type: ignore[arg-type]
+            noise = LF.noise_of_norm(normal, eps, norm)  # type: ignore[arg-type]
+            moved = flow.decode(z + noise, y)
             for name, value in compare(moved, x, z).items():
                 figures[name] += value.sum().item()
     count = len(images)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from latent_aug.flows import Glow
+from latent_aug.flows import Flow, Glow
 
 POSITIVE = (
     "steps",
@@ -121,8 +121,10 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * min(1.0, rising, falling)
 
 
-def resolve_dtype(config: TrainConfig, flow: Glow, device: torch.device) -> str:
+def resolve_dtype(config: TrainConfig, flow: Flow, device: torch.device) -> str:
     """Which precision of the coupling networks trains faster on this machine."""
+    if not isinstance(flow, Glow):
+        return "float32"
     if config.network_dtype != "auto":
         return config.network_dtype
     seconds = {}

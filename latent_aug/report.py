@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchvision.utils import save_image
 
 from latent_aug.data import UInt8Images, as_batch
-from latent_aug.flows import Glow
+from latent_aug.flows import Flow
 
 LOG_NAME = "log.jsonl"
 
@@ -28,23 +29,32 @@ def minutes_of(output: Path) -> float:
 
 
 @torch.no_grad()
-def mean_bits_per_dim(flow: Glow, images: UInt8Images, count: int, seed: int) -> float:
+def mean_bits_per_dim(flow: Flow, images: UInt8Images, count: int, seed: int) -> float:
     """Mean bits/dim of up to `count` images spread over the data set, the same noise each time."""
     device = next(flow.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     chosen, total = images.spread(count), 0.0
     for first in range(0, len(chosen), 100):
-        x = as_batch(images.__getitems__(chosen[first : first + 100])).to(device) / 255
-        total += flow.bits_per_dim(x, generator=generator).sum().item()
+        x, y = some_of(images, chosen[first : first + 100], device)
+        total += flow.bits_per_dim(x, y, generator=generator).sum().item()
     return total / len(chosen)
 
 
 @torch.no_grad()
-def draw(flow: Glow, images: UInt8Images, output: Path, seed: int) -> None:
+def draw(flow: Flow, images: UInt8Images, output: Path, seed: int) -> None:
     """Write samples at temperature 0.7, and images beside their reconstructions."""
     device = next(flow.parameters()).device
-    x = as_batch(images.__getitems__(images.spread(64))).to(device) / 255
+    x, y = some_of(images, images.spread(64), device)
     z = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
-    save_image(flow.decode(0.7 * z).clamp(0, 1), output / "samples.png")
-    pairs = torch.stack([x, flow.decode(flow.encode(x)).clamp(0, 1)], dim=1).flatten(0, 1)
+    save_image(flow.decode(0.7 * z, y).clamp(0, 1), output / "samples.png")
+    pairs = torch.stack([x, flow.decode(flow.encode(x, y), y).clamp(0, 1)], dim=1).flatten(0, 1)
     save_image(pairs, output / "reconstructions.png", nrow=16)
+
+
+def some_of(
+    images: UInt8Images, indices: list[int], device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Some images as floats in [0, 1], and their classes where the flow needs them."""
+    y = images.classes_at(indices)
+    x = as_batch(images.__getitems__(indices)).to(device) / 255
+    return x, None if y is None else y.to(device)

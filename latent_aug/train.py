@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,24 +17,26 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from latent_aug.batches import ImageDraws, StepSampler, cropped, draws_for, flipped, generator_for
-from latent_aug.data import UInt8Images, as_batch, check_sides, digest
-from latent_aug.flows import Glow
+from latent_aug.data import UInt8Images, as_batch, check_sides, digest, images_for
+from latent_aug.flows import Flow
 from latent_aug.flows.base import RUN_NAME, bits_of, dequantized
 from latent_aug.flows.engine import keep_freed_memory
 from latent_aug.processes import Processes
 from latent_aug.recipe import TrainConfig, learning_rate, resolve_dtype, warmed_up_ema
 from latent_aug.report import append_to_log, draw, mean_bits_per_dim
 
+AnyFlow = TypeVar("AnyFlow", bound=Flow)
+
 
 def train_flow(
-    flow: Glow,
+    flow: AnyFlow,
     dataset: Any,
     config: TrainConfig,
     *,
     validation: Any = None,
     device: str | torch.device | None = None,
     progress: bool = True,
-) -> Glow:
+) -> AnyFlow:
     """Train a flow by maximum likelihood on dequantized images and write it to `config.output`.
 
     Every random choice of a step follows from the seed and the step's number, and the state of
@@ -47,9 +49,11 @@ def train_flow(
     run may be resumed on another one; only sums of floats come in another order.
 
     Args:
-        flow: An untrained Glow, or a trained one to fine-tune; it is trained in place.
-        dataset: Images, or tuples that begin with one: PIL, uint8, or float in [0, 1]. Labels
-            are not used. Augmentation belongs in the config, where it is repeatable.
+        flow: An untrained Glow, a trained one to fine-tune, or another flow with `log_prob` and
+            weights; it is trained in place.
+        dataset: Images, or tuples that begin with one: PIL, uint8, or float in [0, 1]. Classes
+            are used by a class-conditional flow only: the dataset's `targets`, or second in its
+            tuples. Augmentation belongs in the config, where it is repeatable.
         config: The recipe.
         validation: Held-out images for the bits/dim at each checkpoint.
         device: Where to train; by default an accelerator if there is one, each process its own.
@@ -76,17 +80,17 @@ def train_flow(
         torch.Size([64])
     """
     processes = Processes(device, timeout_minutes=config.timeout_minutes)
-    images = UInt8Images(dataset, flow.channels, config.size)
-    held_out = None if validation is None else UInt8Images(validation, flow.channels, config.size)
-    check_sides(images, flow.multiple)
+    images = images_for(flow, dataset, config.size)
+    held_out = None if validation is None else images_for(flow, validation, config.size)
+    check_sides(images, flow)
     run = Run(flow.to(processes.device), config, images, processes)
     resumed = f"resumed at step {run.step}" if run.step else "training"
     hidden = not (progress and processes.is_main)
     bar = tqdm(total=config.steps, initial=run.step, unit="step", desc=resumed, disable=hidden)
     last_save, loss = time.monotonic(), None
-    for batch in run.batches():
+    for batch, y in run.batches():
         started = time.monotonic()
-        loss = run.train_step(batch)
+        loss = run.train_step(batch, y)
         run.seconds += time.monotonic() - started
         bar.update()
         bar.set_postfix_str(
@@ -103,19 +107,19 @@ def train_flow(
     if processes.is_main:
         averaged.save_pretrained(config.output)
     processes.wait()
-    return averaged
+    return cast(AnyFlow, averaged)
 
 
 class Likelihood(nn.Module):
     """A flow's bits/dim as a forward pass, which is what DistributedDataParallel wraps."""
 
-    def __init__(self, flow: Glow) -> None:
+    def __init__(self, flow: Flow) -> None:
         super().__init__()
         self.flow = flow
 
-    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
-        """Of images (B, C, H, W) in [0, 1] and uniform noise in [0, 1): (B,)."""
-        return bits_of(self.flow.log_prob(dequantized(x, noise)), x)
+    def forward(self, x: Tensor, noise: Tensor, y: Tensor | None) -> Tensor:
+        """Of images (B, C, H, W) in [0, 1], uniform noise in [0, 1), and their classes: (B,)."""
+        return bits_of(self.flow.log_prob(dequantized(x, noise), y), x)
 
 
 class Run:
@@ -129,7 +133,7 @@ class Run:
     """
 
     def __init__(
-        self, flow: Glow, config: TrainConfig, images: UInt8Images, processes: Processes
+        self, flow: Flow, config: TrainConfig, images: UInt8Images, processes: Processes
     ) -> None:
         self.flow, self.config, self.images, self.processes = flow, config, images, processes
         self.batch_size = min(config.batch_size, len(images))
@@ -172,8 +176,11 @@ class Run:
         order = torch.randperm(len(self.images), generator=generator_for(self.config.seed, -1))
         return as_batch(self.images.__getitems__(order[:256].tolist()))
 
-    def batches(self) -> Iterator[Tensor]:
-        """This process's shares of the batches that are left, uint8 (B, C, H, W)."""
+    def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """This process's shares of the batches that are left.
+
+        uint8 (B, C, H, W), and classes (B,) for a class-conditional flow.
+        """
         self.sampler = StepSampler(
             len(self.images),
             self.batch_size,
@@ -183,14 +190,14 @@ class Run:
             rank=self.processes.rank,
             processes=self.processes.count,
         )
-        return iter(
-            DataLoader(
-                self.images,
-                batch_sampler=self.sampler,
-                num_workers=0 if self.images.kept is not None else self.config.workers,
-                collate_fn=as_batch,
-            )
+        loader = DataLoader(
+            self.images,
+            batch_sampler=self.sampler,
+            num_workers=0 if self.images.kept is not None else self.config.workers,
+            collate_fn=as_batch,
         )
+        for batch, indices in zip(loader, self.sampler, strict=True):
+            yield batch, self.images.classes_at(indices)
 
     def augment(self, batch: Tensor, draws: ImageDraws) -> Tensor:
         """uint8 to float in [0, 1] on the device, mirrored and cropped as was drawn."""
@@ -200,12 +207,12 @@ class Run:
             batch = cropped(batch, self.config.crop, draws.corners)
         return batch.to(self.processes.device) / 255
 
-    def train_step(self, batch: Tensor) -> float:
+    def train_step(self, batch: Tensor, y: Tensor | None = None) -> float:
         """One step with this process's share of a batch; the whole batch's bits/dim."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
         self.optimizer.zero_grad()
-        loss = self.processes.total(self.backward(batch)).item()
+        loss = self.processes.total(self.backward(batch, y)).item()
         norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), self.config.clip_norm)
         if not math.isfinite(loss) or not math.isfinite(norm.item()):
             raise FloatingPointError(
@@ -217,20 +224,22 @@ class Run:
         self.step += 1
         return loss
 
-    def backward(self, batch: Tensor) -> Tensor:
+    def backward(self, batch: Tensor, y: Tensor | None) -> Tensor:
         """Gradients of the whole batch's mean bits/dim; this share's part of that mean, a scalar.
 
         The share goes through in `accumulate` parts; the last one's backward pass brings the
         gradients of all processes together.
         """
         parts = batch.chunk(self.config.accumulate)
+        y = None if y is None else y.to(self.processes.device)
+        classes = [None] * len(parts) if y is None else y.chunk(self.config.accumulate)
         first, loss = self.sampler.places.start, torch.zeros((), device=self.processes.device)
-        for number, part in enumerate(parts, 1):
+        for number, (part, own) in enumerate(zip(parts, classes, strict=True), 1):
             places = range(first, first + len(part))
             draws = draws_for(self.config.seed, self.step, places, part.shape[1:], self.config.crop)
             x, noise = self.augment(part, draws), draws.noise.to(self.processes.device)
             with self.processes.unshared(self.likelihood) if number < len(parts) else nullcontext():
-                bits = self.likelihood(x, noise).sum() / self.batch_size
+                bits = self.likelihood(x, noise, own).sum() / self.batch_size
                 self.processes.backward(bits)
             first, loss = places.stop, loss + bits.detach()
         return loss
@@ -241,11 +250,11 @@ class Run:
             self.report(held_out, loss)  # first: a run saved as finished has its last report
             self.save()
 
-    def average_flow(self) -> Glow:
+    def average_flow(self) -> Flow:
         """The averaged flow as it stands."""
-        return cast(Glow, self.average.module)
+        return cast(Flow, self.average.module)
 
-    def averaged(self) -> Glow:
+    def averaged(self) -> Flow:
         """The averaged flow, frozen, in evaluation mode and full precision."""
         flow = self.average_flow().requires_grad_(False).eval()
         flow.network_dtype = None
@@ -284,12 +293,13 @@ class Run:
 
     def _identity(self) -> dict[str, dict[str, Any]]:
         """What makes two runs the same: recipe, architecture, images and where they started."""
-        some = as_batch(self.images.__getitems__(self.images.spread(64)))
+        some = [as_batch(self.images.__getitems__(self.images.spread(64)))]
+        some += [] if self.images.labels is None else [self.images.labels]
         weights = self.flow.state_dict().values() if self.flow.is_initialized() else ()
         return {
             "recipe": self.config.recipe(),
             "architecture": self.flow.config,
-            "data": {"count": len(self.images), "digest": digest([some])},
+            "data": {"count": len(self.images), "digest": digest(some)},
             "start": {"digest": digest(weights)},  # untrained weights follow from their own seed
         }
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from latent_aug import Flow, Glow
+from latent_aug.flows import ConditionalDenseFlow
 
 
 class Identity(Flow):
@@ -64,6 +65,22 @@ def random_glow(channels=3, *, levels=2, steps=2, hidden=8, dtype=torch.float32,
             if "q0" in name or "net.4" in name:  # priors and last convolutions start at zero
                 parameter.normal_(std=0.1)
     return flow.requires_grad_(False).eval()
+
+
+def random_dense(channels=3, side=16, *, classes=4, seed=0):
+    """A small class-conditional flow of fully connected couplings."""
+    torch.manual_seed(seed)
+    flow = ConditionalDenseFlow(
+        channels, side, side, num_classes=classes, steps=3, hidden=8, seed=seed
+    )
+    return flow.requires_grad_(False).eval()
+
+
+def images_and_classes(flow, count, height=16, width=16):
+    """Images that a flow maps, and their classes where it needs some."""
+    height, width = flow.size or (height, width)
+    x = torch.rand(count, flow.channels, height, width)
+    return x, torch.arange(count) % flow.num_classes if flow.num_classes else None
 
 
 def convolutional_classifier():
@@ -124,6 +141,7 @@ FLOWS = {
     "glow-1-level": lambda: random_glow(levels=1),
     "glow-2-levels": random_glow,
     "glow-3-levels": lambda: random_glow(levels=3),
+    "conditional-dense": random_dense,
 }
 
 

@@ -68,6 +68,38 @@ def test_train_writes_a_flow_and_its_card(folder, tmp_path):
     assert data.eval_results[0].metric_value == round(figures["bits_per_dim"], 3)
 
 
+def test_a_flow_of_classes(folder, tmp_path):
+    output = tmp_path / "flow"
+    sizes = ["--classes", 2, "-K", 2, "-H", 8, "--steps", 5, "--batch-size", 8]
+    result = run(folder, "--output", output, "--validation", folder, *sizes)
+    assert result.exit_code == 0, result.output
+    flow = load_flow(output)
+    assert (flow.num_classes, flow.size, flow.hidden, len(flow.couplings)) == (2, (8, 8), 8, 2)
+    card = (output / "README.md").read_text()
+    assert "class-conditional flow (Table 3): 2 fully connected couplings" in card
+    assert "24 of 24 images come back byte for byte" in card
+    assert (output / "preview.png").stat().st_size > 0
+    drawn = CliRunner().invoke(
+        app, ["preview", str(output), str(folder), "--picture", str(tmp_path / "drawn.png")]
+    )
+    assert drawn.exit_code == 0, drawn.output
+    again = run(folder, "--output", tmp_path / "b", "--init", output, "--steps", 2)
+    assert again.exit_code == 0, again.output
+    for wrong, words in (
+        (["--classes", 2, "--levels", 2], "--levels is for Glow"),
+        (["--classes", 1], "classes must lie in 0 to 0"),
+        (["--init", output, "--classes", 2], "omit them"),
+    ):
+        refused = run(folder, "--output", tmp_path / "c", *wrong)
+        assert refused.exit_code == 1
+        assert words in refused.output
+
+
+def test_folders_are_classes(folder, tar):
+    for path in (folder, tar):
+        assert EncodedImages(path).labels == [0] * 12 + [1] * 12
+
+
 def test_the_data_s_name_on_the_hub_is_in_the_card(folder, tmp_path):
     result = run(folder, "--output", tmp_path / "flow", "--dataset", "someone/stripes", *SMALL)
     assert result.exit_code == 0, result.output

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import Identity, random_glow
+from conftest import Identity, images_and_classes, random_glow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,26 +13,49 @@ from latent_aug import Flow, Glow
 
 
 def test_round_trip(any_flow):
-    x = torch.rand(4, 3, 16, 24)
-    z = any_flow.encode(x)
+    x, y = images_and_classes(any_flow, 4, 16, 24)
+    z = any_flow.encode(x, y)
     assert z.shape == x.shape
     assert z.is_contiguous()
-    back = any_flow.decode(z)
+    back = any_flow.decode(z, y)
     assert (back - x).abs().max() < 1e-4
     assert back.is_contiguous()
 
 
 def test_every_byte_comes_back(any_flow):
     pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).repeat(1, 3, 1, 1)
-    back = any_flow.decode(any_flow.encode(pixels / 255))
+    _, y = images_and_classes(any_flow, 1)
+    back = any_flow.decode(any_flow.encode(pixels / 255, y), y)
     assert torch.equal((back.clamp(0, 1) * 255).round().byte(), pixels)
 
 
 def test_encoding_is_deterministic_and_leaves_its_input(any_flow):
-    x = torch.rand(2, 3, 16, 16)
+    x, y = images_and_classes(any_flow, 2)
     before = x.clone()
-    assert torch.equal(any_flow.encode(x), any_flow.encode(x))
+    assert torch.equal(any_flow.encode(x, y), any_flow.encode(x, y))
     assert torch.equal(x, before)
+
+
+def test_precision_is_that_of_the_input(any_flow):
+    x, y = images_and_classes(any_flow, 2)
+    x = x.double()
+    with torch.autocast("cpu", torch.bfloat16):
+        z = any_flow.encode(x, y)
+        assert z.dtype == torch.float64
+        assert (any_flow.decode(z, y) - x).abs().max() < 1e-10
+
+
+def test_gradients_reach_the_latents(any_flow):
+    x, y = images_and_classes(any_flow, 2)
+    z = any_flow.encode(x, y).requires_grad_()
+    any_flow.decode(z, y)[0].sum().backward()
+    assert z.grad[0].abs().sum() > 0
+    assert z.grad[1].abs().sum() == 0  # samples do not see each other
+
+
+def test_an_empty_batch_stays_empty(any_flow):
+    x, y = (None if t is None else t[:0] for t in images_and_classes(any_flow, 1))
+    assert any_flow.decode(any_flow.encode(x, y), y).shape == x.shape
 
 
 @settings(max_examples=15, deadline=None)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import random_glow
+from conftest import random_dense, random_glow
 
 from latent_aug import load_flow
 
@@ -19,11 +19,12 @@ TOKENS = ("0", "-1", "1e400", "NaN", "null", "[]", "{}", '"x"', "999999999999999
 DTYPES = ("F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F99")
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
+@pytest.fixture(scope="module", params=["glow", "conditional-dense"])
+def good(request, tmp_path_factory):
     """A small flow's files, and what it gives."""
     directory = tmp_path_factory.mktemp("good")
-    flow = random_glow(levels=1, steps=1, hidden=4)
+    small = {"glow": lambda: random_glow(levels=1, steps=1, hidden=4)}
+    flow = small.get(request.param, lambda: random_dense(1, 3))()
     flow.save_pretrained(directory)
     return directory, flow
 
@@ -62,17 +63,18 @@ def oversize(draw, data):
 def change_a_tensor(draw, data):
     header, rest = header_of(data)
     entry = header[draw.choice(list(header))]
+    shape = entry.get("shape", [])  # the metadata has none
     match draw.randrange(4):
         case 0:
             entry["dtype"] = draw.choice(DTYPES)
         case 1:
             entry["shape"] = draw.choice(
-                ([], [0], [-1], [2**62, 4], [2**31, 2**31], entry["shape"][::-1], [1.5])
+                ([], [0], [-1], [2**62, 4], [2**31, 2**31], shape[::-1], [1.5])
             )
         case 2:
             entry["data_offsets"] = draw.choice(([0, 0], [0, 2**60], [-8, 8], [8, 0], [0], "x"))
         case 3:
-            entry["shape"] = [*entry["shape"], 1]
+            entry["shape"] = [*shape, 1]
     return with_header(header, rest)
 
 

@@ -1,8 +1,11 @@
 """The figures of a card."""
 
+import math
+
 import pytest
 import torch
-from conftest import random_glow
+from conftest import Identity, random_glow
+from torch.utils.data import TensorDataset
 
 from latent_aug.data import UInt8Images
 from latent_aug.measure import measure_flow
@@ -34,8 +37,8 @@ def test_a_broken_flow_shows(monkeypatch):
     flow = random_glow()
     decode = flow.decode
 
-    def off_by_two_grey_levels(z):
-        x = decode(z) + 2 / 255
+    def off_by_two_grey_levels(z, y=None):
+        x = decode(z, y) + 2 / 255
         x[0] = float("nan")
         return x
 
@@ -43,3 +46,26 @@ def test_a_broken_flow_shows(monkeypatch):
     figures = measure_flow(flow, UInt8Images(images(), 3), batch_size=10)
     assert figures["uint8_identical"] == 0
     assert all(p["fallbacks"] == pytest.approx(0.1) for p in figures["perturbations"])
+
+
+def test_each_image_is_measured_with_its_class():
+    class ByLabel(Identity):
+        num_classes = 3
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))  # says where it is
+
+        def log_prob(self, x, y=None):
+            return -1000.0 * y
+
+        def decode(self, z, y=None):
+            return z + y[:, None, None, None] / 255
+
+    y = torch.tensor([0, 1, 2, 2, 0, 1, 1])
+    data = UInt8Images(TensorDataset(images()[:7], y), 3, num_classes=3)
+    figures = measure_flow(ByLabel(), data, settings=[], batch_size=3)
+    dims = data[0].numel()
+    expected = (math.log(255) + 1000 * y.float().mean().item() / dims) / math.log(2)
+    assert figures["bits_per_dim"] == pytest.approx(expected)
+    assert figures["uint8_identical"] == 2

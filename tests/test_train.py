@@ -64,11 +64,11 @@ def test_interrupted_and_resumed_is_as_if_undisturbed(tmp_path, monkeypatch):
 
     original, calls = train.Run.train_step, []
 
-    def interrupted(self, batch):
+    def interrupted(self, *batch):
         calls.append(self.step)
         if len(calls) == 7:
             raise KeyboardInterrupt
-        return original(self, batch)
+        return original(self, *batch)
 
     monkeypatch.setattr(train.Run, "train_step", interrupted)
     every_step = config(tmp_path / "b", checkpoint_minutes=0)

@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import Identity, random_glow
+from conftest import Identity, images_and_classes, random_glow
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
@@ -424,8 +424,9 @@ def test_a_generator_decides_alone(glow):
 
 def test_new_flows_and_old_agree_on_the_contract(any_flow):
     assert isinstance(any_flow, Flow)
-    x = torch.rand(2, 3, 9, 11)
-    out = LatentPerturb(0.05, flow=any_flow)(x)
+    x, y = images_and_classes(any_flow, 2, 9, 11)
+    out = LatentPerturb(0.05, flow=any_flow)(*([x] if y is None else [x, y]))
+    out = out if y is None else out[0]
     assert out.shape == x.shape
     assert 0 < (out - x).abs().max() <= 1
 

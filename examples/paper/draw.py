@@ -107,6 +107,34 @@ def section(recipe: str) -> list[str]:
     return lines
 
 
+def figure2() -> list[str]:
+    """The paper's Figure 2, of what there is: accuracy against labelled images, a line a method."""
+    found: dict[str, dict[int, list[float]]] = defaultdict(dict)
+    for recipe in sorted((path.name for path in RUNS.glob("figure2-*")), key=by_number):
+        for name, own in runs_of(recipe, "test").items():
+            found[name][own[0]["train_images"]] = [r["accuracy"] for r in own]
+    if not found:
+        return []
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, sizes in found.items():
+        means = [statistics.mean(values) for values in sizes.values()]
+        errors = [statistics.stdev(v) if len(v) > 1 else 0 for v in sizes.values()]
+        axes.errorbar(list(sizes), means, yerr=errors, fmt="o-", capsize=2, label=name)
+    axes.set(xscale="log", xlabel="labelled images", ylabel="accuracy (%)")
+    axes.legend(fontsize=7)
+    figure.savefig(PICTURES / "figure2.png", dpi=120)
+    picture = (PICTURES / "figure2.png").relative_to(ROOT)
+    text = "Of the runs below. A method without runs at a size has no point there."
+    return ["\n## The paper's Figure 2\n", text, "", f"![accuracy against images]({picture})"]
+
+
+def by_number(name: str) -> tuple[str, int]:
+    """Sort key: figure2-600 before figure2-2400."""
+    start, _, end = name.rpartition("-")
+    return (start, int(end)) if end.isdigit() else (name, 0)
+
+
 def into_readme(lines: list[str]) -> None:
     """Replace what stands between the two marks."""
     before, rest = README.read_text().split(MARKS[0])
@@ -116,8 +144,8 @@ def into_readme(lines: list[str]) -> None:
 
 def main() -> None:
     """Every recipe with runs."""
-    recipes = sorted(path.name for path in RUNS.iterdir() if path.is_dir())
-    lines = [HEAD, *(line for recipe in recipes for line in section(recipe))]
+    recipes = sorted((path.name for path in RUNS.iterdir() if path.is_dir()), key=by_number)
+    lines = [HEAD, *figure2(), *(line for recipe in recipes for line in section(recipe))]
     OUTPUT.write_text("\n".join(lines) + "\n")
     first = json.loads((RECIPES / f"{FIRST}.json").read_text())
     into_readme(table(runs_of(FIRST, "test"), first["paper"]))

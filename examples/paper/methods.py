@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import vae_gan  # noqa: F401  # load_flow knows its flow from now on
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from latent_aug import Glow, LatentAdversarial, LatentPerturb, load_flow
+from latent_aug import Flow, LatentAdversarial, LatentPerturb, LatentSchedule, load_flow
 from latent_aug.batches import random_crop, random_flip
 
 Augment = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""uint8 images (B, 3, H, W) and classes (B,) to floats in [0, 1] and classes or probabilities."""
+"""uint8 images (B, C, H, W) and classes (B,) to floats in [0, 1] and classes or probabilities."""
 
 Method = Callable[[nn.Module, int], Augment]
 """From the classifier and the number of classes."""
@@ -28,6 +29,11 @@ PEERS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
     "augmix": lambda: v2.AugMix(),
 }
 MIXES = {"mixup": v2.MixUp, "cutmix": v2.CutMix}
+PRESETS = {
+    # What the authors' code does where their text says otherwise.
+    "official": {"labels": "predicted", "model_mode": "unchanged"},
+    "official notebook": {"random_start": False},  # of MNIST and FashionMNIST
+}
 
 
 def method_of(settings: dict[str, Any], flows: Path | None = None) -> Method:
@@ -36,7 +42,9 @@ def method_of(settings: dict[str, Any], flows: Path | None = None) -> Method:
     Args:
         settings: "pixels": "none", "common" (crop and flip), or a peer's or mix's name, which
             comes after "common". "latent": arguments of LatentPerturb, "attack": of
-            LatentAdversarial; "flow" among them. "flip": false leaves images unmirrored.
+            LatentAdversarial; among them "flow" ("pixels" is PGD) and "preset", of PRESETS.
+            "phases": pairs of epochs and one of these, scaled to the epochs of the run.
+            "flip": false leaves images unmirrored.
         flows: A folder in which a flow is looked for before the bundled ones.
     """
     return partial(build, settings, flows)
@@ -45,11 +53,8 @@ def method_of(settings: dict[str, Any], flows: Path | None = None) -> Method:
 def build(settings: dict[str, Any], flows: Path | None, model: nn.Module, classes: int) -> Augment:
     """Pixels first, then the latent, then mixes."""
     pixels, flip = settings.get("pixels", "common"), settings.get("flip", True)
-    latent = attack = mix = peer = None
-    if "latent" in settings:
-        latent = LatentPerturb(**with_flow(settings["latent"], flows))
-    if "attack" in settings:
-        attack = LatentAdversarial(model, **with_flow(settings["attack"], flows))
+    mix = peer = None
+    perturb = perturbation_of(settings, flows, model)
     if pixels in MIXES:
         mix = MIXES[pixels](alpha=1.0, num_classes=classes)
     elif pixels in PEERS:
@@ -63,13 +68,49 @@ def build(settings: dict[str, Any], flows: Path | None, model: nn.Module, classe
         if peer is not None:
             x = torch.stack([peer(image) for image in x])
         x = (x / 255).contiguous(memory_format=torch.channels_last)
-        if latent is not None:
-            x = latent(x)
-        if attack is not None:
-            x = attack(x, y)
+        x, y = perturb(x, y)
         return mix(x, y) if mix is not None else (x, y)
 
+    total = sum(epochs for epochs, _ in perturb.phases)
+    augment.begin = lambda share: perturb.set_epoch(int(share * total))  # type: ignore[attr-defined]
     return augment
+
+
+def perturbation_of(
+    settings: dict[str, Any], flows: Path | None, model: nn.Module
+) -> LatentSchedule:
+    """Of the latent: "latent" or "attack", or one after the other in "phases"."""
+    phases = settings.get("phases", [[1, settings]])
+    return LatentSchedule([(epochs, one(phase, flows, model)) for epochs, phase in phases])
+
+
+def one(
+    settings: dict[str, Any], flows: Path | None, model: nn.Module
+) -> LatentPerturb | LatentAdversarial | None:
+    """A single perturbation, if there is one."""
+    channels = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    if "latent" in settings:
+        return LatentPerturb(**arguments_of(settings["latent"], flows, channels.in_channels))
+    if "attack" in settings:
+        arguments = arguments_of(settings["attack"], flows, channels.in_channels)
+        return LatentAdversarial(model, **arguments)
+    return None
+
+
+class Pixels(Flow):
+    """The identity: an attack on its latents is one on pixels, PGD."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """The image."""
+        return x
+
+    def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """The image."""
+        return z
 
 
 def cropped_and_flipped(x: Tensor, flip: bool) -> Tensor:
@@ -78,13 +119,15 @@ def cropped_and_flipped(x: Tensor, flip: bool) -> Tensor:
     return random_crop(random_flip(x, generator) if flip else x, 4, generator)
 
 
-def with_flow(arguments: dict[str, Any], flows: Path | None) -> dict[str, Any]:
-    """The flow loaded, with coupling networks in the precision asked for."""
-    arguments = dict(arguments)
+def arguments_of(given: dict[str, Any], flows: Path | None, channels: int) -> dict[str, Any]:
+    """With the preset's, and the flow loaded, its networks in the precision asked for."""
+    arguments = {**PRESETS.get(given.get("preset", ""), {}), **given}
+    arguments.pop("preset", None)
     dtype = arguments.pop("network_dtype", None)
     name = arguments.pop("flow", "glow-cifar10")
+    if name == "pixels":
+        return {**arguments, "flow": Pixels(channels)}
     flow = load_flow(flows / name if flows and (flows / name).is_dir() else name)
-    assert isinstance(flow, Glow)
     if torch.cuda.is_available():
         flow = flow.to("cuda")
     flow.network_dtype = dtype and getattr(torch, dtype)

@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from methods import Method
+from networks import NETWORKS
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
-from torchvision.models.resnet import BasicBlock
 
 from latent_aug.data import to_uint8
 
@@ -22,7 +22,7 @@ VALIDATION_SHARE = 0.2  # of the labelled images, while settings are chosen
 
 @dataclass(frozen=True)
 class Images:
-    """8-bit images (N, 3, H, W) in memory, and their classes (N,)."""
+    """8-bit images (N, C, H, W) in memory, and their classes (N,)."""
 
     pixels: Tensor
     labels: Tensor
@@ -36,10 +36,16 @@ class Protocol:
     Args:
         per_class: Labelled images of each class; all of them if None.
         epochs: Passes over them.
-        width: Channels of the ResNet's first stage, which doubles in each of the next three.
+        network: Of networks.py: "resnet" (small), "resnet18", "cnn" or "lenet5".
+        channels: Of the images.
+        width: Channels of the network's first stage.
         batch_size: Images a step.
-        lr: Greatest learning rate of SGD's one cycle.
-        weight_decay: Of SGD.
+        optimizer: "sgd" (Nesterov momentum 0.9) or "adam".
+        schedule: Of the learning rate: "one cycle", "exponential" decay to `final_lr`, or
+            "steps", a fifth after 30, 60 and 80 % (the paper's CIFAR setting).
+        lr: Greatest learning rate.
+        final_lr: Share of it at the end of an exponential decay.
+        weight_decay: Of the optimizer.
         test: Evaluate on the test images; else train on four fifths of the labelled images and
             evaluate on the rest.
         data_seed: Which images of a class are labelled.
@@ -50,9 +56,14 @@ class Protocol:
 
     per_class: int | None = 250
     epochs: int = 60
+    network: str = "resnet"
+    channels: int = 3
     width: int = 32
     batch_size: int = 128
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    schedule: Literal["one cycle", "exponential", "steps"] = "one cycle"
     lr: float = 0.1
+    final_lr: float = 0.1
     weight_decay: float = 5e-4
     test: bool = False
     data_seed: int = 0
@@ -60,10 +71,10 @@ class Protocol:
     precision: Literal["bfloat16", "float32"] = "bfloat16"
 
 
-def read_images(folder: Path, size: int | None = None) -> Images:
+def read_images(folder: Path, size: int | None = None, channels: int = 3) -> Images:
     """Every image of <folder>/<class>/*, in order."""
     data = ImageFolder(str(folder))
-    pixels = torch.stack([to_uint8(sample, 3, size) for sample in data])
+    pixels = torch.stack([to_uint8(sample, channels, size) for sample in data])
     return Images(pixels, torch.tensor(data.targets), len(data.classes))
 
 
@@ -110,30 +121,26 @@ class Standardized(nn.Module):
         return logits.float()
 
 
-def small_resnet(classes: int, width: int) -> nn.Module:
-    """Four stages of one basic block, from `width` to 8 `width` channels, for small images."""
-    stages = [block(width, width, 1)]
-    stages += [block(width * 2**i, width * 2 ** (i + 1), 2) for i in range(3)]
-    network = nn.Sequential(
-        nn.Conv2d(3, width, 3, padding=1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(inplace=True),
-        *stages,
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8 * width, classes),
-    )
-    return network.to(memory_format=torch.channels_last)
-
-
-def block(inputs: int, outputs: int, stride: int) -> BasicBlock:
-    """A basic block of torchvision's, a 1x1 convolution on its shortcut where shapes differ."""
-    shortcut = None
-    if inputs != outputs:
-        shortcut = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+def optimizer_of(
+    model: nn.Module, protocol: Protocol, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """With its schedule over all steps of a run."""
+    parameters, decay = model.parameters(), protocol.weight_decay
+    optimizer: torch.optim.Optimizer
+    if protocol.optimizer == "adam":
+        optimizer = torch.optim.Adam(parameters, protocol.lr, weight_decay=decay)
+    else:
+        optimizer = torch.optim.SGD(
+            parameters, protocol.lr, momentum=0.9, nesterov=True, weight_decay=decay
         )
-    return BasicBlock(inputs, outputs, stride, shortcut)
+    schedulers = torch.optim.lr_scheduler
+    if protocol.schedule == "one cycle":
+        return optimizer, schedulers.OneCycleLR(optimizer, protocol.lr, total_steps=steps)
+    if protocol.schedule == "exponential":
+        final = protocol.final_lr
+        return optimizer, schedulers.LambdaLR(optimizer, lambda step: final ** (step / steps))
+    milestones = [round(share * steps) for share in (0.3, 0.6, 0.8)]
+    return optimizer, schedulers.MultiStepLR(optimizer, milestones, 0.2)
 
 
 def run(
@@ -148,20 +155,16 @@ def run(
     """Train and evaluate; accuracies in per cent, losses in nats, seconds."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
-    network = small_resnet(train.classes, protocol.width)
+    network = NETWORKS[protocol.network](protocol.channels, train.classes, protocol.width)
     model = Standardized(network, train.pixels, protocol.precision).to(device)
     augment = method(model, train.classes)
     steps = protocol.epochs * (len(train.labels) // protocol.batch_size)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        protocol.lr,
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=protocol.weight_decay,
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, protocol.lr, total_steps=steps)
+    optimizer, schedule = optimizer_of(model, protocol, steps)
     started, computed = time.perf_counter(), time.process_time()
-    for _ in range(protocol.epochs):
+    for epoch in range(protocol.epochs):
+        begin = getattr(augment, "begin", None)
+        if begin is not None:
+            begin(epoch / protocol.epochs)
         order = torch.randperm(len(train.labels))
         total = torch.zeros(())
         batches = order.split(protocol.batch_size)[: len(order) // protocol.batch_size]

@@ -11,6 +11,7 @@ machines.
 """
 
 import argparse
+import copy
 import json
 import platform
 import shlex
@@ -40,11 +41,12 @@ def wanted(recipe: dict[str, Any], only: list[str] | None) -> Iterator[tuple[str
 
 def settings_of(recipe: dict[str, Any], name: str, precision: str) -> dict[str, Any]:
     """A method's, with the recipe's flow where it names none."""
-    settings = {k: v for k, v in recipe["methods"][name].items() if k != "seeds"}
-    for part in {"latent", "attack"} & set(settings):
-        settings[part] = {**recipe.get("flow", {}), **settings[part]}
-        if precision == "float32":
-            settings[part].pop("network_dtype", None)
+    settings = copy.deepcopy({k: v for k, v in recipe["methods"][name].items() if k != "seeds"})
+    for holder in (settings, *(phase for _, phase in settings.get("phases", []))):
+        for part in {"latent", "attack"} & set(holder):
+            holder[part] = {**recipe.get("flow", {}), **holder[part]}
+            if precision == "float32":
+                holder[part].pop("network_dtype", None)
     return settings
 
 
@@ -77,8 +79,9 @@ def main() -> None:
         if path.exists():
             continue
         if data is None:
-            test = read_images(folder / "test", protocol.size) if args.test else None
-            data = split(read_images(folder / "train", protocol.size), test, protocol)
+            how = (protocol.size, protocol.channels)
+            test = read_images(folder / "test", *how) if args.test else None
+            data = split(read_images(folder / "train", *how), test, protocol)
         settings = settings_of(recipe, name, args.precision)
         with tqdm(total=protocol.epochs, unit="epoch", desc=f"{name}, seed {seed}") as bar:
 

@@ -72,6 +72,7 @@ class Flow(nn.Module):
         size: The only (H, W) it maps; None for any size.
         num_classes: Above 0 for a conditional flow, whose `encode` and `decode` need `y`.
         levels: Scales of its latent, see `split_levels`.
+        network_dtype: Precision of its networks, where it can lower that; None is the input's.
 
     Source: the paper's §2 writes F for `encode` and F⁻¹ for `decode`.
 
@@ -97,6 +98,7 @@ class Flow(nn.Module):
     size: tuple[int, int] | None = None
     num_classes: int = 0
     levels: int = 1
+    network_dtype: torch.dtype | None = None
     loaded_from: tuple[str, str | None, Any] | None = None  # name, commit, version when loaded
     card: Path | None = None  # the model card that lay beside the weights when they were loaded
 
@@ -118,6 +120,13 @@ class Flow(nn.Module):
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Log-density of x in [0, 1], exact at x: (B,), in nats."""
         raise NotImplementedError
+
+    def is_initialized(self) -> bool:
+        """Whether what `initialize` sets is set; a flow without such parts always is."""
+        return True
+
+    def initialize(self, x: Tensor) -> None:
+        """Set what depends on data from one batch (B, C, H, W) in [0, 1], before training."""
 
     def split_levels(self, z: Tensor) -> list[Tensor]:
         """The parts of a latent (B, C, H, W), finest level first, each at its own resolution."""

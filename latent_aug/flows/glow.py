@@ -101,7 +101,7 @@ class Glow(Flow):
         self.channels, self.levels, self.steps, self.hidden = channels, levels, steps, hidden
         self.multiple = 2**levels
         self.log_scale_bound = float(log_scale_bound)
-        self.network_dtype: torch.dtype | None = None
+        self.network_dtype = None
         self.compiled = False
         from latent_aug.flows.blocks import multiscale_glow  # normflows takes long to import
 

@@ -1,0 +1,82 @@
+"""The classifiers of the tables, by name."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torchvision.models import resnet18
+from torchvision.models.resnet import BasicBlock
+
+
+def small_resnet(channels: int, classes: int, width: int) -> nn.Module:
+    """Four stages of one basic block, from `width` to 8 `width` channels, for small images."""
+    stages = [block(width, width, 1)]
+    stages += [block(width * 2**i, width * 2 ** (i + 1), 2) for i in range(3)]
+    network = nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        *stages,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8 * width, classes),
+    )
+    return network.to(memory_format=torch.channels_last)
+
+
+def block(inputs: int, outputs: int, stride: int) -> BasicBlock:
+    """A basic block of torchvision's, a 1x1 convolution on its shortcut where shapes differ."""
+    shortcut = None
+    if inputs != outputs:
+        shortcut = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+        )
+    return BasicBlock(inputs, outputs, stride, shortcut)
+
+
+def cifar_resnet18(channels: int, classes: int, width: int) -> nn.Module:
+    """The paper's ResNet-18 for 32 x 32 images: a 3 x 3 stem, no pooling after it (A.1).
+
+    `width` plays no part.
+    """
+    network = resnet18(num_classes=classes)
+    network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+    network.maxpool = nn.Identity()
+    return network.to(memory_format=torch.channels_last)
+
+
+def cnn(channels: int, classes: int, width: int) -> nn.Module:
+    """Table 4's CNN of Stutz et al. 2019 at `width` 16, for 28 x 28 images."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((channels, width), (width, 2 * width), (2 * width, 4 * width)):
+        convolution = nn.Conv2d(inputs, outputs, 4, stride=2, padding=1)
+        layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+    # 28 pixels are 3 after three halvings
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(36 * width, 100), nn.Linear(100, classes))
+
+
+def lenet5(channels: int, classes: int, width: int) -> nn.Module:
+    """Table 4's LeNet-5 at `width` 6, weights from a truncated normal of 0.1 (A.1).
+
+    Its last line, a ReLU on the logits, is left out as a slip: no class could be ruled out.
+    """
+    network = nn.Sequential(
+        nn.Conv2d(channels, width, 5, padding=2),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(width, 16, 5),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(400, 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+        nn.Linear(84, classes),
+    )
+    for parameter in network.parameters():
+        nn.init.trunc_normal_(parameter, std=0.1, a=-0.2, b=0.2)
+    return network
+
+
+NETWORKS = {"resnet": small_resnet, "resnet18": cifar_resnet18, "cnn": cnn, "lenet5": lenet5}

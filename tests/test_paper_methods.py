@@ -1,0 +1,281 @@
+"""What more of the paper's tables need: grey images, networks, VAE-GAN, PGD, phases, presets."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_dense
+from torch import nn
+from torchvision.transforms.v2.functional import to_pil_image
+
+from latent_aug import LatentAdversarial, LatentSchedule, load_flow
+from latent_aug.regions import level_mask
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "paper"
+RECIPES = sorted(path.name for path in (EXAMPLES / "recipes").glob("*.json"))
+SMALL = {"num_classes": 2, "dims": 3, "hidden": 4}
+
+
+@pytest.fixture(autouse=True)
+def _driver(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
+@pytest.fixture
+def grey(tmp_path):
+    """Two classes of 28 x 28 grey images."""
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 24), ("test", 6)):
+        for index in range(count):
+            folder = tmp_path / "data" / "grey" / part / f"class{index % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            image = torch.randint(128, (1, 28, 28), generator=generator, dtype=torch.uint8)
+            to_pil_image(image + 127 * (index % 2)).save(folder / f"{index:02}.png")
+    return tmp_path
+
+
+def drive(place, recipe, *options):
+    """Run a recipe; each run's figures by method."""
+    import run
+
+    path = place / "recipe.json"
+    path.write_text(json.dumps(recipe))
+    command = ["run.py", path, place / "data", "--precision", "float32", "--results", place / "r"]
+    before, sys.argv = sys.argv, [str(c) for c in (*command, "--flows", place / "flows", *options)]
+    try:
+        run.main()
+    finally:
+        sys.argv = before
+    entries = [json.loads(p.read_text()) for p in sorted((place / "r").rglob("*.json"))]
+    return {entry["method"]: entry for entry in entries}
+
+
+@pytest.mark.parametrize("network", ["cnn", "lenet5"])
+def test_grey_images_with_every_kind_of_perturbation(grey, network, monkeypatch):
+    import vae_gan
+
+    random_dense(1, 28, classes=2).save_pretrained(grey / "flows" / "dense")
+    images, folder = grey / "data" / "grey" / "train", grey / "flows" / "vae-gan"
+    command = ["vae_gan.py", images, folder, "--classes", 2, "--dims", 3, "--hidden", 4]
+    monkeypatch.setattr(sys, "argv", [str(c) for c in (*command, "--epochs", 1)])
+    vae_gan.main()
+    attack = {"eps": 0.05, "alpha": 0.01, "steps": 2, "norm": "linf"}
+    methods = {
+        "standard": {},
+        "dense, random": {"latent": {"eps": 0.15, "flow": "dense"}},
+        "dense, attack": {"attack": {**attack, "flow": "dense", "preset": "official notebook"}},
+        "VAE-GAN": {"attack": {**attack, "flow": "vae-gan", "levels": -1, "p": 0.5}},
+        "PGD": {"attack": {**attack, "flow": "pixels"}},
+        "phases": {
+            "phases": [[100, {"attack": {**attack, "flow": "pixels"}}], [100, {}]],
+        },
+    }
+    adam = {"optimizer": "adam", "schedule": "exponential", "lr": 0.01, "weight_decay": 1e-4}
+    sizes = {"channels": 1, "network": network, "width": 6, "batch_size": 8, "epochs": 2}
+    found = drive(
+        grey,
+        {
+            "data": "grey",
+            "protocol": {**sizes, **adam, "per_class": None},
+            "methods": {name: {"pixels": "none", **m, "seeds": [0]} for name, m in methods.items()},
+        },
+        "--test",
+    )
+    assert found.keys() == methods.keys()
+    losses = {name: entry["loss"] for name, entry in found.items()}
+    assert len(set(losses.values())) == len(losses)  # none of them did nothing
+
+
+def test_classes_that_are_trained_are_not_trained_again(grey, monkeypatch):
+    import vae_gan
+
+    images, folder = grey / "data" / "grey" / "train", grey / "flows" / "vae-gan"
+    command = ["vae_gan.py", images, folder, "--classes", 2, "--hidden", 4, "--epochs", 1]
+    monkeypatch.setattr(sys, "argv", [str(c) for c in command])
+    vae_gan.main()
+    first = (folder / "model.safetensors").read_bytes()
+    (folder / "class-1.pt").unlink()
+    kept = (folder / "class-0.pt").stat().st_mtime_ns
+    vae_gan.main()
+    assert (folder / "class-0.pt").stat().st_mtime_ns == kept
+    assert (folder / "model.safetensors").read_bytes() == first
+
+
+class TestVaeGan:
+    def test_it_learns_to_give_images_back(self):
+        import vae_gan
+
+        torch.manual_seed(0)
+        flow = vae_gan.VaeGan(1, 12, 12, **SMALL)
+        shades = torch.linspace(20, 235, 64)[:, None, None, None].expand(64, 1, 12, 12)
+        pixels, how = shades.round().byte(), vae_gan.Training(epochs=30, batch_size=16)
+        for label in range(2):
+            critic = vae_gan.down((1, 12, 12), 4, 1)
+            parts = flow.encoders[label], flow.decoders[label]
+            vae_gan.train_class(*parts, critic, pixels, how)
+        flow.eval().requires_grad_(False)
+        x, y = pixels / 255, torch.arange(64) % 2
+        error = (flow.decode(flow.encode(x, y), y) - x).abs().mean()
+        assert error < 0.1 < (x - x.mean()).abs().mean()
+
+    @pytest.mark.parametrize("size", [(28, 28), (32, 32), (21, 30)])
+    def test_its_latent_is_of_the_image_s_shape(self, size):
+        import vae_gan
+
+        flow = vae_gan.VaeGan(3, *size, **SMALL).eval().requires_grad_(False)
+        x, y = torch.rand(5, 3, *size), torch.tensor([0, 1, 1, 0, 1])
+        z = flow.encode(x, y)
+        assert z.shape == x.shape
+        assert flow.decode(z, y).shape == x.shape
+        assert torch.equal(flow.join_levels(flow.split_levels(z)), z)
+        assert level_mask(flow, z, (1,)).sum() == 3
+        alone = torch.cat([flow.encode(x[i : i + 1], y[i : i + 1]) for i in range(5)])
+        torch.testing.assert_close(alone, z)
+
+    def test_an_attack_stays_in_its_ball(self, tmp_path):
+        import vae_gan
+
+        vae_gan.VaeGan(**SMALL).eval().save_pretrained(tmp_path)
+        flow = load_flow(tmp_path)
+        seen = []
+        decode = flow.decode
+        flow.decode = lambda z, y=None: (seen.append(z.detach()), decode(z, y))[1]
+        model = nn.Sequential(nn.Flatten(), nn.Linear(784, 2))
+        attack = LatentAdversarial(
+            model, flow=flow, levels=-1, eps=0.3, alpha=0.1, steps=3, norm="l2"
+        )
+        x, y = torch.rand(4, 1, 28, 28), torch.tensor([0, 1, 0, 1])
+        attack(x, y)
+        moved = seen[-1] - flow.encode(x, y)
+        assert (moved.flatten(1)[:, 3:] == 0).all()
+        lengths = moved.flatten(1).norm(dim=1)
+        assert (lengths <= 0.3 + 1e-5).all()
+        assert lengths.max() > 0.25
+
+
+def test_phases_follow_one_another():
+    import methods
+
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 26 * 26, 2))
+    pgd = {"flow": "pixels", "eps": 0.5, "alpha": 0.5, "steps": 1, "norm": "linf"}
+    settings = {"pixels": "none", "phases": [[130, {"attack": pgd}], [70, {}]]}
+    augment = methods.build(settings, None, model, 2)
+    x, y = torch.randint(256, (4, 1, 28, 28), dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+    moved = []
+    for share in (0.0, 0.64, 0.65, 0.99):
+        augment.begin(share)
+        moved.append(not torch.equal(augment(x, y)[0], x / 255))
+    assert moved == [True, True, False, False]
+
+
+def test_pgd_takes_sign_steps_on_pixels():
+    import methods
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 26 * 26, 2))
+    pgd = {"flow": "pixels", "eps": 0.03, "alpha": 0.008, "steps": 3, "norm": "linf"}
+    attack = methods.one({"attack": {**pgd, "preset": "official notebook"}}, None, model)
+    x, y = 0.4 + 0.2 * torch.rand(4, 1, 28, 28), torch.tensor([0, 1, 0, 1])
+    expected = x.clone()
+    for _ in range(3):
+        expected = expected.detach().requires_grad_()
+        nn.functional.cross_entropy(model(expected), y, reduction="sum").backward()
+        expected = x + (expected + 0.008 * expected.grad.sign() - x).clamp(-0.03, 0.03)
+    torch.testing.assert_close(attack(x, y), expected.detach())
+
+
+def test_official_attacks_predictions_in_the_mode_it_finds():
+    import methods
+
+    model = nn.Sequential(nn.Conv2d(1, 2, 3))
+    attack = methods.one({"attack": {"flow": "pixels", "preset": "official"}}, None, model)
+    assert (attack.labels, attack.model_mode) == ("predicted", "unchanged")
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "side", "parameters"),
+    [
+        ("lenet5", 1, 28, 61_706),  # of the original, with all maps connected
+        ("resnet18", 3, 32, 11_173_962),  # the usual count for CIFAR-10
+        ("cnn", 1, 28, 100_262),
+        ("resnet", 3, 32, None),
+    ],
+)
+def test_networks(name, channels, side, parameters):
+    from networks import NETWORKS
+
+    width = {"lenet5": 6, "cnn": 16}.get(name, 8)
+    network = NETWORKS[name](channels, 10, width).eval()
+    assert network(torch.rand(2, channels, side, side)).shape == (2, 10)
+    if parameters:
+        assert sum(p.numel() for p in network.parameters()) == parameters
+
+
+def test_lenet_starts_from_a_truncated_normal():
+    from networks import lenet5
+
+    weights = torch.cat([p.flatten() for p in lenet5(1, 10, 6).parameters()])
+    assert weights.abs().max() <= 0.2
+    assert weights.std().item() == pytest.approx(0.088, abs=0.003)  # 0.1, its tails cut off
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_are_well_formed(recipe):
+    import methods
+    import run
+    from protocol import Protocol
+
+    described = json.loads((EXAMPLES / "recipes" / recipe).read_text())
+    protocol = Protocol(**described.get("protocol", {}))
+    assert described["title"]
+    assert described["text"]
+    assert set(described.get("paper", {})) <= set(described["methods"])
+    from networks import NETWORKS
+
+    model = NETWORKS[protocol.network](protocol.channels, 10, 4 if protocol.width > 6 else 6)
+    for name in described["methods"]:
+        settings = run.settings_of(described, name, "float32")
+        unknown = set(settings) - {"pixels", "flip", "latent", "attack", "phases"}
+        assert not unknown
+        for _, phase in settings.get("phases", [[1, settings]]):
+            for part in {"latent", "attack"} & set(phase):
+                phase[part]["flow"] = "pixels"  # theirs may not be here
+                phase[part].pop("levels", None)
+                phase[part].pop("resolution", None)
+        assert isinstance(methods.perturbation_of(settings, None, model), LatentSchedule)
+
+
+def test_figure_2_is_drawn_of_what_there_is(tmp_path, monkeypatch):
+    import draw
+
+    for place in ("RUNS", "PICTURES", "ROOT"):
+        monkeypatch.setattr(draw, place, tmp_path)
+    assert draw.figure2() == []
+    drawn = []
+    monkeypatch.setattr(draw, "Figure", lambda **_: Canvas(drawn))
+    for size, seed, accuracy in ((2400, 0, 80.0), (600, 0, 70.0), (600, 1, 72.0)):
+        folder = tmp_path / f"figure2-{size}" / "test"
+        folder.mkdir(parents=True, exist_ok=True)
+        entry = {"method": "standard", "train_images": size, "accuracy": accuracy}
+        (folder / f"standard {seed}.json").write_text(json.dumps(entry))
+    assert "figure2.png" in draw.figure2()[-1]
+    ((sizes, means), options) = drawn
+    assert (sizes, means) == ([600, 2400], [71.0, 80.0])
+    assert options["yerr"] == pytest.approx([2**0.5, 0])
+
+
+class Canvas:
+    """In place of a figure and its axes: keeps what is drawn."""
+
+    def __init__(self, drawn):
+        self.errorbar = lambda *points, **options: drawn.extend((points, options))
+
+    def subplots(self):
+        return self
+
+    def ignored(self, *arguments, **options):
+        pass
+
+    set = legend = savefig = ignored
