@@ -229,7 +229,10 @@ class LatentAdversarial(UsesFlow):
             return  # whatever it takes
         if not isinstance(labels, Tensor) or labels.ndim < 1 or len(labels) != len(images):
             found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
-            raise ValueError(f"labels must be a tensor of {len(images)} entries, got {found}")
+            raise ValueError(
+                f"labels must be a tensor of {len(images)} entries, got {found}; if they are not "
+                "second in the batch, name labels_getter="
+            )
 
     def _how_many(self, count: int) -> int:
         """The share p of a batch; a fraction of a sample is rounded at random, right on average."""

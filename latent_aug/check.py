@@ -66,19 +66,27 @@ class FlowCheck:
             f"latents' mean a level, finest first: {f['latent_mean']}",
             f"latents' standard deviation (the prior's is 1): {f['latent_std']}",
             *rows(f),
-            f"suggested: norm={self.norm!r}, eps={self.eps:.3g}"
+            f"suggested for LatentPerturb: norm={self.norm!r}, eps={self.eps:.3g}"
             + (
                 ""
                 if self.by_flips is None
                 else f" (by change {self.by_change:.3g}, by label flips {self.by_flips:.3g})"
             ),
-            *(f"- {problem}" for problem in self.problems),
-            "The flow suits these images."
-            if self.fits
-            else "The flow does not suit these images as it is: fine-tune it on them, labels not "
-            "needed, with `latent-aug train DATA --init FLOW`, or use another.",
+            self.verdict,
         ]
         return "\n".join(lines)
+
+    @property
+    def verdict(self) -> str:
+        """What does not fit, a line each, and the conclusion."""
+        conclusion = "The flow suits these images."
+        if not self.fits:
+            conclusion = (
+                "The flow does not suit these images as it is: fine-tune it on them, labels not "
+                "needed, with `latent-aug train DATA --init FLOW` (1,000 to 2,000 steps; more if "
+                "it was fine-tuned already), or use another."
+            )
+        return "\n".join([*(f"- {problem}" for problem in self.problems), conclusion])
 
 
 def check_flow(

@@ -149,6 +149,7 @@ def check_targets(logits: Tensor, labels: Tensor) -> Tensor:
         wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= classes)]
         if len(wrong):
             raise ValueError(
-                f"labels must lie in 0 to {classes - 1}, the model's classes, got {int(wrong[0])}"
+                f"labels must lie in 0 to {classes - 1}, the model's classes, got {int(wrong[0])}; "
+                "if they are not second in the batch, name labels_getter="
             )
     return labels

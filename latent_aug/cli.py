@@ -141,22 +141,27 @@ def train(
         processes.leave()
         if not processes.is_main:
             return
-        measured = held_out if held_out is not None else images
+        measured = images_for(trained, images if held_out is None else held_out, size)
+        found = check_flow(trained, measured) if isinstance(trained, Glow) else None
         card = write_card(
             trained,
-            images_for(trained, measured, size),
+            measured,
             output,
             command=shlex.join([*launcher(processes.count), *sys.argv[1:]]),
             training_data=about or data,
             fine_tuned_from=init,
-            measured_on=validation or data,
+            measured_on=validation or f"{data} (the training images)",
             images_seen=steps * min(batch_size, len(images)),
             minutes=minutes_of(output),
             licence=licence,
+            eps=0.25 if found is None else float(f"{found.eps:.2g}"),
             note=note,
             dataset=dataset,
         )
-    typer.echo(f"{output}: {card['bits_per_dim']:.3f} bits/dim on {card['images']} images")
+    whose = "images" if validation else "training images"
+    typer.echo(f"{output}: {card['bits_per_dim']:.3f} bits/dim on {card['images']} {whose}")
+    if found is not None:
+        typer.echo(found.verdict)
 
 
 @app.command()

@@ -14,7 +14,7 @@ DATA = typer.Argument(help="A folder of images, a tar of them, or torchvision:NA
 ROOT = typer.Option(help="Where torchvision's data sets live.")
 FLOW = typer.Argument(help="A bundled name, a directory, or org/repo on the hub.")
 PICTURE = typer.Option(help="Where to draw.")
-SIZE = typer.Option(help="Resize and crop to this side.")
+SIZE = typer.Option(help="Resize and crop to this side: that at which you perturb.")
 NORM = typer.Option(help="Of eps.")
 Norm = Literal["linf", "l2", "rms"]
 

@@ -158,6 +158,11 @@ def read_flow(directory: Path) -> Flow:
     """Build a flow from config and weights in a directory; strict in both."""
     if not (directory / CONFIG_NAME).exists() and (directory / RUN_NAME).exists():
         raise FileNotFoundError(f"{directory} holds an unfinished training run; finish it first")
+    if not (directory / CONFIG_NAME).exists():
+        raise FileNotFoundError(
+            f"{directory} holds no flow: there is no {CONFIG_NAME}, which save_pretrained and "
+            "`latent-aug train --output` write"
+        )
     config = read_config(directory / CONFIG_NAME)
     architecture = config.pop("architecture", None)
     if not isinstance(architecture, str) or architecture not in Flow.architectures:

@@ -18,7 +18,8 @@ def image_key(batch: Any) -> Any:
         key = named_images(batch)
         if key is None:
             raise ValueError(
-                f"a batch must have exactly one of the keys {IMAGE_KEYS}, got {list(batch.keys())}"
+                f"a batch must have exactly one of the keys {IMAGE_KEYS}, got "
+                f"{list(batch.keys())}; rename it, or call attack(images, labels)"
             )
         return key
     if not isinstance(batch, (tuple, list)) or not batch:

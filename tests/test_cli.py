@@ -15,7 +15,7 @@ from torchvision import datasets
 from torchvision.transforms.v2.functional import to_pil_image
 from typer.testing import CliRunner
 
-from latent_aug import load_flow
+from latent_aug import check_flow, load_flow
 from latent_aug.cli import app
 from latent_aug.data import EncodedImages, UInt8Images, open_images
 
@@ -60,12 +60,21 @@ def test_train_writes_a_flow_and_its_card(folder, tmp_path):
     figures = json.loads((output / "figures.json").read_text())
     assert figures["images"] == 24
     assert f"{figures['bits_per_dim']:.3f} bits per dimension" in card
+    found = check_flow(output, EncodedImages(folder))
+    assert f"Suggested: eps {float(f'{found.eps:.2g}'):g} with" in card
+    assert found.verdict in result.output
     assert "(preview.png)" in card
     with Image.open(output / "preview.png") as picture:
         assert picture.width > 300
     data = ModelCard(card).data
     assert (data.datasets, data.license) == (None, "mit")
     assert data.eval_results[0].metric_value == round(figures["bits_per_dim"], 3)
+
+
+def test_figures_on_training_images_say_so(folder, tmp_path):
+    result = run(folder, "--output", tmp_path / "flow", "--batch-size", 8, *SMALL)
+    assert "bits/dim on 24 training images" in result.output
+    assert "(the training images)" in (tmp_path / "flow" / "README.md").read_text()
 
 
 def test_a_flow_of_classes(folder, tmp_path):
@@ -202,7 +211,7 @@ def test_check_says_what_it_found(tmp_path):
     data, picture = smooth_folder(tmp_path / "images"), tmp_path / "picture.png"
     result = call("check", "glow-fashionmnist", data, "--picture", picture)
     assert "bits/dim" in result.output
-    assert "suggested: norm='linf', eps=" in result.output
+    assert "suggested for LatentPerturb: norm='linf', eps=" in result.output
     assert result.exit_code == (0 if "suits these images" in result.output else 2)
     with Image.open(picture) as drawn:
         assert drawn.width > 300

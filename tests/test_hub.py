@@ -139,7 +139,7 @@ def test_an_unfinished_run_is_said_to_be_one(tmp_path):
 
 
 def test_an_empty_directory_is_an_error(tmp_path):
-    with pytest.raises(OSError, match=r"config\.json"):
+    with pytest.raises(OSError, match=r"holds no flow: there is no config\.json"):
         load_flow(tmp_path)
 
 
