@@ -52,8 +52,8 @@ def train_flow(
         flow: An untrained Glow, a trained one to fine-tune, or another flow with `log_prob` and
             weights; it is trained in place.
         dataset: Images, or tuples that begin with one: PIL, uint8, or float in [0, 1]. Classes
-            are used by a class-conditional flow only: the dataset's `targets` or `labels`, or second
-            in its tuples. Augmentation belongs in the config, where it is repeatable.
+            are used by a class-conditional flow only: the dataset's `targets` or `labels`, or
+            second in its tuples. Augmentation belongs in the config, where it is repeatable.
         config: The recipe.
         validation: Held-out images for the bits/dim at each checkpoint.
         device: Where to train; by default an accelerator if there is one, each process its own.
