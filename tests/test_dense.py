@@ -3,8 +3,8 @@
 import copy
 import json
 import pickle
+import warnings
 
-import FrEIA.modules
 import pytest
 import torch
 from conftest import random_dense
@@ -15,6 +15,10 @@ from torch.utils.data import TensorDataset
 from latent_aug import LatentAdversarial, LatentCollate, LatentPerturb, TrainConfig, load_flow
 from latent_aug.flows import ConditionalDenseFlow
 from latent_aug.train import train_flow
+
+with warnings.catch_warnings():  # its docstrings hold escapes that Python warns of
+    warnings.simplefilter("ignore")
+    import FrEIA.modules
 
 CONFIG = {"channels": 1, "height": 4, "width": 5, "num_classes": 3, "steps": 2, "hidden": 6}
 
