@@ -256,6 +256,8 @@ def draw(
 def imported_model(name: str) -> nn.Module:
     """The model, or what the function returns, that "module:name" names."""
     module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(f"classifier must be module:name of a torch model, got {name!r}")
     sys.path.insert(0, "")  # as python -m does
     found: Any = getattr(importlib.import_module(module), attribute, None)
     if callable(found) and not isinstance(found, nn.Module):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import typer
 
+from latent_aug.functional import Norm as Norm
 from latent_aug.randomness import rank_and_count
 
 DATA = typer.Argument(help="A folder of images, a tar of them, or torchvision:NAME.")
@@ -16,7 +16,6 @@ FLOW = typer.Argument(help="A bundled name, a directory, or org/repo on the hub.
 PICTURE = typer.Option(help="Where to draw.")
 SIZE = typer.Option(help="Resize and crop to this side: that at which you perturb.")
 NORM = typer.Option(help="Of eps.")
-Norm = Literal["linf", "l2", "rms"]
 
 
 @contextmanager

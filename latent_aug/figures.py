@@ -40,8 +40,8 @@ def preview(
 
     Args:
         transform: A `LatentPerturb`, or a `LatentAdversarial`; it is left as it is.
-        images: A batch (B, C, H, W) or a list of images, PIL or tensors, that the transform
-            takes; the first eight are drawn.
+        images: A batch (B, C, H, W), a list or a data set of images, PIL or tensors, that the
+            transform takes, or of tuples that begin with one; the first eight are drawn.
         labels: (B,), for a `LatentAdversarial` with true labels, and for a conditional flow.
         eps: Sizes to draw, in the transform's norm; half of its own, its own, and twice that if
             None.
@@ -68,7 +68,7 @@ def preview(
     """
     from matplotlib.figure import Figure
 
-    chosen = list(images[:MOST_IMAGES])
+    chosen = [image_of(images[i]) for i in range(min(len(images), MOST_IMAGES))]
     if not chosen:
         raise ValueError("images must hold at least one image, got none")
     kinds = {getattr(image, "dtype", torch.uint8) for image in chosen}
@@ -100,6 +100,11 @@ def preview(
         like = downscaled(like, getattr(transform, "resolution", None))
         draw_samples(lower, transform.flow, like, temperatures, seed)
     return figure
+
+
+def image_of(sample: Any) -> Any:
+    """The image of a data set's sample."""
+    return sample[0] if isinstance(sample, (tuple, list)) else sample
 
 
 def around(eps: tuple[float, float]) -> list[float]:

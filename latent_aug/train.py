@@ -315,6 +315,7 @@ class Run:
                 }
                 raise ValueError(
                     f"output {self.path.parent} holds a run of another {name}: {changed} "
-                    "(then, now); use the same settings, or another output"
+                    "(then, now); use the same settings, or another output (to train a finished "
+                    f"flow further: --init {self.path.parent} and another --output)"
                 )
         return saved

@@ -97,3 +97,14 @@ def test_no_image_is_an_error():
         preview(normalized, torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(ValueError, match="eps must be finite"):
         preview(LatentPerturb(flow=random_glow()), torch.rand(1, 3, 16, 16), eps=[-1.0])
+
+
+def test_a_data_set_is_drawn_as_its_images_are():
+    images = [torch.full((1, 28, 28), 40 * i, dtype=torch.uint8) for i in range(3)]
+    transform = LatentPerturb(0.25, flow="glow-fashionmnist")
+    one, other = (
+        pictures(preview(transform, given, eps=[0.25], temperatures=()))
+        for given in (images, [(image, 7) for image in images])
+    )
+    assert len(one) == 3 * 3
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(one, other, strict=True))
