@@ -49,6 +49,8 @@ def main(images: int, epochs: int, cpu: bool) -> None:
             optimizer.step()
         mean = accelerator.reduce(loss.detach(), reduction="mean").item()
         accelerator.print(f"{accelerator.num_processes} processes, epoch {epoch}: loss {mean:.3f}")
+    del model, optimizer, loader, attack  # before the processes part: torch 2.6 would hang
+    accelerator.free_memory()
     accelerator.end_training()
 
 
