@@ -147,7 +147,7 @@ def training(place: Path, dtype: str) -> dict[str, float]:
     taken = []
     for _, batch in zip(range(3 + TIMED_STEPS), run.batches(), strict=False):
         started = time.perf_counter()
-        run.train_step(batch)  # ends where all have met
+        run.train_step(*batch)  # ends where all have met
         taken.append(time.perf_counter() - started)
     step = statistics.median(taken[3:])
     result = {"images_per_second": round(BATCH / step, 1), "step_ms": round(1000 * step, 1)}
