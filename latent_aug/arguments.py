@@ -48,6 +48,13 @@ def distance(name: str, value: Any) -> float | None:
     return number_range(name, value)[0]
 
 
+def natural(name: str, value: Any) -> int:
+    """An integer of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+    return value
+
+
 def positive(name: str, value: Any) -> int:
     """An integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
-from latent_aug.arguments import one_of, positive
+from latent_aug.arguments import natural, one_of, positive
 from latent_aug.data import EncodedImages, digest, to_uint8
 from latent_aug.randomness import mixed, rank_and_count
 from latent_aug.shards import Sample, replaced, write_files, write_tar, write_text
@@ -68,8 +68,7 @@ class AugmentConfig:
             raise ValueError(f"quality must lie in 1 to 100, got {self.quality!r}")
         one_of("form", self.form, ("shards", "folder"))
         one_of("image_format", self.image_format, ("png", "jpeg"))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
+        natural("seed", self.seed)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from latent_aug.arguments import natural
 from latent_aug.flows import Flow, Glow
 
 POSITIVE = (
@@ -92,8 +93,7 @@ class TrainConfig:
         for name in ("decay", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
+        natural("seed", self.seed)
         if self.network_dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(
                 f"network_dtype must be 'auto', 'float32' or 'bfloat16', got {self.network_dtype!r}"
