@@ -3,7 +3,6 @@
 import copy
 import datetime
 import os
-import socket
 
 from hub_server import Hub
 
@@ -117,22 +116,25 @@ def same_trace(a, b):
     return equal and all(a[k] == b[k] for k in ("modes", "flags", "buffers"))
 
 
-def join_group(rank, port, size):
-    """Make this process one of several that talk by gloo; a lost one is an error after a minute."""
+def in_processes(function, folder, *, count=2):
+    """What a function returns in each of several processes that talk by gloo."""
+    torch.multiprocessing.spawn(join_and_call, (function, str(folder), count), nprocs=count)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+
+
+def join_and_call(rank, function, folder, count):
+    """What each of them runs; a lost one is an error after a minute."""
+    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
+        init_method=f"file://{folder}/meeting-place",
         rank=rank,
-        world_size=size,
+        world_size=count,
         timeout=datetime.timedelta(seconds=60),
     )
-
-
-def free_port():
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    torch.save(function(), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 # One line here puts a new flow through every test of the contract.

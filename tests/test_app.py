@@ -10,7 +10,6 @@ import sys
 import time
 
 import pytest
-from conftest import free_port
 from PIL import Image
 
 pytest.importorskip("gradio")
@@ -25,6 +24,13 @@ def outside():
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0)
         yield server
+
+
+def free_port():
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
