@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from latent_aug.arguments import natural, one_of, positive
 from latent_aug.data import EncodedImages, digest, to_uint8
+from latent_aug.files import replaced, write_whole
 from latent_aug.randomness import mixed, rank_and_count
-from latent_aug.shards import Sample, replaced, write_files, write_tar, write_text
+from latent_aug.shards import Sample, write_files, write_tar
 from latent_aug.transforms import LatentPerturb
 
 SETTINGS_NAME, CLASSES_NAME = "augment.json", "classes.txt"
@@ -275,7 +276,7 @@ class Job:
             raise ValueError(f"output {self.output} must be empty, it holds {others[0]}")
         own = json.loads(json.dumps(self.settings()))
         if not path.exists():
-            write_text(path, json.dumps(own, indent=1) + "\n")
+            write_whole(path, (json.dumps(own, indent=1) + "\n").encode())
         else:
             then = json.loads(path.read_text())
             changed = {k: (then.get(k), own.get(k)) for k in own if then.get(k) != own[k]}
@@ -285,7 +286,8 @@ class Job:
                     "use the same settings, or another output"
                 )
         if self.classes:
-            write_text(self.output / CLASSES_NAME, "".join(f"{name}\n" for name in self.classes))
+            names = "".join(f"{name}\n" for name in self.classes)
+            write_whole(self.output / CLASSES_NAME, names.encode())
 
     def labels_digest(self) -> str:
         """A fingerprint of the classes, and of each file's name and label where they are known."""

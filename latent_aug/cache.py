@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latent_aug.conditions import labels_in
+from latent_aug.files import write_whole
 from latent_aug.flows import Flow
 from latent_aug.images import from_float, to_batch
 from latent_aug.structures import image_key
@@ -214,19 +213,6 @@ def encode_samples(
     parts = [{k: t[i : i + batch_size] for k, t in tensors.items()} for i in starts]
     latents = [perturb.to_latents(part["images"] / 255, part.get("labels")) for part in parts]
     return {**tensors, "latents": torch.cat(latents)}
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all."""
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def is_whole(shard: Path, rows: int) -> bool:

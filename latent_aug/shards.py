@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import os
 import tarfile
-import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+from latent_aug.files import replaced
 
 
 class Sample(NamedTuple):
@@ -20,33 +19,13 @@ class Sample(NamedTuple):
     label: int | None
 
 
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A path beside another one, which takes its place at the end, or is gone after a failure."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one go."""
-    with replaced(path) as partial:
-        partial.write_text(text)
-
-
 def write_tar(path: Path, samples: Iterable[Sample], suffix: str) -> None:
     """Write a tar as WebDataset reads it, the same bytes whenever the samples are the same."""
-    with replaced(path) as partial, open(partial, "wb") as file:
-        with tarfile.open(fileobj=file, mode="w") as tar:
-            for key, data, label in samples:
-                add_member(tar, f"{key}.{suffix}", data)
-                if label is not None:
-                    add_member(tar, f"{key}.cls", str(label).encode())
-        file.flush()
-        os.fsync(file.fileno())  # else the name may outlive a crash, and the content not
+    with replaced(path, flush=True) as partial, tarfile.open(partial, "w") as tar:
+        for key, data, label in samples:
+            add_member(tar, f"{key}.{suffix}", data)
+            if label is not None:
+                add_member(tar, f"{key}.cls", str(label).encode())
 
 
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:

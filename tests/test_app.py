@@ -42,7 +42,7 @@ def address(outside, tmp_path_factory):
         environment[name] = proxy
     environment["no_proxy"] = environment["NO_PROXY"] = "127.0.0.1,localhost"
     environment["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("gradio"))
-    command = [sys.executable, "-m", "latent_aug.cli", "explore", "--no-browser"]
+    command = [sys.executable, "-m", "latent_aug", "explore", "--no-browser"]
     server = subprocess.Popen(
         [*command, "--port", str(free_port())], stdout=subprocess.PIPE, text=True, env=environment
     )

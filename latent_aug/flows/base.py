@@ -37,6 +37,7 @@ augment = LatentPerturb(flow="{repo_id}")
 
 Config: `{config}`.
 """
+MOST_PARAMETERS = 2**28  # of a config from outside; the paper's Glow has 44 million
 RUN_NAME = "run.pt"  # the state of a training run, beside the flow it ends in
 
 
@@ -48,6 +49,38 @@ def digest_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
+
+
+def check_config(config: dict[str, Any], largest: dict[str, int], number: str) -> None:
+    """Refuse a config from outside that does not hold a constructor's arguments.
+
+    Args:
+        config: From a file.
+        largest: The sizes that must be there, integers from 1 to so much.
+        number: What else must be there, a number; the constructor checks its range.
+
+    Raises:
+        ValueError: A key is unknown or missing, or a value of the wrong type or too large.
+    """
+    expected = {*largest, number}
+    if set(config) != expected:
+        raise ValueError(f"config must have the keys {sorted(expected)}, got {sorted(config)}")
+    for name, limit in largest.items():
+        value = config[name]
+        if type(value) is not int or not 1 <= value <= limit:
+            raise ValueError(f"{name} must be an integer from 1 to {limit}, got {value!r}")
+    if type(config[number]) not in (int, float):
+        raise ValueError(f"{number} must be a number, got {config[number]!r}")
+
+
+def check_parameters(count: int) -> None:
+    """Refuse a config of so many parameters that building it could exhaust the memory.
+
+    Raises:
+        ValueError: It has more than `MOST_PARAMETERS`.
+    """
+    if count > MOST_PARAMETERS:
+        raise ValueError(f"this config is of more than {MOST_PARAMETERS:,} parameters")
 
 
 def dequantized(x: Tensor, noise: Tensor) -> Tensor:

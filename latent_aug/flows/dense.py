@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from latent_aug.arguments import positive
 from latent_aug.flows import engine
-from latent_aug.flows.base import Flow
-from latent_aug.flows.glow import MOST_PARAMETERS, postprocess, preprocess
+from latent_aug.flows.base import Flow, check_config, check_parameters
+from latent_aug.flows.glow import postprocess, preprocess
 
 ATAN = 0.636  # about 2 / π: the soft clamp's values lie in (-1, 1)
 
@@ -214,19 +214,10 @@ class ConditionalDenseFlow(Flow):
         """
         largest = {"channels": 64, "height": 256, "width": 256, "num_classes": 10_000}
         largest |= {"steps": 256, "hidden": 2**16}
-        expected = {*largest, "clamp"}
-        if set(config) != expected:
-            raise ValueError(f"config must have the keys {sorted(expected)}, got {sorted(config)}")
-        for name, limit in largest.items():
-            value = config[name]
-            if type(value) is not int or not 1 <= value <= limit:
-                raise ValueError(f"{name} must be an integer from 1 to {limit}, got {value!r}")
-        if type(config["clamp"]) not in (int, float):
-            raise ValueError(f"clamp must be a number, got {config['clamp']!r}")
+        check_config(config, largest, "clamp")
         dims = config["channels"] * config["height"] * config["width"]
         a_step = (config["hidden"] + 1) * (3 * dims + 2 * config["num_classes"])
-        if config["steps"] * a_step > MOST_PARAMETERS:
-            raise ValueError(f"this config is of more than {MOST_PARAMETERS:,} parameters")
+        check_parameters(config["steps"] * a_step)
         return cls(**config)
 
 

@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from latent_aug.arguments import one_of, positive
 from latent_aug.flows import engine, latent_gradient
-from latent_aug.flows.base import Flow
+from latent_aug.flows.base import Flow, check_config, check_parameters
 from latent_aug.flows.latent_gradient import Gradient
-
-MOST_PARAMETERS = 2**28  # of a config from outside; the paper's Glow has 44 million
 
 
 @dataclass(frozen=True)
@@ -227,17 +225,8 @@ class Glow(Flow):
                 that building it could exhaust the memory.
         """
         largest = {"channels": 64, "levels": 8, "steps": 256, "hidden": 4096}
-        expected = {*largest, "log_scale_bound"}
-        if set(config) != expected:
-            raise ValueError(f"a Glow config has the keys {sorted(expected)}, got {sorted(config)}")
-        for name, limit in largest.items():
-            value = config[name]
-            if type(value) is not int or not 1 <= value <= limit:
-                raise ValueError(f"{name} must be an integer from 1 to {limit}, got {value!r}")
-        if type(config["log_scale_bound"]) not in (int, float):
-            raise ValueError(f"log_scale_bound must be a number, got {config['log_scale_bound']!r}")
-        if cls.count_parameters(**config) > MOST_PARAMETERS:
-            raise ValueError(f"this config is of more than {MOST_PARAMETERS:,} parameters")
+        check_config(config, largest, "log_scale_bound")
+        check_parameters(cls.count_parameters(**config))
         return cls(**config)
 
     @staticmethod

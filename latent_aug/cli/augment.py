@@ -9,7 +9,7 @@ import torch
 import typer
 
 from latent_aug.augment import AugmentConfig, AugmentReport, augment_images
-from latent_aug.cli_options import DATA, NORM, ROOT, SIZE, Norm, errors_as_messages
+from latent_aug.cli.options import DATA, NORM, ROOT, SIZE, Norm, errors_as_messages
 from latent_aug.data import open_images
 from latent_aug.flows import Flow, Glow
 from latent_aug.hub import load_flow

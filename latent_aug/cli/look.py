@@ -1,0 +1,118 @@
+"""The commands that look at a flow: `latent-aug check`, `preview` and `explore`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from torch import nn
+
+from latent_aug.check import GREY_LEVELS, check_flow
+from latent_aug.cli.options import DATA, FLOW, NORM, PICTURE, ROOT, SIZE, Norm, errors_as_messages
+from latent_aug.data import UInt8Images, as_batch, images_for, open_images
+from latent_aug.figures import preview as preview_figure
+from latent_aug.hub import bundled_flows, load_flow
+from latent_aug.transforms import LatentPerturb
+
+
+def check(
+    flow: Annotated[str, FLOW],
+    data: Annotated[str, DATA],
+    root: Annotated[Path, ROOT] = Path("data"),
+    norm: Annotated[Norm, NORM] = "linf",
+    grey_levels: Annotated[
+        float, typer.Option(help="Mean change of a pixel that the suggested eps aims at, of 255.")
+    ] = GREY_LEVELS,
+    classifier: Annotated[
+        str | None,
+        typer.Option(help="module:name of a trained model, or of a function that returns one."),
+    ] = None,
+    flips: Annotated[
+        float, typer.Option(help="Greatest share of its predictions that eps may flip.")
+    ] = 0.05,
+    size: Annotated[int | None, SIZE] = None,
+    count: Annotated[int, typer.Option(help="Look at no more images than this.")] = 1000,
+    picture: Annotated[Path | None, PICTURE] = None,
+) -> None:
+    """Does a flow suit your images, and which eps does? Exit code 2 if it does not."""
+    with errors_as_messages():
+        loaded = load_flow(flow)
+        images = images_for(loaded, open_images(data, root=root), size)
+        found = check_flow(
+            loaded,  # type: ignore[arg-type]  # it says so if it is no Glow
+            images,
+            norm=norm,
+            grey_levels=grey_levels,
+            classifier=None if classifier is None else imported_model(classifier),
+            flips=flips,
+            count=count,
+            progress=True,
+        )
+        if picture is not None:
+            draw(LatentPerturb(found.eps, norm=norm, flow=loaded), images, picture, None)
+    typer.echo(str(found))
+    if not found.fits:
+        raise typer.Exit(2)
+
+
+def preview(
+    flow: Annotated[str, FLOW],
+    data: Annotated[str, DATA],
+    picture: Annotated[Path, PICTURE] = Path("preview.png"),
+    root: Annotated[Path, ROOT] = Path("data"),
+    eps: Annotated[list[float] | None, typer.Option(help="Sizes to draw; repeat it.")] = None,
+    norm: Annotated[Norm, NORM] = "linf",
+    size: Annotated[int | None, SIZE] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Perturb a copy downscaled to this; for photographs.")
+    ] = None,
+) -> None:
+    """Draw images, what becomes of them at several eps, the differences, and samples."""
+    with errors_as_messages():
+        loaded = load_flow(flow)
+        images = images_for(loaded, open_images(data, root=root), size)
+        sizes = eps or ([0.1, 0.25, 0.5] if norm in ("linf", "rms") else [5.0, 10.0, 20.0])
+        transform = LatentPerturb(sizes[0], norm=norm, flow=loaded, resolution=resolution)
+        draw(transform, images, picture, sizes)
+    typer.echo(f"{picture}")
+
+
+def explore(
+    flow: Annotated[list[str] | None, typer.Option(help="One more to choose; repeat it.")] = None,
+    port: Annotated[int | None, typer.Option(help="Else the first free one from 7860.")] = None,
+    browser: Annotated[bool, typer.Option(help="Open it in a browser.")] = True,
+) -> None:
+    """Look at perturbations on a page of this machine: drag eps, choose norm, level and region."""
+    with errors_as_messages():
+        from latent_aug.app import serve
+
+        flows = [*(flow or []), *reversed(bundled_flows())]
+        page, address = serve(flows, port=port, browser=browser)
+    typer.echo(f"{address} (Ctrl+C ends it)")
+    page.block_thread()
+
+
+def draw(
+    transform: LatentPerturb, images: UInt8Images, picture: Path, eps: list[float] | None
+) -> None:
+    """Write the preview of some images."""
+    chosen = images.spread(6)
+    some, y = as_batch(images.__getitems__(chosen)), images.classes_at(chosen)
+    preview_figure(transform, some, y, eps=eps).savefig(picture, dpi=120, bbox_inches="tight")
+
+
+def imported_model(name: str) -> nn.Module:
+    """The model, or what the function returns, that "module:name" names."""
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(f"classifier must be module:name of a torch model, got {name!r}")
+    sys.path.insert(0, "")  # as python -m does
+    found: Any = getattr(importlib.import_module(module), attribute, None)
+    if callable(found) and not isinstance(found, nn.Module):
+        found = found()
+    if not isinstance(found, nn.Module):
+        raise ValueError(f"classifier must be module:name of a torch model, got {name!r}")
+    return found
