@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchvision.transforms.v2.functional import to_pil_image
 
 from latent_aug import Flow, Glow
 from latent_aug.flows import ConditionalDenseFlow
@@ -80,6 +81,13 @@ def images_and_classes(flow, count, height=16, width=16):
     height, width = flow.size or (height, width)
     x = torch.rand(count, flow.channels, height, width)
     return x, torch.arange(count) % flow.num_classes if flow.num_classes else None
+
+
+def stripes(count=96):
+    """Images with something to learn: smooth stripes of random phase."""
+    phase = torch.rand(count, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    wave = torch.sin(torch.arange(8)[None, None, None] / 2 + 6 * phase) / 2 + 0.5
+    return (wave.expand(count, 1, 8, 8) * 255).round().byte()
 
 
 def convolutional_classifier():
@@ -176,3 +184,16 @@ def model():
 def batch():
     # farther than eps from 0 and 1, where clamping plays no part
     return 0.4 + 0.2 * torch.rand(6, 3, 16, 16), torch.randint(4, (6,))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An ImageFolder of two classes, with things in it that are not images."""
+    root = tmp_path / "images"
+    for index, image in enumerate(stripes(24)):
+        place = root / f"class{index % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        to_pil_image(image).save(place / f"{index:03}.png")
+    (root / "readme.txt").write_text("no image")
+    (root / ".hidden.png").write_text("no image")
+    return root

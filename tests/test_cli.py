@@ -1,46 +1,20 @@
 """The command line and what it reads: folders, tars, torchvision data sets."""
 
-import gzip
-import io
 import json
-import tarfile
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from test_check import smooth
-from test_train import stripes
-from torchvision import datasets
 from torchvision.transforms.v2.functional import to_pil_image
 from typer.testing import CliRunner
 
 from latent_aug import check_flow, load_flow
 from latent_aug.cli import app
-from latent_aug.data import EncodedImages, UInt8Images, open_images
+from latent_aug.data import EncodedImages
 
 SMALL = ["--channels", "1", "--levels", "1", "-K", "1", "-H", "8", "--steps", "5"]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """An ImageFolder of two classes, with things in it that are not images."""
-    root = tmp_path / "images"
-    for index, image in enumerate(stripes(24)):
-        place = root / f"class{index % 2}"
-        place.mkdir(parents=True, exist_ok=True)
-        to_pil_image(image).save(place / f"{index:03}.png")
-    (root / "readme.txt").write_text("no image")
-    (root / ".hidden.png").write_text("no image")
-    return root
-
-
-@pytest.fixture(params=["w", "w:gz"])
-def tar(request, folder, tmp_path):
-    path = tmp_path / "images.tar"
-    with tarfile.open(path, request.param) as archive:
-        archive.add(folder, "images")
-    return path
 
 
 def run(*arguments):
@@ -104,11 +78,6 @@ def test_a_flow_of_classes(folder, tmp_path):
         assert words in refused.output
 
 
-def test_folders_are_classes(folder, tar):
-    for path in (folder, tar):
-        assert EncodedImages(path).labels == [0] * 12 + [1] * 12
-
-
 def test_the_data_s_name_on_the_hub_is_in_the_card(folder, tmp_path):
     result = run(folder, "--output", tmp_path / "flow", "--dataset", "someone/stripes", *SMALL)
     assert result.exit_code == 0, result.output
@@ -156,43 +125,6 @@ def test_errors_are_one_line(arguments, words, tmp_path, monkeypatch):
     assert result.output.startswith("error: ")
     assert words in result.output
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_tar_is_read_like_its_folder(folder, tar):
-    from_tar, from_folder = (UInt8Images(open_images(p), 1) for p in (tar, folder))
-    assert len(from_tar) == 24
-    assert all(torch.equal(a, b) for a, b in zip(from_tar, from_folder, strict=True))
-
-
-def test_a_torchvision_data_set_is_read(tmp_path, monkeypatch):
-    """FashionMNIST as torchvision stores it, made here; nothing is downloaded."""
-    raw = tmp_path / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    images = stripes(20)[:, 0]
-    for prefix in ("train", "t10k"):
-        for kind, values in (("images-idx3", images), ("labels-idx1", torch.zeros(20).byte())):
-            header = bytes([0, 0, 8, values.ndim])
-            header += b"".join(n.to_bytes(4, "big") for n in values.shape)
-            data = header + values.numpy().tobytes()
-            (raw / f"{prefix}-{kind}-ubyte").write_bytes(data)
-            (raw / f"{prefix}-{kind}-ubyte.gz").write_bytes(gzip.compress(data))
-    dataset = open_images("torchvision:FashionMNIST", root=tmp_path)
-    assert isinstance(dataset, datasets.FashionMNIST)
-    assert torch.equal(torch.stack(list(UInt8Images(dataset, 1)))[:, 0], images)
-
-
-def test_images_are_converted_resized_and_cropped():
-    image = Image.new("P", (30, 20), 3)
-    assert UInt8Images([image], 3, 8)[0].shape == (3, 8, 8)
-    assert UInt8Images([image], 1)[0].shape == (1, 20, 30)
-
-
-def test_encoded_images_survive_truncation_as_an_error(tmp_path):
-    data = io.BytesIO()
-    to_pil_image(stripes(1)[0]).save(data, "PNG")
-    (tmp_path / "a.png").write_bytes(data.getvalue()[:40])
-    with pytest.raises(OSError, match=r"image|truncated"):
-        EncodedImages(tmp_path)[0]
 
 
 def call(*arguments):

@@ -27,7 +27,6 @@ from latent_aug import (
     loaders,
 )
 from latent_aug.loaders import moved, perturb_batch
-from latent_aug.randomness import mixed
 
 COUNT = 12
 
@@ -153,11 +152,6 @@ class TestDraws:
         """Each of two workers collates three batches: none are alike."""
         loader = DataLoader(data(), 2, num_workers=2, collate_fn=LatentCollate(perturb()))
         assert len({float(image.sum()) for image in self.images(loader)}) == COUNT
-
-
-def test_mixed_seeds_are_all_different():
-    seeds = {mixed(a, b, c) for a in range(20) for b in range(20) for c in range(20)}
-    assert len(seeds) == 8000
 
 
 class TestLatentLoader:

@@ -1,7 +1,6 @@
 """Training flows: it learns, it resumes exactly, it stops on nonsense."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -10,18 +9,9 @@ import time
 
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from conftest import stripes
 
 from latent_aug import Glow, TrainConfig, load_flow, train_flow
-from latent_aug.batches import random_crop
-from latent_aug.train import learning_rate
-
-
-def stripes(count=96):
-    """Images with something to learn: smooth stripes of random phase."""
-    phase = torch.rand(count, 1, 1, 1, generator=torch.Generator().manual_seed(0))
-    wave = torch.sin(torch.arange(8)[None, None, None] / 2 + 6 * phase) / 2 + 0.5
-    return (wave.expand(count, 1, 8, 8) * 255).round().byte()
 
 
 def small_flow():
@@ -178,21 +168,6 @@ def test_fine_tuning_starts_from_the_given_flow(tmp_path):
     assert (weights(tuned) - start).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(
-    "dataset",
-    [
-        TensorDataset(stripes(), torch.zeros(96)),
-        [(image, 0) for image in stripes()],
-        stripes() / 255,
-    ],
-    ids=["tensor-dataset", "list-of-tuples", "floats"],
-)
-def test_data_of_many_kinds_trains_the_same(tmp_path, dataset):
-    expected = train_flow(small_flow(), stripes(), config(tmp_path / "a", steps=3), progress=False)
-    flow = train_flow(small_flow(), dataset, config(tmp_path / "b", steps=3), progress=False)
-    assert torch.equal(weights(flow), weights(expected))
-
-
 def test_workers_change_nothing(tmp_path, monkeypatch):
     from latent_aug.data import UInt8Images
 
@@ -210,42 +185,6 @@ def test_low_precision_networks_train(tmp_path):
     )
     assert flow.network_dtype is None
     assert next(flow.parameters()).dtype == torch.float32
-
-
-def test_learning_rate_rises_stays_and_falls():
-    c = TrainConfig(output="x", steps=100, warmup=10, decay=0.4, lr=1.0)
-    rates = [learning_rate(step, c) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[9:61] == [1.0] * 52
-    assert rates[80] == pytest.approx(0.5)
-    assert rates[99] == pytest.approx(1 / 40)
-
-
-def test_crops_are_windows_of_the_padded_image():
-    batch = torch.arange(1, 1 + 5 * 2 * 4 * 6).reshape(5, 2, 4, 6)
-    cropped = random_crop(batch, 2, torch.Generator().manual_seed(0))
-    padded = torch.nn.functional.pad(batch, [2] * 4)
-    for image, source in zip(cropped, padded, strict=True):
-        windows = [source[:, i : i + 4, j : j + 6] for i in range(5) for j in range(5)]
-        assert any(torch.equal(image, window) for window in windows)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"steps": 0},
-        {"lr": -1.0},
-        {"lr": math.nan},
-        {"decay": 1.5},
-        {"seed": -1},
-        {"ema": 2},
-        {"crop": -1},
-        {"network_dtype": "float16"},
-    ],
-)
-def test_bad_settings_are_named(changes):
-    with pytest.raises(ValueError, match=next(iter(changes))):
-        TrainConfig(output="x", **changes)
 
 
 @pytest.mark.parametrize(

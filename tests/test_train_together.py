@@ -10,11 +10,11 @@ import time
 
 import pytest
 import torch
-from test_train import config, small_flow, stripes, weights
+from conftest import stripes
+from test_train import config, small_flow, weights
 from torchvision.transforms.v2.functional import to_pil_image
 
 from latent_aug import load_flow, train_flow
-from latent_aug.batches import StepSampler, draws_for, share
 from latent_aug.processes import Processes, accelerator_for
 
 psutil = pytest.importorskip("psutil", reason="accelerate brings it")
@@ -145,29 +145,6 @@ def test_a_rank_that_dies_ends_the_job_which_any_number_resumes(tmp_path):
     torch.testing.assert_close(alone, expected, atol=1e-3, rtol=0)
     assert "accelerate launch --num_processes 2 -m latent_aug" in (killed / "README.md").read_text()
     assert "latent-aug train" in (copy / "README.md").read_text()
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3, 5])
-def test_shares_are_the_whole_batch_in_order(processes):
-    parts = [share(16, rank, processes) for rank in range(processes)]
-    assert [place for part in parts for place in part] == list(range(16))
-    whole = list(StepSampler(50, 16, 2, 9, 3))
-    each = [
-        StepSampler(50, 16, 2, 9, 3, rank=rank, processes=processes) for rank in range(processes)
-    ]
-    for batch, *found in zip(whole, *each, strict=True):
-        assert [index for part in found for index in part] == batch
-
-
-def test_draws_are_each_image_s_own():
-    whole = draws_for(0, 3, range(8), (1, 4, 4), padding=2)
-    part = draws_for(0, 3, range(5, 8), (1, 4, 4), padding=2)
-    assert torch.equal(whole.noise[5:], part.noise)
-    assert torch.equal(whole.mirrored[5:], part.mirrored)
-    assert torch.equal(whole.corners[:, 5:], part.corners)
-    assert len(whole.noise.flatten(1).unique(dim=0)) == 8
-    for seed, step in ((1, 3), (0, 4)):
-        assert not torch.equal(draws_for(seed, step, range(8), (1, 4, 4)).noise, whole.noise)
 
 
 def test_alone_accelerate_is_not_needed(monkeypatch):
