@@ -5,13 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from conftest import stripes
 
 from latent_aug import Glow, TrainConfig, load_flow, train_flow
+from latent_aug.data import UInt8Images
+from latent_aug.train import Run
 
 
 def small_flow():
@@ -50,9 +51,7 @@ def test_it_learns_and_writes_what_it_returns(tmp_path):
 
 def test_interrupted_and_resumed_is_as_if_undisturbed(tmp_path, monkeypatch):
     undisturbed = train_flow(small_flow(), stripes(), config(tmp_path / "a"), progress=False)
-    from latent_aug import train
-
-    original, calls = train.Run.train_step, []
+    original, calls = Run.train_step, []
 
     def interrupted(self, *batch):
         calls.append(self.step)
@@ -60,7 +59,7 @@ def test_interrupted_and_resumed_is_as_if_undisturbed(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(self, *batch)
 
-    monkeypatch.setattr(train.Run, "train_step", interrupted)
+    monkeypatch.setattr(Run, "train_step", interrupted)
     every_step = config(tmp_path / "b", checkpoint_minutes=0)
     with pytest.raises(KeyboardInterrupt):
         train_flow(small_flow(), stripes(), every_step, progress=False)
@@ -70,28 +69,34 @@ def test_interrupted_and_resumed_is_as_if_undisturbed(tmp_path, monkeypatch):
     assert torch.equal(weights(resumed), weights(undisturbed))
 
 
-def test_killed_and_resumed_is_as_if_undisturbed(tmp_path):
-    script = f"""
+KILLED = f"""
 import sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from test_train import *
-torch.set_num_threads(1)
-every_step = config(sys.argv[1], steps=400, checkpoint_minutes=0)
-train_flow(small_flow(), stripes(), every_step, progress=False)
+save = torch.save
+
+def cut_off(state, path):
+    save(state, path)
+    if state["step"] == 7:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = cut_off
+train_flow(small_flow(), stripes(), config(sys.argv[1], checkpoint_minutes=0), progress=False)
 """
-    command = [sys.executable, "-c", script]
-    subprocess.run([*command, str(tmp_path / "a")], check=True)
-    killed = subprocess.Popen([*command, str(tmp_path / "b")])
-    log = tmp_path / "b" / "log.jsonl"
-    while not log.exists() or len(log.read_text().splitlines()) < 20:
-        assert killed.poll() is None
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "b" / "model.safetensors").exists()
-    subprocess.run([*command, str(tmp_path / "b")], check=True)
-    resumed, undisturbed = (load_flow(tmp_path / name) for name in "ba")
+
+
+def test_killed_while_saving_and_resumed_is_as_if_undisturbed(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "a"], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "a" / "model.safetensors").exists()
+    resumed, undisturbed = (
+        train_flow(small_flow(), stripes(), config(tmp_path / name), progress=False)
+        for name in "ab"
+    )
     assert torch.equal(weights(resumed), weights(undisturbed))
+    steps = [json.loads(x)["step"] for x in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert steps == [*range(1, 8), 12]  # resumed at the sixth, which was whole
 
 
 def test_seeds_decide(tmp_path):
@@ -169,8 +174,6 @@ def test_fine_tuning_starts_from_the_given_flow(tmp_path):
 
 
 def test_workers_change_nothing(tmp_path, monkeypatch):
-    from latent_aug.data import UInt8Images
-
     expected = train_flow(small_flow(), stripes(), config(tmp_path / "a", steps=3), progress=False)
     monkeypatch.setattr(UInt8Images.__init__, "__defaults__", (None, 0))  # keep none in memory
     flow = train_flow(
