@@ -104,6 +104,14 @@ def convolutional_classifier():
     )
 
 
+def length(t, norm):
+    """The size of each sample, in the unit of a norm's eps."""
+    flat = t.flatten(1)
+    if norm == "linf":
+        return flat.abs().amax(dim=1)
+    return flat.norm(dim=1) / (flat.shape[1] ** 0.5 if norm == "rms" else 1)
+
+
 def trace_of(model):
     """Everything of a model that an attack must not change."""
     return {

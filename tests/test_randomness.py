@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Identity, random_glow
+from conftest import Identity
 from torch.utils.data import DataLoader
 
 from latent_aug import LatentPerturb
@@ -51,13 +51,11 @@ class TwoViews(torch.utils.data.Dataset):
 
 
 class TestWorkers:
-    @pytest.mark.parametrize("context", ["fork", "spawn"])
     @pytest.mark.parametrize("own", [False, True])
-    def test_workers_and_epochs_draw_differently(self, context, own, tmp_path):
-        random_glow().save_pretrained(tmp_path)
+    def test_workers_and_epochs_draw_differently(self, own):
         generator = torch.Generator().manual_seed(0) if own else None
-        transform = LatentPerturb(0.3, flow=tmp_path, generator=generator)
-        loader = DataLoader(Noise(transform), 1, num_workers=2, multiprocessing_context=context)
+        transform = LatentPerturb(0.3, flow=Identity(), generator=generator)
+        loader = DataLoader(Noise(transform), 1, num_workers=2)
         images = [batch for _ in range(2) for batch in loader]
         assert len({image.sum().item() for image in images}) == len(images)
 
