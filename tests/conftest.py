@@ -194,10 +194,10 @@ def batch():
     return 0.4 + 0.2 * torch.rand(6, 3, 16, 16), torch.randint(4, (6,))
 
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
     """An ImageFolder of two classes, with things in it that are not images."""
-    root = tmp_path / "images"
+    root = tmp_path_factory.mktemp("folder") / "images"
     for index, image in enumerate(stripes(24)):
         place = root / f"class{index % 2}"
         place.mkdir(parents=True, exist_ok=True)

@@ -102,20 +102,25 @@ def test_more_steps_reach_a_higher_loss(model, glow):
     assert reached[0] < reached[2]
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("l2", 1.0), ("linf", 0.05), ("rms", 0.05)])
-def test_on_real_images_and_a_trained_flow(norm, eps):
-    """Every image's loss is above that under noise of the same norm, or nearly so."""
-    root = Path(__file__).parents[1] / "examples" / "data"
+@pytest.fixture(scope="module")
+def clothes():
+    """A classifier of real images, trained on them, with a hundred of them and their labels."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 8, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
-    data = FashionMNIST(root, train=True)
+    data = FashionMNIST(Path(__file__).parents[1] / "examples" / "data", train=True)
     images, labels = data.data[:600, None] / 255, data.targets[:600]
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for _ in range(100):
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
-    x, y = images[:200], labels[:200]
+    return model, images[:100], labels[:100]
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 1.0), ("linf", 0.05), ("rms", 0.05)])
+def test_on_real_images_and_a_trained_flow(clothes, norm, eps):
+    """Every image's loss is above that under noise of the same norm, or nearly so."""
+    model, x, y = clothes
     attack = LatentAdversarial(model, eps=eps, alpha=eps / 2, norm=norm, flow="glow-fashionmnist")
     noise = LatentPerturb(eps, norm=norm, flow="glow-fashionmnist")
     with torch.no_grad():
@@ -500,6 +505,13 @@ def test_repr_names_what_matters(model):
         "LatentAdversarial(eps=(0.5, 1.0), alpha=0.5, steps=3, norm='l2', "
         "flow='glow-fashionmnist', p=0.5, levels=(1,), mask=...)"
     )
+
+
+def test_with_eps_scales_the_steps(model):
+    attack = LatentAdversarial(model, eps=1.0, alpha=(0.25, 0.5), flow=Identity())
+    changed = attack.with_eps(2.0)
+    assert (changed.eps, changed.alpha) == ((2.0, 2.0), (0.5, 1.0))
+    assert (attack.eps, attack.alpha) == ((1.0, 1.0), (0.25, 0.5))
 
 
 def test_a_flow_without_a_choice_of_gradient(model, batch):

@@ -274,7 +274,8 @@ def test_bad_data_is_named(tmp_path):
         augment([], tmp_path / "b")
     with pytest.raises(TypeError, match="must be a LatentPerturb"):
         augment_images([image], torch.nn.Identity(), AugmentConfig(output=tmp_path / "c"))
-    assert list(tmp_path.iterdir()) == [] or not (tmp_path / "b").exists()
+    assert [place.name for place in tmp_path.iterdir()] == ["a"]
+    assert not list((tmp_path / "a").glob("*shard*"))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The command line and what it reads: folders, tars, torchvision data sets."""
+"""The command line."""
 
 import json
 
@@ -17,8 +17,12 @@ from latent_aug.data import EncodedImages
 SMALL = ["--channels", "1", "--levels", "1", "-K", "1", "-H", "8", "--steps", "5"]
 
 
+def call(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
 def run(*arguments):
-    return CliRunner().invoke(app, ["train", *map(str, arguments)])
+    return call("train", *arguments)
 
 
 def test_train_writes_a_flow_and_its_card(folder, tmp_path):
@@ -45,10 +49,32 @@ def test_train_writes_a_flow_and_its_card(folder, tmp_path):
     assert data.eval_results[0].metric_value == round(figures["bits_per_dim"], 3)
 
 
-def test_figures_on_training_images_say_so(folder, tmp_path):
-    result = run(folder, "--output", tmp_path / "flow", "--batch-size", 8, *SMALL)
-    assert "bits/dim on 24 training images" in result.output
-    assert "(the training images)" in (tmp_path / "flow" / "README.md").read_text()
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """Where a flow was trained without held-out images, the command for it and what it said."""
+    output = tmp_path_factory.mktemp("trained")
+    command = [folder, "--output", output, "--batch-size", 8, "--dataset", "someone/stripes"]
+    result = run(*command, *SMALL)
+    assert result.exit_code == 0, result.output
+    return output, [*command, *SMALL], result.output
+
+
+def test_figures_on_training_images_say_so(trained):
+    output, _, said = trained
+    assert "bits/dim on 24 training images" in said
+    assert "(the training images)" in (output / "README.md").read_text()
+
+
+def test_the_data_s_name_on_the_hub_is_in_the_card(trained):
+    assert ModelCard.load(trained[0] / "README.md").data.datasets == ["someone/stripes"]
+
+
+def test_the_same_command_again_resumes(trained):
+    output, command, _ = trained
+    before = (output / "model.safetensors").read_bytes()
+    assert run(*command).exit_code == 0
+    assert (output / "model.safetensors").read_bytes() == before
+    assert len((output / "log.jsonl").read_text().splitlines()) == 1  # no step was taken again
 
 
 def test_a_flow_of_classes(folder, tmp_path):
@@ -62,9 +88,7 @@ def test_a_flow_of_classes(folder, tmp_path):
     assert "class-conditional flow (Table 3): 2 fully connected couplings" in card
     assert "24 of 24 images come back byte for byte" in card
     assert (output / "preview.png").stat().st_size > 0
-    drawn = CliRunner().invoke(
-        app, ["preview", str(output), str(folder), "--picture", str(tmp_path / "drawn.png")]
-    )
+    drawn = call("preview", output, folder, "--picture", tmp_path / "drawn.png")
     assert drawn.exit_code == 0, drawn.output
     again = run(folder, "--output", tmp_path / "b", "--init", output, "--steps", 2)
     assert again.exit_code == 0, again.output
@@ -78,28 +102,13 @@ def test_a_flow_of_classes(folder, tmp_path):
         assert words in refused.output
 
 
-def test_the_data_s_name_on_the_hub_is_in_the_card(folder, tmp_path):
-    result = run(folder, "--output", tmp_path / "flow", "--dataset", "someone/stripes", *SMALL)
-    assert result.exit_code == 0, result.output
-    assert ModelCard.load(tmp_path / "flow" / "README.md").data.datasets == ["someone/stripes"]
-
-
-def test_the_same_command_again_resumes(folder, tmp_path):
-    command = [folder, "--output", tmp_path / "flow", *SMALL]
-    assert run(*command).exit_code == 0
-    before = (tmp_path / "flow" / "model.safetensors").read_bytes()
-    assert run(*command).exit_code == 0
-    assert (tmp_path / "flow" / "model.safetensors").read_bytes() == before
-
-
-def test_init_fine_tunes(folder, tmp_path):
-    assert run(folder, "--output", tmp_path / "a", *SMALL).exit_code == 0
-    again = [folder, "--output", tmp_path / "b", "--init", tmp_path / "a", "--steps", 2]
+def test_init_fine_tunes(folder, trained, tmp_path):
+    again = [folder, "--output", tmp_path / "b", "--init", trained[0], "--steps", 2]
     result = run(*again, "--lr", 1e-7)
     assert result.exit_code == 0, result.output
-    a, b = (next(load_flow(tmp_path / n).parameters()) for n in "ab")
-    assert torch.allclose(a, b, atol=1e-4)
-
+    before, after = (next(load_flow(d).parameters()) for d in (trained[0], tmp_path / "b"))
+    assert torch.allclose(after, before, atol=1e-4)
+    assert not torch.equal(after, before)
     assert "Fine-tuned from" in (tmp_path / "b" / "README.md").read_text()
     result = run(*again, "-K", 3)
     assert result.exit_code == 1
@@ -125,10 +134,6 @@ def test_errors_are_one_line(arguments, words, tmp_path, monkeypatch):
     assert result.output.startswith("error: ")
     assert words in result.output
     assert list(tmp_path.iterdir()) == []
-
-
-def call(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def smooth_folder(root):

@@ -130,7 +130,9 @@ def test_a_rank_that_dies_ends_the_job_which_any_number_resumes(together, tmp_pa
         return ["train", str(data), *sizes.split(), *others.split()]
 
     killed, copy = tmp_path / "killed", tmp_path / "copy"
-    died = subprocess.run([*TOGETHER, script, *command(killed)], env=ENVIRONMENT, timeout=120)
+    died = subprocess.run(
+        [*TOGETHER, script, *command(killed)], env=ENVIRONMENT, capture_output=True, timeout=120
+    )
     assert died.returncode != 0
     assert 0 < len(losses(killed)) <= 8
     assert not (killed / "model.safetensors").exists()
@@ -138,7 +140,7 @@ def test_a_rank_that_dies_ends_the_job_which_any_number_resumes(together, tmp_pa
     shutil.copytree(killed, copy)
     again = subprocess.Popen([*TOGETHER, "-m", "latent_aug", *command(killed)], env=ENVIRONMENT)
     monkeypatch.setattr(sys, "argv", ["latent-aug", *command(copy)])
-    alone = CliRunner().invoke(app)
+    alone = CliRunner().invoke(app, command(copy))
     assert alone.exit_code == 0, alone.output
     assert again.wait(timeout=300) == 0
     expected = weights(load_flow(together / "long"))

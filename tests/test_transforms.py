@@ -18,7 +18,7 @@ from latent_aug import Flow, LatentPerturb
 def pil(mode, size=(16, 16)):
     """A PIL image of noise in any mode."""
     pixels = torch.randint(256, (size[1], size[0], 3), dtype=torch.uint8).numpy()
-    image = Image.fromarray(pixels, "RGB" if pixels.ndim == 3 else None)
+    image = Image.fromarray(pixels)
     if mode in ("LA", "RGBA"):
         alpha = Image.fromarray(pixels[..., 0])
         image = image.convert(mode)
@@ -326,7 +326,7 @@ class TestPrivacy:
         pipeline.train()
         assert not glow.training
 
-    def test_it_prints(self, glow):
+    def test_repr_names_what_matters(self, glow):
         assert "eps=0.3, norm='l2', flow='Glow'" in repr(LatentPerturb(0.3, norm="l2", flow=glow))
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
