@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 ENOUGH = 8  # samples in a row that could not be perturbed, before a warning
+DISSOLVES = 2.0  # eps of "linf", "rms" and None at which images of the bundled flows turn to noise
 
 
 class UsesFlow:
@@ -45,6 +46,13 @@ class UsesFlow:
         generator: torch.Generator | None,
     ) -> None:
         """Take the arguments that both perturbations share."""
+        if self.norm != "l2" and self.eps[1] >= DISSOLVES:
+            warnings.warn(
+                f"eps={self.eps[1]:g} with norm={self.norm!r} moves every component of a latent by "
+                "that many standard deviations: images turn to noise. `check_flow` suggests an "
+                "eps; a radius, as of norm='l2', is larger",
+                stacklevel=3,
+            )
         if labels_getter != "default" and not callable(labels_getter):
             raise TypeError(f"labels_getter must be 'default' or callable, got {labels_getter!r}")
         self._held, self.labels_getter = HeldFlow(flow), labels_getter

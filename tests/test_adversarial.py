@@ -228,9 +228,14 @@ def test_p_draws_other_images_each_time(model, batch, glow):
     assert len(chosen) > 1
 
 
+def test_warns_of_a_radius_given_as_standard_deviations(model, glow):
+    with pytest.warns(UserWarning, match="images turn to noise"):
+        LatentAdversarial(model, eps=(1.0, 4.0), norm="linf", flow=glow)
+
+
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_clip_limits_the_change(model, batch, glow, norm):
-    out = LatentAdversarial(model, eps=20.0, alpha=10.0, norm=norm, flow=glow, clip=0.02)(*batch)
+    out = LatentAdversarial(model, eps=1.9, alpha=1.9, norm=norm, flow=glow, clip=0.02)(*batch)
     size = length(out - batch[0], norm)
     assert (size <= 0.0201).all()
     assert (size > 0.01).all()

@@ -165,7 +165,7 @@ def test_a_step_has_its_length_within_the_mask(norm, monkeypatch):
     recorder = Recorder(flow, monkeypatch)
     attack = LatentAdversarial(
         linear(),
-        eps=9.0,
+        eps=1.9,
         alpha=0.1,
         norm=norm,
         flow=flow,

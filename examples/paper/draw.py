@@ -30,7 +30,9 @@ Drawn by `python examples/paper/draw.py` from the runs in
 [examples/results/paper](examples/results/paper): one JSON a run, with its command, settings,
 versions, time and figures. Accuracies are in per cent, mean ± standard deviation over seeds;
 every method of a table has the same images, network and epochs, seeds count up from 0, and nothing
-was chosen by test accuracy. Minutes are of one CPU core, shared with other work at times.
+was chosen by test accuracy. Minutes are of one CPU core: what the run computed where that is
+recorded, else by the clock, with other work on the machine at times. Machines differed between
+tables, so compare minutes within a table only.
 """
 
 
@@ -50,6 +52,11 @@ def spread(values: list[float], digits: int = 1) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
+def minutes(run: dict[str, Any]) -> float:
+    """What a run took of a CPU core."""
+    return float(run.get("cpu_seconds", run["seconds"])) / 60
+
+
 def table(runs: dict[str, list[dict[str, Any]]], paper: dict[str, float]) -> list[str]:
     """A row for each method; the best mean in bold."""
     means = {name: statistics.mean(r["accuracy"] for r in own) for name, own in runs.items()}
@@ -63,7 +70,7 @@ def table(runs: dict[str, list[dict[str, Any]]], paper: dict[str, float]) -> lis
             f"**{accuracy}**" if means[name] == max(means.values()) else accuracy,
             str(len(own)),
             spread([r["train_accuracy"] for r in own]),
-            spread([r["seconds"] / 60 for r in own]),
+            spread([minutes(r) for r in own]),
         ]
         lines.append(row + ([f"{paper[name]:.1f}" if name in paper else ""] if paper else []))
     return [f"| {' | '.join(row)} |" for row in lines]
@@ -74,12 +81,12 @@ def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, own in runs.items():
-        minutes = statistics.mean(r["seconds"] / 60 for r in own)
+        time = statistics.mean(minutes(r) for r in own)
         accuracies = [r["accuracy"] for r in own]
         error = statistics.stdev(accuracies) if len(own) > 1 else 0
         mean = statistics.mean(accuracies)
-        axes.errorbar(minutes, mean, yerr=error, fmt="o", capsize=2)
-        axes.annotate(name, (minutes, mean), (4, 4), textcoords="offset points", fontsize=7)
+        axes.errorbar(time, mean, yerr=error, fmt="o", capsize=2)
+        axes.annotate(name, (time, mean), (4, 4), textcoords="offset points", fontsize=7)
     axes.set(xscale="log", xlabel="minutes of training a run", ylabel="accuracy (%)")
     figure.savefig(path, dpi=120)
 
