@@ -14,7 +14,7 @@ from conftest import random_dense, random_glow
 from latent_aug import load_flow
 
 SEED = 20211011
-MUTATIONS = 1000
+MUTATIONS = 500  # of each flow
 TOKENS = ("0", "-1", "1e400", "NaN", "null", "[]", "{}", '"x"', "99999999999999999999", "true")
 DTYPES = ("F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F99")
 

@@ -131,7 +131,7 @@ def test_a_rank_that_dies_ends_the_job_which_any_number_resumes(together, tmp_pa
 
     killed, copy = tmp_path / "killed", tmp_path / "copy"
     died = subprocess.run(
-        [*TOGETHER, script, *command(killed)], env=ENVIRONMENT, capture_output=True, timeout=120
+        [*TOGETHER, script, *command(killed)], env=ENVIRONMENT, capture_output=True, timeout=300
     )
     assert died.returncode != 0
     assert 0 < len(losses(killed)) <= 8
