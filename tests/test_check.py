@@ -76,6 +76,7 @@ def test_a_classifier_limits_the_label_flips():
 def test_images_like_the_training_data_fit_and_noise_does_not(usual):
     noise = torch.randint(256, (12, 1, 28, 28), dtype=torch.uint8)
     off = check_flow("glow-fashionmnist", noise)
+    assert usual.fits
     assert not off.fits
     assert any("prior's scale" in problem for problem in off.problems)
     assert "does not suit" in str(off)
