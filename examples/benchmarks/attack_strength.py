@@ -26,7 +26,7 @@ from tqdm import tqdm
 from latent_aug import LatentAdversarial, LatentPerturb
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.append(str(HERE.parent))
 from quickstart import load_images, no_augmentation, train_classifier  # noqa: E402
 
 RESULTS = HERE.parent / "results" / "attack_strength.json"

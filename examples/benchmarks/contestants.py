@@ -1,4 +1,4 @@
-"""What the speed benchmarks compare: one Glow's weights, computed by normflows or by our engine."""
+"""What the benchmarks share: one Glow by normflows or by our engine, ResNets, seconds and bytes."""
 
 import copy
 import itertools
@@ -95,7 +95,7 @@ def wait() -> None:
 
 
 def seconds(call: Callable[[], object], *, repeats: int = 5, patience: float = 2.0) -> float:
-    """Median over some calls after one to warm up; a call that takes long is its own warm-up."""
+    """Median over some calls after one to warm up; fewer once they took `patience` seconds."""
     found: list[float] = []
     for _ in range(repeats + 1):
         wait()

@@ -19,12 +19,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from contestants import network_flops
+from contestants import network_flops, seconds
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
@@ -40,26 +41,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 MARK, END = "<!-- drawn by examples/benchmarks/scale.py: {} -->", "<!-- until here -->"
 FLOWS = ("glow-cifar10", "glow-cifar10-small")
 SIDES = (32, 64, 96, 128, 160, 192, 224)
-SECONDS = 0.8  # of each measurement, at least
 IMAGENET = 1_281_167  # training images
 # Processes and threads of each, of two cores.
 LAYOUTS = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 processes": (2, 1)}
 BATCH, TIMED_STEPS, IMAGES = 64, 10, 768
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    """Median of a call, after one to warm up."""
-    run()
-    taken: list[float] = []
-    while sum(taken) < SECONDS or len(taken) < 3:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
+timed = partial(seconds, repeats=20, patience=3.0)
 
 
 def precisions() -> list[str]:
@@ -96,7 +82,7 @@ def round_trips() -> dict[str, Any]:
             for side in SIDES:
                 batch = max(2, BATCH * 32**2 // side**2) if device == "cpu" else BATCH
                 x = torch.rand(batch, 3, side, side, device=device)
-                rates[str(side)] = round(batch / seconds(lambda: flow.decode(flow.encode(x))), 2)  # noqa: B023
+                rates[str(side)] = round(batch / timed(lambda: flow.decode(flow.encode(x))), 2)  # noqa: B023
             found[f"{name}, {dtype}"] = rates
             print(name, dtype, rates, flush=True)
     return found
@@ -118,7 +104,7 @@ def stages(tiles: Tensor) -> dict[str, float]:
         "write PNG": (lambda: encoded(small, "png"), 1),
         "write JPEG": (lambda: encoded(small, "jpeg"), 1),
     }
-    found = {name: round(1000 * seconds(run) / count, 2) for name, (run, count) in runs.items()}
+    found = {name: round(1000 * timed(run) / count, 2) for name, (run, count) in runs.items()}
     print(found, flush=True)
     return found
 

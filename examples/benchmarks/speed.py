@@ -149,13 +149,17 @@ def keep(rows: list[dict[str, object]], path: Path) -> None:
 
 
 def table(path: Path) -> None:
-    """What was measured as a Markdown table: ratios to normflows, shares and memory."""
+    """What was measured as a Markdown table: ratios to normflows, shares of the peak."""
     rows = json.loads(path.read_text())["rows"]
     found = {(row["flow"], row["batch"], row["way"]): row for row in rows}
     keys = ("round_trip", "gradient_fast", "attack", "training")
-    print("| flow (K, H) | batch | networks | images/s | " + " | ".join(keys) + " | share |")
-    print("|---" * (5 + len(keys)) + "|")
-    for (flow, batch, way), row in sorted(found.items(), key=lambda item: item[0][1]):
+    head = ("K, H", "batch", "networks", "round trips a second", "round trip", "gradient")
+    head += ("attack with ResNet-18", "training step", "share of the peak")
+    print(f"| {' | '.join(head)} |", "|---" * len(head) + "|", sep="\n")
+    place = {flow: number for number, flow in enumerate(FLOWS)}
+    order = sorted(found, key=lambda key: (place.get(key[0], len(place)), key[1]))
+    for flow, batch, way in order:
+        row = found[flow, batch, way]
         if way.startswith("normflows"):
             continue
         plain, kept = found[flow, batch, "normflows"], found[flow, batch, "normflows kept"]
@@ -163,11 +167,9 @@ def table(path: Path) -> None:
             f"{row[key] / plain[key]:.1f} ({row[key] / kept[key]:.1f})" if key in plain else ""
             for key in keys
         ]
-        print(
-            f"| {flow} | {batch} | {way} | {row['round_trip']:.0f} | "
-            + " | ".join(cells)
-            + f" | {row['share']:.0%} |"
-        )
+        named = flow.replace(",", ", ") if "," in flow else f"`{flow}`"
+        rate = f"{row['round_trip']:.0f}"
+        print(f"| {' | '.join((named, str(batch), way, rate, *cells))} | {row['share']:.0%} |")
 
 
 def main() -> None:

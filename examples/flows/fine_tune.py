@@ -5,9 +5,10 @@
 DATA holds <set>/train and <set>/test for gtsrb_small and tinyimagenet100_small, read at 32 x 32.
 For each, `glow-cifar10-small` is measured as it is, after a few minutes of training on all of the
 set's training images, unlabelled, and after the same number of steps on a tenth of them. The same
-steps from untrained weights stand beside it. `latent-aug train DATA --init glow-cifar10-small` does
-the same. What classifiers gain from the flows, left in FOLDER, is measured by
-`examples/paper/run.py` with the recipes gtsrb-transfer and tinyimagenet-transfer, `--flows FOLDER`.
+steps from untrained weights stand beside it. `latent-aug train DATA --init glow-cifar10-small
+--lr 5e-4 --steps 1000 --size 32` does the same, for signs with --no-flip. What classifiers gain
+from the flows, left in FOLDER, is measured by `examples/paper/run.py` with the recipes
+gtsrb-transfer and tinyimagenet-transfer, `--flows FOLDER`.
 """
 
 import argparse

@@ -6,7 +6,7 @@ CIFAR10 holds train/<class>/* and test/<class>/*; the images are the 250 of each
 tables of examples/paper train on. So few images are soon learned by heart: of the checkpoints, the
 one of best bits/dim on 2,000 other training images is kept, and all three flows are then measured
 on test images. The flows are written to FOLDER/glow-cifar10-5percent and
-FOLDER/glow-cifar10-5percent-tuned, as halves of the size, for `run.py --flows FOLDER`.
+FOLDER/glow-cifar10-5percent-tuned, in half precision, for `run.py --flows FOLDER`.
 """
 
 import argparse

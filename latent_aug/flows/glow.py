@@ -61,7 +61,7 @@ class Glow(Flow):
     Attributes:
         network_dtype: Precision of the coupling networks; None is that of the input. The state
             stays in the input's precision, but with torch.bfloat16 decoding undoes encoding only
-            about, and faster; see the README's table.
+            about, and faster (docs/speed.md).
         compiled: Have torch.compile fuse each step, where no gradient is wanted. Every new shape
             of input is compiled, which takes seconds.
 
