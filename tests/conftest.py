@@ -3,7 +3,6 @@
 import copy
 import datetime
 import os
-import socket
 
 from hub_server import Hub
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchvision.transforms.v2.functional import to_pil_image
 
 from latent_aug import Flow, Glow
 from latent_aug.flows import ConditionalDenseFlow
@@ -83,6 +83,13 @@ def images_and_classes(flow, count, height=16, width=16):
     return x, torch.arange(count) % flow.num_classes if flow.num_classes else None
 
 
+def stripes(count=96):
+    """Images with something to learn: smooth stripes of random phase."""
+    phase = torch.rand(count, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    wave = torch.sin(torch.arange(8)[None, None, None] / 2 + 6 * phase) / 2 + 0.5
+    return (wave.expand(count, 1, 8, 8) * 255).round().byte()
+
+
 def convolutional_classifier():
     """A convolutional classifier with all that an attack could disturb."""
     torch.manual_seed(0)
@@ -95,6 +102,14 @@ def convolutional_classifier():
         nn.Flatten(),
         nn.Linear(8, 4),
     )
+
+
+def length(t, norm):
+    """The size of each sample, in the unit of a norm's eps."""
+    flat = t.flatten(1)
+    if norm == "linf":
+        return flat.abs().amax(dim=1)
+    return flat.norm(dim=1) / (flat.shape[1] ** 0.5 if norm == "rms" else 1)
 
 
 def trace_of(model):
@@ -117,22 +132,25 @@ def same_trace(a, b):
     return equal and all(a[k] == b[k] for k in ("modes", "flags", "buffers"))
 
 
-def join_group(rank, port, size):
-    """Make this process one of several that talk by gloo; a lost one is an error after a minute."""
+def in_processes(function, folder, *, count=2):
+    """What a function returns in each of several processes that talk by gloo."""
+    torch.multiprocessing.spawn(join_and_call, (function, str(folder), count), nprocs=count)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+
+
+def join_and_call(rank, function, folder, count):
+    """What each of them runs; a lost one is an error after a minute."""
+    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
+        init_method=f"file://{folder}/meeting-place",
         rank=rank,
-        world_size=size,
+        world_size=count,
         timeout=datetime.timedelta(seconds=60),
     )
-
-
-def free_port():
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    torch.save(function(), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 # One line here puts a new flow through every test of the contract.
@@ -174,3 +192,16 @@ def model():
 def batch():
     # farther than eps from 0 and 1, where clamping plays no part
     return 0.4 + 0.2 * torch.rand(6, 3, 16, 16), torch.randint(4, (6,))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """An ImageFolder of two classes, with things in it that are not images."""
+    root = tmp_path_factory.mktemp("folder") / "images"
+    for index, image in enumerate(stripes(24)):
+        place = root / f"class{index % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        to_pil_image(image).save(place / f"{index:03}.png")
+    (root / "readme.txt").write_text("no image")
+    (root / ".hidden.png").write_text("no image")
+    return root

@@ -1,5 +1,6 @@
 """The explorer's page, served as its command serves it; in a browser where there is one."""
 
+import importlib.util
 import json
 import os
 import re
@@ -10,10 +11,10 @@ import sys
 import time
 
 import pytest
-from conftest import free_port
 from PIL import Image
 
-pytest.importorskip("gradio")
+if importlib.util.find_spec("gradio") is None:  # to import it would take seconds
+    pytest.skip("the page needs gradio", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other people's packages
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -25,6 +26,13 @@ def outside():
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0)
         yield server
+
+
+def free_port():
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

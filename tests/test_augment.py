@@ -1,7 +1,6 @@
 """Copies of a data set on disk: what is in them, shard by shard, by any number of workers."""
 
 import gc
-import io
 import json
 import os
 import subprocess
@@ -14,7 +13,6 @@ import torch
 import torch.nn.functional as F
 import webdataset
 from conftest import ByClass, Identity, random_glow
-from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from typer.testing import CliRunner
@@ -276,7 +274,8 @@ def test_bad_data_is_named(tmp_path):
         augment([], tmp_path / "b")
     with pytest.raises(TypeError, match="must be a LatentPerturb"):
         augment_images([image], torch.nn.Identity(), AugmentConfig(output=tmp_path / "c"))
-    assert list(tmp_path.iterdir()) == [] or not (tmp_path / "b").exists()
+    assert [place.name for place in tmp_path.iterdir()] == ["a"]
+    assert not list((tmp_path / "a").glob("*shard*"))
 
 
 @pytest.mark.parametrize(
@@ -303,31 +302,3 @@ def test_shards_can_be_read_back(data, tmp_path):
     labels = EncodedImages(data).labels
     assert shard.labels == [labels[int(name.split("-")[0])] for name in shard.names]
     assert shard.classes == ["0", "1", "2"]
-
-
-def tar_of(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-def test_classes_are_the_outermost_folders_that_differ(tmp_path):
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(file, "PNG")
-    png = file.getvalue()
-    for names, classes, labels in (
-        (["a/1.png", "b/2.png"], ["a", "b"], [0, 1]),
-        (["all/a/1.png", "all/b/2.png"], ["a", "b"], [0, 1]),
-        (["a/1.png", "a/2.png"], ["a"], [0, 0]),
-        (["a/x/1.png", "b/2.png"], ["a", "b"], [0, 1]),
-        (["1.png", "b/2.png"], [], None),
-    ):
-        images = EncodedImages(tar_of(tmp_path / "x.tar", dict.fromkeys(names, png)))
-        assert (images.classes, images.labels) == (classes, labels)
-    for number in (b"", b"cat"):
-        content = {"1.png": png, "1.cls": b"3", "2.png": png, "2.cls": number}
-        with pytest.raises(ValueError, match=r"2\.png has no \.cls"):
-            EncodedImages(tar_of(tmp_path / "y.tar", content))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ByClass
+from conftest import ByClass, Identity
 from torch import nn
 from torchvision import tv_tensors
 
@@ -89,7 +89,7 @@ def test_one_label_serves_several_images():
 
 
 def test_an_unconditional_flow_looks_at_no_label():
-    assert LatentPerturb(0.1, flow="glow-cifar10")((torch.rand(3, 32, 32), "cat"))[1] == "cat"
+    assert LatentPerturb(0.1, flow=Identity())((torch.rand(3, 8, 8), "cat"))[1] == "cat"
 
 
 class TestBadInput:

@@ -1,16 +1,18 @@
-"""Training under DistributedDataParallel with the attack in the step: two gloo processes."""
+"""Two gloo processes: training with the attack in the step, and what each of them draws."""
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import convolutional_classifier, free_port, join_group, random_glow
+from conftest import Identity, convolutional_classifier, in_processes, random_glow
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torchvision.transforms import v2
 
-from latent_aug import LatentAdversarial, LatentLoader, LatentPerturb
+from latent_aug import LatentAdversarial, LatentCollate, LatentLoader, LatentPerturb
 
 RANKS, STEPS = 2, 3
+OPTIONS = {"eval": {}, "unchanged": {"model_mode": "unchanged", "p": 0.5}}
 
 
 def batches(rank):
@@ -29,10 +31,9 @@ def undropped():
     return model
 
 
-def train(rank, port, options, results):
-    """What each process runs."""
-    join_group(rank, port, RANKS)
-    torch.set_num_threads(1)
+def train(options):
+    """The attack in every step of one process's training: attacked images and weights."""
+    rank = dist.get_rank()
     model = nn.parallel.DistributedDataParallel(undropped(), find_unused_parameters=False)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     attack, attacked = attack_on(model, rank, options), []
@@ -42,9 +43,7 @@ def train(rank, port, options, results):
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
-    results[rank] = (attacked, {k: v.clone() for k, v in model.module.state_dict().items()})
-    dist.barrier()
-    dist.destroy_process_group()
+    return attacked, model.module.state_dict()
 
 
 def train_in_one_process(options):
@@ -70,25 +69,6 @@ def train_in_one_process(options):
         for optimizer in optimizers:
             optimizer.step()
     return attacked, models
-
-
-@pytest.mark.parametrize("options", [{}, {"model_mode": "unchanged", "p": 0.5}], ids=str)
-def test_two_processes_are_as_one(options):
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(
-            train, args=(free_port(), options, results), nprocs=RANKS, join=True
-        )
-        results = dict(results)
-    attacked, models = train_in_one_process(options)
-    for rank in range(RANKS):
-        for ours, expected in zip(results[rank][0], attacked[rank], strict=True):
-            torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
-        torch.testing.assert_close(
-            results[rank][1], dict(models[rank].state_dict()), atol=1e-5, rtol=1e-4
-        )
-    assert not torch.equal(results[0][0][0], results[1][0][0])
 
 
 def collectives():
@@ -124,34 +104,73 @@ def perturbed_epoch(model):
     return found, perturbing, training
 
 
-def perturb_together(rank, port, results):
-    """What each process runs."""
-    join_group(rank, port, RANKS)
-    torch.set_num_threads(1)
+def draws():
+    """What each process draws from the same seed."""
+    torch.manual_seed(0)
+    perturb, images = LatentPerturb(0.2, flow=Identity()), torch.full((12, 3, 8, 8), 0.5)
+    data = TensorDataset(images, torch.arange(12))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    attack = LatentAdversarial(model, flow=Identity(), steps=1, alpha=0.0, eps=0.1, norm="linf")
+    workers = DataLoader(
+        data,
+        2,
+        sampler=DistributedSampler(data, shuffle=False),
+        num_workers=1,
+        collate_fn=LatentCollate(perturb),
+    )
+    return {
+        "transform": perturb(images[:2]),
+        "attack": attack(images[:2], torch.tensor([0, 1])),
+        "loader": next(iter(LatentLoader(DataLoader(data, 4), perturb)))[0],
+        "torchvision's": next(iter(LatentLoader(DataLoader(data, 4), v2.GaussianNoise())))[0],
+        "workers": next(iter(workers))[0],
+        "user's": torch.rand(3),
+    }
+
+
+def everything():
+    """What each process runs, in one go: its start takes longest."""
     model = nn.parallel.DistributedDataParallel(convolutional_classifier().eval())
-    results[rank] = perturbed_epoch(model)
-    dist.barrier()
-    dist.destroy_process_group()
+    return {
+        "trained": {name: train(options) for name, options in OPTIONS.items()},
+        "perturbed": perturbed_epoch(model),
+        "drawn": draws(),
+    }
 
 
-def test_loader_and_attack_draw_by_rank_and_say_nothing(monkeypatch):
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(
-            perturb_together, args=(free_port(), results), nprocs=RANKS, join=True
-        )
-        results = dict(results)
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each process found."""
+    return in_processes(everything, tmp_path_factory.mktemp("distributed"), count=RANKS)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_two_processes_train_as_one(found, name):
+    attacked, models = train_in_one_process(OPTIONS[name])
     for rank in range(RANKS):
-        found, perturbing, training = results[rank]
+        images, weights = found[rank]["trained"][name]
+        torch.testing.assert_close(images, attacked[rank], atol=1e-4, rtol=0)
+        torch.testing.assert_close(weights, dict(models[rank].state_dict()), atol=1e-5, rtol=1e-4)
+    assert not torch.equal(*(found[rank]["trained"][name][0][0] for rank in range(RANKS)))
+
+
+def test_loader_and_attack_draw_by_rank_and_say_nothing(found, monkeypatch):
+    for rank in range(RANKS):
+        batches, perturbing, training = found[rank]["perturbed"]
         assert perturbing == 0
-        assert training >= len(found)  # it is heard, so silence means something
+        assert training >= len(batches)  # it is heard, so silence means something
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(RANKS))
-        expected, _, _ = perturbed_epoch(convolutional_classifier().eval())
-        for ours, alone in zip(found, expected, strict=True):
-            torch.testing.assert_close(ours, alone, atol=1e-4, rtol=0)
-    for first, second in zip(results[0][0], results[1][0], strict=True):
-        assert all(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    everything = [batch for rank in range(RANKS) for batch, _ in results[rank][0]]
-    assert len(torch.cat(everything).unique(dim=0)) == len(everything) * 4
+        alone, _, _ = perturbed_epoch(convolutional_classifier().eval())
+        torch.testing.assert_close(batches, alone, atol=1e-4, rtol=0)
+    first, second = (found[rank]["perturbed"][0] for rank in range(RANKS))
+    for ours, theirs in zip(first, second, strict=True):
+        assert all(not torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    images = torch.cat([batch for batch, _ in first + second])
+    assert len(images.unique(dim=0)) == len(images)
+
+
+def test_ranks_of_one_seed_draw_differently(found):
+    first, second = (found[rank]["drawn"] for rank in range(RANKS))
+    different = {name for name in first if not torch.equal(first[name], second[name])}
+    assert different == {"transform", "attack", "loader", "torchvision's", "workers"}

@@ -1,5 +1,6 @@
-"""The documentation: its Python runs, its commands exist, its site has no broken link."""
+"""The documentation: its Python runs, its commands exist, its tables and links are good."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -63,6 +64,17 @@ def test_a_laplace_perturbation_has_its_standard_deviation():
     noise = names["perturb"].noise(torch.randn(64, 3, 64, 64), 0.2, None)
     assert noise.std().item() == pytest.approx(0.2, rel=0.02)
     assert (noise.abs().mean() / noise.std()).item() == pytest.approx(0.5**0.5, rel=0.02)
+
+
+def test_the_tables_of_scale_are_drawn_from_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
+    import scale
+
+    text = scale.PAGE.read_text()
+    drawn = scale.tables(json.loads(scale.RESULTS.read_text()))
+    assert len(drawn) > 5
+    for name, table in drawn.items():
+        assert f"{scale.MARK.format(name)}\n\n{table}\n\n{scale.END}" in text
 
 
 def test_the_site_builds_without_a_warning(tmp_path):

@@ -52,7 +52,9 @@ def test_accelerate_runs_on_two_processes():
         launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
     )
     assert printed.count("2 processes") == 2  # once an epoch
-    assert all(0 < loss < 4 for loss in losses(printed))
+    found = losses(printed)
+    assert found
+    assert all(0 < loss < 4 for loss in found)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Identity
+from conftest import Identity, length
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,14 +11,6 @@ from latent_aug import functional as LF
 NORMS = ("linf", "l2", "rms")
 sizes = st.floats(0, 50)
 seeds = st.integers(0, 2**31)
-
-
-def length(t, norm):
-    """The size of each sample, in the unit of eps."""
-    flat = t.flatten(1)
-    if norm == "linf":
-        return flat.abs().amax(dim=1)
-    return flat.norm(dim=1) / (flat.shape[1] ** 0.5 if norm == "rms" else 1)
 
 
 def latents(seed, scale=3.0):

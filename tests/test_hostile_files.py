@@ -14,7 +14,7 @@ from conftest import random_dense, random_glow
 from latent_aug import load_flow
 
 SEED = 20211011
-MUTATIONS = 1000
+MUTATIONS = 500  # of each flow
 TOKENS = ("0", "-1", "1e400", "NaN", "null", "[]", "{}", '"x"', "99999999999999999999", "true")
 DTYPES = ("F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F99")
 
@@ -139,7 +139,6 @@ def equal(loaded, flow):
 
 def test_a_thousand_mutations(good, tmp_path):
     directory, flow = good
-    print(f"seed {SEED}")
     draw, accepted, refused, silent = random.Random(SEED), [], 0, 0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(MUTATIONS):
@@ -149,7 +148,7 @@ def test_a_thousand_mutations(good, tmp_path):
         mutation = draw.choice(WEIGHTS if name == "model.safetensors" else CONFIG)
         path = target / name
         path.write_bytes(mutation(draw, path.read_bytes()))
-        started = time.monotonic()
+        started = time.process_time()  # a busy machine has no say
         try:
             loaded = load_flow(target)
         except (ValueError, OSError) as error:
@@ -157,7 +156,7 @@ def test_a_thousand_mutations(good, tmp_path):
             refused += 1
         else:
             accepted.append((number, mutation.__name__, name, equal(loaded, flow)))
-        assert time.monotonic() - started < 20, f"mutation {number}, {mutation.__name__}"
+        assert time.process_time() - started < 20, f"mutation {number}, {mutation.__name__}"
         shutil.rmtree(target)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 500_000, f"{grown} KiB more"

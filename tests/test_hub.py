@@ -3,12 +3,11 @@
 import hashlib
 import json
 import pickle
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_glow
+from conftest import Identity, random_glow
 from safetensors.torch import load_file, save_file
 from torchvision.datasets import FashionMNIST
 
@@ -210,8 +209,6 @@ def test_a_card_in_another_encoding_is_no_obstacle(saved):
 
 
 def test_a_config_that_from_config_takes_apart(tmp_path):
-    from conftest import Identity
-
     class Wide(Identity):
         def __init__(self, width):
             super().__init__()
@@ -230,8 +227,6 @@ def test_a_config_that_from_config_takes_apart(tmp_path):
 
 
 def test_a_home_made_flow_can_be_saved_and_loaded(tmp_path):
-    from conftest import Identity
-
     class Shifted(Identity):
         def __init__(self, channels):
             super().__init__()
@@ -254,4 +249,3 @@ def test_a_home_made_flow_can_be_saved_and_loaded(tmp_path):
     flow.save_pretrained(tmp_path)
     x = torch.rand(1, 3, 4, 4)
     assert torch.equal(load_flow(tmp_path).encode(x), flow.encode(x))
-    shutil.rmtree(tmp_path)

@@ -6,7 +6,6 @@ from conftest import random_glow
 
 from latent_aug import Glow
 from latent_aug.flows import latent_gradient
-from latent_aug.flows.engine import full_precision
 
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-9}
 WAYS = ["fast", "lean"]
@@ -160,23 +159,3 @@ def test_a_deep_flow_in_float32():
     weights = torch.randn_like(z)
     fast, lean = (gradient(flow, z, weights, way) for way in WAYS)
     assert (lean - fast).norm() / fast.norm() < 1e-3
-
-
-def test_gpu_convolutions_are_in_full_precision_and_the_setting_is_put_back():
-    cudnn = torch.backends.cudnn
-    backend, name = (
-        (cudnn.conv, "fp32_precision") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32")
-    )
-    before = getattr(backend, name)
-    assert before in (True, "tf32", "none")
-    with full_precision(torch.device("cuda")):
-        assert getattr(backend, name) in (False, "ieee")
-    first, second = (full_precision(torch.device("cuda")) for _ in range(2))
-    first.__enter__()
-    second.__enter__()  # as another thread may
-    first.__exit__(None, None, None)
-    assert getattr(backend, name) in (False, "ieee")
-    second.__exit__(None, None, None)
-    assert getattr(backend, name) == before
-    with full_precision(torch.device("cpu")):
-        assert getattr(backend, name) == before

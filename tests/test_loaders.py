@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import ByClass, Identity, free_port, join_group
+from conftest import ByClass, Identity
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -28,7 +27,6 @@ from latent_aug import (
     loaders,
 )
 from latent_aug.loaders import moved, perturb_batch
-from latent_aug.randomness import mixed
 
 COUNT = 12
 
@@ -154,44 +152,6 @@ class TestDraws:
         """Each of two workers collates three batches: none are alike."""
         loader = DataLoader(data(), 2, num_workers=2, collate_fn=LatentCollate(perturb()))
         assert len({float(image.sum()) for image in self.images(loader)}) == COUNT
-
-
-def draw(rank, port, results):
-    """What each process of two draws from the same seed."""
-    join_group(rank, port, 2)
-    torch.manual_seed(0)
-    images = torch.full((2, 3, 8, 8), 0.5)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
-    loader = LatentLoader(DataLoader(data(), 4), perturb())
-    sampler = DistributedSampler(data(), shuffle=False)
-    workers = DataLoader(
-        data(), 2, sampler=sampler, num_workers=1, collate_fn=LatentCollate(perturb())
-    )
-    attack = LatentAdversarial(model, flow=Identity(), steps=1, alpha=0.0, eps=0.1, norm="linf")
-    results[rank] = {
-        "transform": perturb()(images),
-        "attack": attack(images, torch.tensor([0, 1])),
-        "loader": next(iter(loader))[0],
-        "torchvision's": next(iter(LatentLoader(DataLoader(data(), 4), v2.GaussianNoise())))[0],
-        "workers": next(iter(workers))[0],
-        "user's": torch.rand(3),
-    }
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def test_ranks_of_one_seed_draw_differently():
-    with torch.multiprocessing.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(draw, args=(free_port(), results), nprocs=2, join=True)
-        first, second = results[0], results[1]
-    different = {name for name in first if not torch.equal(first[name], second[name])}
-    assert different == {"transform", "attack", "loader", "torchvision's", "workers"}
-
-
-def test_mixed_seeds_are_all_different():
-    seeds = {mixed(a, b, c) for a in range(20) for b in range(20) for c in range(20)}
-    assert len(seeds) == 8000
 
 
 class TestLatentLoader:

@@ -110,7 +110,7 @@ class TestVaeGan:
         torch.manual_seed(0)
         flow = vae_gan.VaeGan(1, 12, 12, **SMALL)
         shades = torch.linspace(20, 235, 64)[:, None, None, None].expand(64, 1, 12, 12)
-        pixels, how = shades.round().byte(), vae_gan.Training(epochs=30, batch_size=16)
+        pixels, how = shades.round().byte(), vae_gan.Training(epochs=12, batch_size=8)
         for label in range(2):
             critic = vae_gan.down((1, 12, 12), 4, 1)
             parts = flow.encoders[label], flow.decoders[label]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FLOWS, Identity, random_glow
+from conftest import Identity, length, random_glow
 from PIL import Image
 from torch import nn
 from torchvision import tv_tensors
@@ -58,6 +58,13 @@ def perturb(kind, flow, images, norm, **options):
 KINDS = pytest.mark.parametrize("kind", ["random", "adversarial"])
 
 
+def assert_as_long_as_eps(noise, norm):
+    """The radius is that of the part that moves."""
+    size = length(noise, norm)
+    assert (size <= EPS[norm] * 1.001).all()
+    assert (size >= EPS[norm] * 0.9).all()
+
+
 def left_half(size=16):
     mask = torch.zeros(size, size)
     mask[:, : size // 2] = 1
@@ -80,12 +87,7 @@ def test_the_latent_stays_where_the_mask_is_0(kind, norm, monkeypatch):
     recorder = Recorder(flow, monkeypatch)
     perturb(kind, flow, torch.rand(4, 3, 16, 16), norm, mask=left_half())
     assert recorder.noise[..., 8:].abs().max() < 1e-6
-    # The radius is that of the part that moves.
-    part = recorder.noise[..., :8].flatten(1)
-    size = part.abs().amax(1) if norm == "linf" else part.norm(dim=1)
-    limit = EPS[norm] * (part[0].numel() ** 0.5 if norm == "rms" else 1)
-    assert (size <= limit * 1.001).all()
-    assert (size >= limit * 0.9).all()
+    assert_as_long_as_eps(recorder.noise[..., :8], norm)
 
 
 @KINDS
@@ -98,11 +100,7 @@ def test_only_the_levels_move(kind, norm, levels, moving, monkeypatch):
     out = perturb(kind, flow, images, norm, levels=levels)
     parts = flow.split_levels(recorder.noise)
     assert {i for i, part in enumerate(parts) if part.abs().max() > 1e-5} == moving
-    together = torch.cat([parts[i].flatten(1) for i in moving], dim=1)
-    size = together.abs().amax(1) if norm == "linf" else together.norm(dim=1)
-    limit = EPS[norm] * (together[0].numel() ** 0.5 if norm == "rms" else 1)
-    assert (size <= limit * 1.001).all()
-    assert (size >= limit * 0.9).all()
+    assert_as_long_as_eps(torch.cat([parts[i].flatten(1) for i in moving], dim=1), norm)
     assert not torch.equal(out, images)
 
 
@@ -176,10 +174,8 @@ def test_a_step_has_its_length_within_the_mask(norm, monkeypatch):
         mask=left_half(),
     )
     attack(torch.rand(2, 3, 16, 16), torch.tensor([0, 1]))
-    step = recorder.noise[..., :8].flatten(1)
-    size = step.abs().amax(1) if norm == "linf" else step.norm(dim=1)
-    length = 0.1 * (step[0].numel() ** 0.5 if norm == "rms" else 1)
-    torch.testing.assert_close(size, torch.full((2,), length), rtol=1e-3, atol=0)
+    size = length(recorder.noise[..., :8], norm)
+    torch.testing.assert_close(size, torch.full((2,), 0.1), rtol=1e-3, atol=0)
 
 
 @KINDS
@@ -258,12 +254,10 @@ class TestMaskOfASample:
         assert not torch.equal(out["image"], images)
 
 
-@pytest.mark.parametrize("flow", FLOWS)
-def test_levels_partition_the_latent(flow):
-    flow = FLOWS[flow]()
+def test_levels_partition_the_latent(any_flow):
     z = torch.rand(2, 3, 16, 16)
-    assert torch.equal(flow.join_levels(flow.split_levels(z)), z)
-    masks = [level_mask(flow, z, (level,)) for level in range(flow.levels)]
+    assert torch.equal(any_flow.join_levels(any_flow.split_levels(z)), z)
+    masks = [level_mask(any_flow, z, (level,)) for level in range(any_flow.levels)]
     assert torch.equal(sum(masks), torch.ones(1, 3, 16, 16))
     sizes = [int(mask.sum()) for mask in masks]
     assert sizes == sorted(sizes, reverse=True)
@@ -279,9 +273,7 @@ def test_a_masked_start_is_uniform_in_its_own_dimensions(norm):
     mask[..., :2, 0] = 1  # a disc, or a square
     start = LF.random_start(like, 1.0, norm, mask=mask)
     assert (start[(mask == 0).expand_as(start)] == 0).all()
-    radius = {"linf": 1.0, "l2": 1.0, "rms": 2**0.5}[norm]
-    part = start.flatten(1)
-    size = (part.abs().amax(1) if norm == "linf" else part.norm(dim=1)) / radius
+    size = length(start[..., :2, 0], norm)
     # of a uniform point in two dimensions, the share within half the radius is a quarter
     assert (size < 0.5).float().mean() == pytest.approx(0.25, abs=0.04)
     assert (size <= 1 + 1e-6).all()

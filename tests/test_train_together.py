@@ -3,21 +3,20 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from test_train import config, small_flow, stripes, weights
+from conftest import stripes
+from test_train import config, small_flow, weights
 from torchvision.transforms.v2.functional import to_pil_image
+from typer.testing import CliRunner
 
 from latent_aug import load_flow, train_flow
-from latent_aug.batches import StepSampler, draws_for, share
+from latent_aug.cli import app
 from latent_aug.processes import Processes, accelerator_for
 
-psutil = pytest.importorskip("psutil", reason="accelerate brings it")
 pytest.importorskip("accelerate")
 
 TOGETHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -26,6 +25,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 RUNS = {
     "even": {"checkpoint_minutes": 0},
     "odd": {"checkpoint_minutes": 0, "batch_size": 15, "accumulate": 3},
+    "long": {"checkpoint_minutes": 0, "steps": 16, "crop": 0},
 }
 WORKER = f"""
 import json, sys, warnings
@@ -85,7 +85,8 @@ def test_all_processes_return_what_one_has_written(together):
     for name in RUNS:
         written = weights(load_flow(together / name))
         assert all(torch.equal(each[name], written) for each in returned)
-        assert len(losses(together / name)) == 13  # one process writes: a line a step, and the last
+        lines = RUNS[name].get("steps", 12) + 1
+        assert len(losses(together / name)) == lines  # one process writes: after steps and at last
 
 
 def test_all_processes_refuse_alike(together):
@@ -98,76 +99,55 @@ def test_all_processes_refuse_alike(together):
     assert not (together / "other").exists()
 
 
-def command(output, data):
-    """`latent-aug train` for seconds, its state saved after each step."""
-    options = (
-        "--channels 1 --levels 1 -K 2 -H 8 --steps 40 --batch-size 16 --warmup 2 "
-        "--network-dtype float32 --checkpoint-minutes 0 --cpu"
-    )
-    return ["-m", "latent_aug", "train", str(data), "--output", str(output), *options.split()]
+DYING = """
+import os, signal, sys
+from latent_aug.cli import app
+from latent_aug.train import Run
+
+step = Run.train_step
+
+def dying(run, *batch):
+    if os.environ["RANK"] == "1" and run.step == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(run, *batch)
+
+Run.train_step = dying
+app()
+"""
 
 
-def rank_of(process):
-    try:
-        return process.environ().get("RANK")
-    except psutil.Error:
-        return None
-
-
-def test_a_rank_that_dies_ends_the_job_which_any_number_resumes(tmp_path):
-    data = tmp_path / "data"
+def test_a_rank_that_dies_ends_the_job_which_any_number_resumes(together, tmp_path, monkeypatch):
+    data, script = tmp_path / "data", tmp_path / "dying.py"
     data.mkdir()
-    for number, image in enumerate(stripes(48)):
-        to_pil_image(image).save(data / f"{number}.png")
-    killed, copy, undisturbed = (tmp_path / name for name in ("killed", "copy", "undisturbed"))
-    job = subprocess.Popen([*TOGETHER, *command(killed, data)], env=ENVIRONMENT, stderr=-3)
-    log = killed / "log.jsonl"
-    while not log.exists() or len(log.read_text().splitlines()) < 8:
-        assert job.poll() is None
-        time.sleep(0.01)
-    (second,) = (p for p in psutil.Process(job.pid).children() if rank_of(p) == "1")
-    second.send_signal(signal.SIGKILL)
-    assert job.wait(timeout=120) != 0
+    script.write_text(DYING)
+    for number, image in enumerate(stripes()):
+        to_pil_image(image).save(data / f"{number:02}.png")
+
+    def command(output):
+        """`latent-aug train` as in the long run."""
+        sizes = "--channels 1 --levels 1 -K 2 -H 8 --batch-size 16 --network-dtype float32 --cpu"
+        others = f"--steps 16 --warmup 2 --checkpoint-minutes 0 --output {output}"
+        return ["train", str(data), *sizes.split(), *others.split()]
+
+    killed, copy = tmp_path / "killed", tmp_path / "copy"
+    died = subprocess.run(
+        [*TOGETHER, script, *command(killed)], env=ENVIRONMENT, capture_output=True, timeout=300
+    )
+    assert died.returncode != 0
+    assert 0 < len(losses(killed)) <= 8
     assert not (killed / "model.safetensors").exists()
 
     shutil.copytree(killed, copy)
-    runs = [
-        subprocess.Popen([*launcher, *command(output, data)], env=ENVIRONMENT, stderr=-3)
-        for launcher, output in (
-            (TOGETHER, killed),
-            ((sys.executable,), copy),
-            (TOGETHER, undisturbed),
-        )
-    ]
-    assert [run.wait(timeout=300) for run in runs] == [0, 0, 0]
-    again, alone, expected = (weights(load_flow(d)) for d in (killed, copy, undisturbed))
-    assert torch.equal(again, expected)
-    torch.testing.assert_close(alone, expected, atol=1e-3, rtol=0)
+    again = subprocess.Popen([*TOGETHER, "-m", "latent_aug", *command(killed)], env=ENVIRONMENT)
+    monkeypatch.setattr(sys, "argv", ["latent-aug", *command(copy)])
+    alone = CliRunner().invoke(app, command(copy))
+    assert alone.exit_code == 0, alone.output
+    assert again.wait(timeout=300) == 0
+    expected = weights(load_flow(together / "long"))
+    assert torch.equal(weights(load_flow(killed)), expected)
+    torch.testing.assert_close(weights(load_flow(copy)), expected, atol=1e-3, rtol=0)
     assert "accelerate launch --num_processes 2 -m latent_aug" in (killed / "README.md").read_text()
     assert "latent-aug train" in (copy / "README.md").read_text()
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3, 5])
-def test_shares_are_the_whole_batch_in_order(processes):
-    parts = [share(16, rank, processes) for rank in range(processes)]
-    assert [place for part in parts for place in part] == list(range(16))
-    whole = list(StepSampler(50, 16, 2, 9, 3))
-    each = [
-        StepSampler(50, 16, 2, 9, 3, rank=rank, processes=processes) for rank in range(processes)
-    ]
-    for batch, *found in zip(whole, *each, strict=True):
-        assert [index for part in found for index in part] == batch
-
-
-def test_draws_are_each_image_s_own():
-    whole = draws_for(0, 3, range(8), (1, 4, 4), padding=2)
-    part = draws_for(0, 3, range(5, 8), (1, 4, 4), padding=2)
-    assert torch.equal(whole.noise[5:], part.noise)
-    assert torch.equal(whole.mirrored[5:], part.mirrored)
-    assert torch.equal(whole.corners[:, 5:], part.corners)
-    assert len(whole.noise.flatten(1).unique(dim=0)) == 8
-    for seed, step in ((1, 3), (0, 4)):
-        assert not torch.equal(draws_for(seed, step, range(8), (1, 4, 4)).noise, whole.noise)
 
 
 def test_alone_accelerate_is_not_needed(monkeypatch):

@@ -7,19 +7,18 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import Identity, images_and_classes, random_glow
+from conftest import Identity, images_and_classes, length, random_glow
 from PIL import Image
-from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from latent_aug import Flow, Glow, LatentPerturb
+from latent_aug import Flow, LatentPerturb
 
 
 def pil(mode, size=(16, 16)):
     """A PIL image of noise in any mode."""
     pixels = torch.randint(256, (size[1], size[0], 3), dtype=torch.uint8).numpy()
-    image = Image.fromarray(pixels, "RGB" if pixels.ndim == 3 else None)
+    image = Image.fromarray(pixels)
     if mode in ("LA", "RGBA"):
         alpha = Image.fromarray(pixels[..., 0])
         image = image.convert(mode)
@@ -99,23 +98,22 @@ def test_noise_is_what_the_norm_says(norm, away):
     eps = 0.1
     x = 0.5 + 0.01 * torch.randn(4, 3, 16, 16)
     out = LatentPerturb(eps, flow=Identity(), norm=norm, away=away)(x)
-    delta = (out - x).flatten(1)
-    expected = {"l2": eps, "rms": eps * 768**0.5}
-    if norm in expected:
-        assert delta.norm(dim=1).tolist() == pytest.approx([expected[norm]] * 4, rel=1e-3)
+    delta = out - x
+    if norm in ("l2", "rms"):
+        assert length(delta, norm).tolist() == pytest.approx([eps] * 4, rel=1e-3)
     else:
         assert delta.square().mean().sqrt().item() == pytest.approx(
             eps * (0.72 if norm else 1), rel=0.2
         )
         assert (delta.abs().max() <= eps * 1.001) == (norm == "linf")
     if away:
-        assert (delta * x.flatten(1) >= 0).all()
+        assert (delta * x >= 0).all()
 
 
 def test_eps_range_is_drawn_per_sample():
     x = torch.full((400, 3, 4, 4), 0.5)
     out = LatentPerturb((0.1, 0.3), norm="l2", flow=Identity())(x)
-    radius = (out - x).flatten(1).norm(dim=1)
+    radius = length(out - x, "l2")
     assert radius.min() >= 0.0999
     assert radius.max() <= 0.3001
     assert radius.std().item() == pytest.approx(0.2 / 12**0.5, rel=0.15)
@@ -130,8 +128,7 @@ def test_p_is_a_probability_per_sample():
 @pytest.mark.parametrize(("norm", "measure"), [("linf", "linf"), ("l2", "l2"), (None, "linf")])
 def test_clip_limits_the_change(glow, norm, measure):
     x = torch.rand(4, 3, 16, 16)
-    delta = (LatentPerturb(1.9, norm=norm, flow=glow, clip=0.05)(x) - x).flatten(1)
-    size = delta.abs().amax(dim=1) if measure == "linf" else delta.norm(dim=1)
+    size = length(LatentPerturb(1.9, norm=norm, flow=glow, clip=0.05)(x) - x, measure)
     assert (size <= 0.05 + 1e-5).all()
     assert (size > 0.01).all()
 
@@ -153,11 +150,6 @@ def test_results_lie_in_the_unit_interval(glow):
     out = LatentPerturb(1.9, flow=glow)(torch.rand(4, 3, 16, 16))
     assert out.min() >= 0
     assert out.max() <= 1
-
-
-def test_grey_pil_image_stays_grey(glow):
-    out = LatentPerturb(0.3, flow=glow)(pil("L"))
-    assert out.mode == "L"
 
 
 def test_palette_image_is_read_by_its_colours(glow):
@@ -334,7 +326,7 @@ class TestPrivacy:
         pipeline.train()
         assert not glow.training
 
-    def test_it_prints(self, glow):
+    def test_repr_names_what_matters(self, glow):
         assert "eps=0.3, norm='l2', flow='Glow'" in repr(LatentPerturb(0.3, norm="l2", flow=glow))
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
@@ -356,72 +348,6 @@ class TestPrivacy:
         assert len(pickle.dumps(transform)) > 5000
 
 
-class Noise(torch.utils.data.Dataset):
-    """Always the same image, so that what differs comes from the transform."""
-
-    def __init__(self, transform):
-        self.transform = transform
-
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        return self.transform(torch.full((3, 8, 8), 0.5))
-
-
-class TwoViews(torch.utils.data.Dataset):
-    """The same image through two transforms."""
-
-    def __init__(self, first, second):
-        self.transforms = first, second
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        return [transform(torch.full((3, 8, 8), 0.5)) for transform in self.transforms]
-
-
-class TestWorkers:
-    @pytest.mark.parametrize("context", ["fork", "spawn"])
-    @pytest.mark.parametrize("own", [False, True])
-    def test_workers_and_epochs_draw_differently(self, context, own, tmp_path):
-        random_glow().save_pretrained(tmp_path)
-        generator = torch.Generator().manual_seed(0) if own else None
-        transform = LatentPerturb(0.3, flow=tmp_path, generator=generator)
-        loader = DataLoader(Noise(transform), 1, num_workers=2, multiprocessing_context=context)
-        images = [batch for _ in range(2) for batch in loader]
-        assert len({image.sum().item() for image in images}) == len(images)
-
-    @pytest.mark.parametrize("kind", ["own", "shared", "one"])
-    def test_two_transforms_draw_differently(self, kind):
-        first = torch.Generator().manual_seed(1)
-        second = {"own": torch.Generator().manual_seed(2), "shared": first, "one": None}[kind]
-        views = [LatentPerturb(0.3, flow=Identity(), generator=g) for g in (first, second)]
-        for one, other in DataLoader(TwoViews(*views), 1, num_workers=2):
-            assert not torch.equal(one, other)
-
-    def test_a_generator_s_seed_still_counts(self):
-        images = []
-        for seed in (1, 1, 2):
-            torch.manual_seed(0)
-            generator = torch.Generator().manual_seed(seed)
-            transform = LatentPerturb(0.3, flow=Identity(), generator=generator)
-            images.append(torch.cat(list(DataLoader(Noise(transform), 2, num_workers=2))))
-        assert torch.equal(images[0], images[1])
-        assert not torch.equal(images[0], images[2])
-
-
-def test_a_generator_decides_alone(glow):
-    x = torch.rand(3, 16, 16)
-    results = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        generator = torch.Generator().manual_seed(7)
-        results.append(LatentPerturb((0.1, 0.3), flow=glow, p=0.99, generator=generator)(x))
-    assert torch.equal(*results)
-
-
 def test_new_flows_and_old_agree_on_the_contract(any_flow):
     assert isinstance(any_flow, Flow)
     x, y = images_and_classes(any_flow, 2, 9, 11)
@@ -429,10 +355,6 @@ def test_new_flows_and_old_agree_on_the_contract(any_flow):
     out = out if y is None else out[0]
     assert out.shape == x.shape
     assert 0 < (out - x).abs().max() <= 1
-
-
-def test_glow_is_the_only_flow_that_ships():
-    assert Flow.architectures["Glow"] is Glow
 
 
 @pytest.mark.parametrize("key", ["pixel_values", "image", "images"])

@@ -1,4 +1,4 @@
-"""Flows in loader workers: shared or loaded, and what is left when one dies."""
+"""Flows in loader workers, shared or loaded: their draws, their threads, what is left of one."""
 
 import gc
 import multiprocessing
@@ -12,6 +12,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from latent_aug import LatentPerturb
+
+SHARED = Path("/dev/shm")
 
 
 class Perturbed(Dataset):
@@ -30,31 +32,33 @@ class Perturbed(Dataset):
         return x, torch.get_num_threads(), os.getpid()
 
 
-@pytest.mark.parametrize(("method", "workers"), [("fork", 8), ("spawn", 2)])
-def test_workers_perturb_on_one_thread_each(method, workers):
-    data = Perturbed(LatentPerturb(0.25, flow="glow-fashionmnist"))
+@pytest.mark.parametrize(("method", "workers", "own"), [("fork", 8, False), ("spawn", 2, True)])
+def test_workers_draw_for_themselves_on_one_thread_each(method, workers, own):
+    generator = torch.Generator().manual_seed(0) if own else None
+    data = Perturbed(LatentPerturb(0.25, flow="glow-fashionmnist", generator=generator))
     loader = DataLoader(data, batch_size=2, num_workers=workers, multiprocessing_context=method)
     images, threads, processes = (torch.cat(part) for part in zip(*loader, strict=True))
-    assert not torch.equal(images[0], images[-1])
+    assert len(images.unique(dim=0)) == len(data)
     assert set(threads.tolist()) == {1}
     assert len(set(processes.tolist())) == workers
     assert multiprocessing.active_children() == []
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_killed_worker_is_the_loader_s_own_error(method):
-    shared = set(Path("/dev/shm").iterdir())
+def test_a_killed_worker_is_the_loader_s_own_error():
     # The first image: a batch already sent could not be received any more, another error.
     data = Perturbed(LatentPerturb(0.25, flow="glow-fashionmnist"), deadly=0)
-    loader = DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context=method)
+    batches = iter(DataLoader(data, 2, num_workers=2, multiprocessing_context="fork"))
+    ours = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]
     with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.*\)"):
-        list(loader)
-    del loader
+        list(batches)
+    del batches
     assert multiprocessing.active_children() == []
-    for _ in range(50):  # the queues' threads end a little later, and with them what they shared
+    assert until_empty(lambda: [p for pid in ours for p in SHARED.glob(f"torch_{pid}_*")]) == []
+
+
+def until_empty(left, tries=50):
+    """The queues' threads end a little later, and with them what they shared."""
+    while (found := left()) and (tries := tries - 1):
         gc.collect()
-        left = set(Path("/dev/shm").iterdir()) - shared
-        if not left:
-            break
         time.sleep(0.1)
-    assert left == set()
+    return found

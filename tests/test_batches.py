@@ -1,0 +1,38 @@
+"""Which images a step sees, and what is drawn for them."""
+
+import pytest
+import torch
+
+from latent_aug.batches import StepSampler, draws_for, random_crop, share
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+def test_shares_are_the_whole_batch_in_order(processes):
+    parts = [share(16, rank, processes) for rank in range(processes)]
+    assert [place for part in parts for place in part] == list(range(16))
+    whole = list(StepSampler(50, 16, 2, 9, 3))
+    each = [
+        StepSampler(50, 16, 2, 9, 3, rank=rank, processes=processes) for rank in range(processes)
+    ]
+    for batch, *found in zip(whole, *each, strict=True):
+        assert [index for part in found for index in part] == batch
+
+
+def test_draws_are_each_image_s_own():
+    whole = draws_for(0, 3, range(8), (1, 4, 4), padding=2)
+    part = draws_for(0, 3, range(5, 8), (1, 4, 4), padding=2)
+    assert torch.equal(whole.noise[5:], part.noise)
+    assert torch.equal(whole.mirrored[5:], part.mirrored)
+    assert torch.equal(whole.corners[:, 5:], part.corners)
+    assert len(whole.noise.flatten(1).unique(dim=0)) == 8
+    for seed, step in ((1, 3), (0, 4)):
+        assert not torch.equal(draws_for(seed, step, range(8), (1, 4, 4)).noise, whole.noise)
+
+
+def test_crops_are_windows_of_the_padded_image():
+    batch = torch.arange(1, 1 + 5 * 2 * 4 * 6).reshape(5, 2, 4, 6)
+    cropped = random_crop(batch, 2, torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(batch, [2] * 4)
+    for image, source in zip(cropped, padded, strict=True):
+        windows = [source[:, i : i + 4, j : j + 6] for i in range(5) for j in range(5)]
+        assert any(torch.equal(image, window) for window in windows)

@@ -1,0 +1,106 @@
+"""What is read: folders, tars, torchvision data sets, as uint8 tensors."""
+
+import gzip
+import io
+import tarfile
+
+import pytest
+import torch
+from conftest import stripes
+from PIL import Image
+from torch.utils.data import TensorDataset
+from torchvision import datasets
+from torchvision.transforms.v2.functional import to_pil_image
+
+from latent_aug.data import EncodedImages, UInt8Images, open_images
+
+
+@pytest.fixture(params=["w", "w:gz"])
+def tar(request, folder, tmp_path):
+    path = tmp_path / "images.tar"
+    with tarfile.open(path, request.param) as archive:
+        archive.add(folder, "images")
+    return path
+
+
+def test_folders_are_classes(folder, tar):
+    for path in (folder, tar):
+        assert EncodedImages(path).labels == [0] * 12 + [1] * 12
+
+
+def test_a_tar_is_read_like_its_folder(folder, tar):
+    from_tar, from_folder = (UInt8Images(open_images(p), 1) for p in (tar, folder))
+    assert len(from_tar) == 24
+    assert all(torch.equal(a, b) for a, b in zip(from_tar, from_folder, strict=True))
+
+
+def test_a_torchvision_data_set_is_read(tmp_path, monkeypatch):
+    """FashionMNIST as torchvision stores it, made here; nothing is downloaded."""
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    images = stripes(20)[:, 0]
+    for prefix in ("train", "t10k"):
+        for kind, values in (("images-idx3", images), ("labels-idx1", torch.zeros(20).byte())):
+            header = bytes([0, 0, 8, values.ndim])
+            header += b"".join(n.to_bytes(4, "big") for n in values.shape)
+            data = header + values.numpy().tobytes()
+            (raw / f"{prefix}-{kind}-ubyte").write_bytes(data)
+            (raw / f"{prefix}-{kind}-ubyte.gz").write_bytes(gzip.compress(data))
+    dataset = open_images("torchvision:FashionMNIST", root=tmp_path)
+    assert isinstance(dataset, datasets.FashionMNIST)
+    assert torch.equal(torch.stack(list(UInt8Images(dataset, 1)))[:, 0], images)
+
+
+def tar_of(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_classes_are_the_outermost_folders_that_differ(tmp_path):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    png = file.getvalue()
+    for names, classes, labels in (
+        (["a/1.png", "b/2.png"], ["a", "b"], [0, 1]),
+        (["all/a/1.png", "all/b/2.png"], ["a", "b"], [0, 1]),
+        (["a/1.png", "a/2.png"], ["a"], [0, 0]),
+        (["a/x/1.png", "b/2.png"], ["a", "b"], [0, 1]),
+        (["1.png", "b/2.png"], [], None),
+    ):
+        images = EncodedImages(tar_of(tmp_path / "x.tar", dict.fromkeys(names, png)))
+        assert (images.classes, images.labels) == (classes, labels)
+    for number in (b"", b"cat"):
+        content = {"1.png": png, "1.cls": b"3", "2.png": png, "2.cls": number}
+        with pytest.raises(ValueError, match=r"2\.png has no \.cls"):
+            EncodedImages(tar_of(tmp_path / "y.tar", content))
+
+
+def test_images_are_converted_resized_and_cropped():
+    image = Image.new("P", (30, 20), 3)
+    assert UInt8Images([image], 3, 8)[0].shape == (3, 8, 8)
+    assert UInt8Images([image], 1)[0].shape == (1, 20, 30)
+
+
+def test_encoded_images_that_are_cut_off_are_named(tmp_path):
+    data = io.BytesIO()
+    to_pil_image(stripes(1)[0]).save(data, "PNG")
+    (tmp_path / "a.png").write_bytes(data.getvalue()[:40])
+    with pytest.raises(OSError, match=r"image a\.png cannot be read"):
+        EncodedImages(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        TensorDataset(stripes(), torch.zeros(96)),
+        [(image, 0) for image in stripes()],
+        stripes() / 255,
+    ],
+    ids=["tensor-dataset", "list-of-tuples", "floats"],
+)
+def test_data_of_many_kinds_are_the_same_images(dataset):
+    assert torch.equal(torch.stack(list(UInt8Images(dataset, 1))), stripes())

@@ -1,0 +1,35 @@
+"""The settings of a training run, and the learning rate that follows from them."""
+
+import math
+
+import pytest
+
+from latent_aug import TrainConfig
+from latent_aug.recipe import learning_rate
+
+
+def test_learning_rate_rises_stays_and_falls():
+    c = TrainConfig(output="x", steps=100, warmup=10, decay=0.4, lr=1.0)
+    rates = [learning_rate(step, c) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9:61] == [1.0] * 52
+    assert rates[80] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx(1 / 40)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 0},
+        {"lr": -1.0},
+        {"lr": math.nan},
+        {"decay": 1.5},
+        {"seed": -1},
+        {"ema": 2},
+        {"crop": -1},
+        {"network_dtype": "float16"},
+    ],
+)
+def test_bad_settings_are_named(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        TrainConfig(output="x", **changes)
