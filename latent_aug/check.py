@@ -83,8 +83,8 @@ class FlowCheck:
         if not self.fits:
             conclusion = (
                 "The flow does not suit these images as it is: fine-tune it on them, labels not "
-                "needed, with `latent-aug train DATA --init FLOW` (1,000 to 2,000 steps), or "
-                "use another."
+                "needed, with `latent-aug train DATA --init FLOW --output DIRECTORY --lr 2e-4 "
+                "--steps 1000`, or use another."
             )
         return "\n".join([*(f"- {problem}" for problem in self.problems), conclusion])
 

@@ -56,6 +56,8 @@ class EncodedImages(Dataset[Image.Image]):
             numbers = {key_of(n): data for n, data in content.items() if not is_image(n)}
             self.names = sorted(name for name in content if is_image(name))
             self.files += [content[name] for name in self.names]
+        else:
+            raise FileNotFoundError(f"there is no folder and no tar {path}")
         if not self.files:
             raise FileNotFoundError(f"no images ({', '.join(EXTENSIONS)}) found in {path}")
         self.classes, self.labels = (

@@ -123,7 +123,10 @@ def download(name: str, revision: str | None, bundled: Iterable[str]) -> Path:
             found = snapshot_download(name, revision=revision, allow_patterns=wanted)
         snapshot = Path(found)
     except LocalEntryNotFoundError as error:
-        raise OSError(f"{name} is not in the cache, the hub was not reached: {error}") from error
+        raise OSError(
+            f"there is no directory {name}; as a repository on the hub it is not in the cache, and "
+            f"the hub was not reached: {error}"
+        ) from error
     except HfHubHTTPError as error:
         where = name if revision is None else f"{name} at revision {revision!r}"
         raise OSError(
@@ -157,7 +160,9 @@ def sha256(path: Path) -> str:
 def read_flow(directory: Path) -> Flow:
     """Build a flow from config and weights in a directory; strict in both."""
     if not (directory / CONFIG_NAME).exists() and (directory / RUN_NAME).exists():
-        raise FileNotFoundError(f"{directory} holds an unfinished training run; finish it first")
+        raise FileNotFoundError(
+            f"{directory} holds an unfinished training run; give its command again to go on"
+        )
     if not (directory / CONFIG_NAME).exists():
         raise FileNotFoundError(
             f"{directory} holds no flow: there is no {CONFIG_NAME}, which save_pretrained and "

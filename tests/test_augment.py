@@ -281,7 +281,7 @@ def test_bad_data_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere", "out"], "no images"),
+        (["nowhere", "out"], "there is no folder and no tar nowhere"),
         (["data", "data/out"], "lies among the images"),
         (["data", "out", "--copies", "0"], "copies must be"),
         (["data", "out", "--flow", "nothing"], "nothing"),

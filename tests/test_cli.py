@@ -118,7 +118,7 @@ def test_init_fine_tunes(folder, trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere", "--output", "x"], "no images"),
+        (["nowhere", "--output", "x"], "there is no folder and no tar nowhere"),
         (["torchvision:CIFAR11", "--output", "x"], "CIFAR11"),
         (["torchvision:folder", "--output", "x"], "folder"),
         (["torchvision:EMNIST", "--output", "x"], "EMNIST"),
