@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from latent_aug.arguments import natural, one_of, positive
 from latent_aug.data import EncodedImages, digest, to_uint8
-from latent_aug.files import replaced, write_whole
+from latent_aug.files import replaced, write_json, write_whole
 from latent_aug.randomness import mixed, rank_and_count
 from latent_aug.shards import Sample, write_files, write_tar
 from latent_aug.transforms import LatentPerturb
@@ -276,7 +276,7 @@ class Job:
             raise ValueError(f"output {self.output} must be empty, it holds {others[0]}")
         own = json.loads(json.dumps(self.settings()))
         if not path.exists():
-            write_whole(path, (json.dumps(own, indent=1) + "\n").encode())
+            write_json(path, own)
         else:
             then = json.loads(path.read_text())
             changed = {k: (then.get(k), own.get(k)) for k in own if then.get(k) != own[k]}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latent_aug.conditions import labels_in
-from latent_aug.files import write_whole
+from latent_aug.files import write_json, write_whole
 from latent_aug.flows import Flow
 from latent_aug.images import from_float, to_batch
 from latent_aug.structures import image_key
@@ -159,7 +159,7 @@ def check_index(path: Path, index: dict[str, Any]) -> None:
     if not path.exists():
         if any(path.parent.glob("*.safetensors")):
             raise ValueError(f"{path.parent} holds safetensors and no {path.name}: not a cache")
-        write_whole(path, (json.dumps(index, indent=1) + "\n").encode())
+        write_json(path, index)
         return
     try:
         found = dict(json.loads(path.read_text()))

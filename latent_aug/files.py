@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -33,3 +35,8 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file in one go, down to the disk."""
     with replaced(path, flush=True) as partial:
         partial.write_bytes(content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, likewise."""
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())

@@ -32,6 +32,19 @@ class Identity(Flow):
         return z
 
 
+class Grey(torch.utils.data.Dataset):
+    """Always the same image through a transform, so that what differs comes from that."""
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return self.transform(torch.full((3, 8, 8), 0.5))
+
+
 class ByClass(Flow):
     """A conditional flow: each class has its own mean and scale of the pixels."""
 

@@ -1,4 +1,4 @@
-"""The documentation: its Python runs, its commands exist, its tables and links are good."""
+"""The documentation: its Python runs, its commands exist, its tables are good, and all links."""
 
 import json
 import re
@@ -12,6 +12,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FOLDERS = ("checkpoints", "examples", ".github")
+OTHERS = [*ROOT.glob("*.md"), *(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.md"))]
 BLOCKS = [
     pytest.param(page, block, id=f"{page.relative_to(ROOT)}:{number}")
     for page in PAGES
@@ -36,7 +38,9 @@ def test_the_code_runs(page, block, tmp_path, monkeypatch):
     assert "fallbacks ==" in block or all(value.fallbacks == 0 for value in made)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", sorted({*PAGES, *OTHERS}), ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_every_link_to_a_file_leads_somewhere(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     links = re.findall(r"\]\((?!http)([^)#]+)", text) + re.findall(r'src="([^"]+)"', text)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Identity
+from conftest import Grey, Identity
 from torch.utils.data import DataLoader
 
 from latent_aug import LatentPerturb
@@ -24,19 +24,6 @@ def test_a_generator_decides_alone(glow):
     assert torch.equal(*results)
 
 
-class Noise(torch.utils.data.Dataset):
-    """Always the same image, so that what differs comes from the transform."""
-
-    def __init__(self, transform):
-        self.transform = transform
-
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        return self.transform(torch.full((3, 8, 8), 0.5))
-
-
 class TwoViews(torch.utils.data.Dataset):
     """The same image through two transforms."""
 
@@ -55,7 +42,7 @@ class TestWorkers:
     def test_workers_and_epochs_draw_differently(self, own):
         generator = torch.Generator().manual_seed(0) if own else None
         transform = LatentPerturb(0.3, flow=Identity(), generator=generator)
-        loader = DataLoader(Noise(transform), 1, num_workers=2)
+        loader = DataLoader(Grey(transform), 1, num_workers=2)
         images = [batch for _ in range(2) for batch in loader]
         assert len({image.sum().item() for image in images}) == len(images)
 
@@ -73,6 +60,6 @@ class TestWorkers:
             torch.manual_seed(0)
             generator = torch.Generator().manual_seed(seed)
             transform = LatentPerturb(0.3, flow=Identity(), generator=generator)
-            images.append(torch.cat(list(DataLoader(Noise(transform), 2, num_workers=2))))
+            images.append(torch.cat(list(DataLoader(Grey(transform), 2, num_workers=2))))
         assert torch.equal(images[0], images[1])
         assert not torch.equal(images[0], images[2])

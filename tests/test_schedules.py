@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
-from conftest import Identity
+from conftest import Grey, Identity
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from latent_aug import LatentAdversarial, LatentPerturb, LatentSchedule
@@ -61,19 +61,6 @@ def test_in_a_pipeline():
     assert torch.equal(pipeline(image), image)
 
 
-class Half(Dataset):
-    """Grey images through a transform."""
-
-    def __init__(self, transform):
-        self.transform = transform
-
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        return self.transform(torch.full((3, 8, 8), 0.5))
-
-
 @pytest.mark.parametrize(
     ("context", "persistent", "copied"),
     [
@@ -87,7 +74,7 @@ def test_loader_workers_see_the_epoch(context, persistent, copied):
     schedule = LatentSchedule([(1, transform(0.3)), (1, transform(0.1)), (1, None)])
     schedule = copy.deepcopy(schedule) if copied else schedule
     loader = DataLoader(
-        Half(schedule),
+        Grey(schedule),
         2,
         num_workers=2 if context == "fork" else 1,
         persistent_workers=persistent,

@@ -9,7 +9,17 @@ import torch
 import typer
 
 from latent_aug.augment import AugmentConfig, AugmentReport, augment_images
-from latent_aug.cli.options import DATA, NORM, ROOT, SIZE, Norm, errors_as_messages
+from latent_aug.cli.options import (
+    CPU,
+    DATA,
+    NETWORK_DTYPE,
+    NORM,
+    RESOLUTION,
+    ROOT,
+    SIZE,
+    Norm,
+    errors_as_messages,
+)
 from latent_aug.data import open_images
 from latent_aug.flows import Flow, Glow
 from latent_aug.hub import load_flow
@@ -26,9 +36,7 @@ def augment(
     ] = "glow-cifar10",
     eps: Annotated[float, typer.Option(help="Size of the perturbation.")] = 0.25,
     norm: Annotated[Norm, NORM] = "linf",
-    resolution: Annotated[
-        int | None, typer.Option(help="Perturb a copy downscaled to this; for photographs.")
-    ] = None,
+    resolution: Annotated[int | None, RESOLUTION] = None,
     size: Annotated[int | None, SIZE] = None,
     originals: Annotated[
         bool, typer.Option("--originals", help="Write the images themselves as well, as copy 0.")
@@ -47,12 +55,10 @@ def augment(
     batch_size: Annotated[
         int, typer.Option(help="Images of one size that go through the flow together.")
     ] = AugmentConfig.batch_size,
-    network_dtype: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="Coupling networks' precision.")
-    ] = "float32",
+    network_dtype: Annotated[Literal["float32", "bfloat16"], NETWORK_DTYPE] = "float32",
     seed: Annotated[int, typer.Option(help="Of order and noise.")] = AugmentConfig.seed,
     root: Annotated[Path, ROOT] = Path("data"),
-    cpu: Annotated[bool, typer.Option("--cpu", help="Even where there is a GPU.")] = False,
+    cpu: Annotated[bool, CPU] = False,
 ) -> None:
     """Write perturbed copies of images; the same command again goes on where it stopped.
 

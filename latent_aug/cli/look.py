@@ -11,7 +11,17 @@ import typer
 from torch import nn
 
 from latent_aug.check import GREY_LEVELS, check_flow
-from latent_aug.cli.options import DATA, FLOW, NORM, PICTURE, ROOT, SIZE, Norm, errors_as_messages
+from latent_aug.cli.options import (
+    DATA,
+    FLOW,
+    NORM,
+    PICTURE,
+    RESOLUTION,
+    ROOT,
+    SIZE,
+    Norm,
+    errors_as_messages,
+)
 from latent_aug.data import UInt8Images, as_batch, images_for, open_images
 from latent_aug.figures import preview as preview_figure
 from latent_aug.hub import bundled_flows, load_flow
@@ -66,9 +76,7 @@ def preview(
     eps: Annotated[list[float] | None, typer.Option(help="Sizes to draw; repeat it.")] = None,
     norm: Annotated[Norm, NORM] = "linf",
     size: Annotated[int | None, SIZE] = None,
-    resolution: Annotated[
-        int | None, typer.Option(help="Perturb a copy downscaled to this; for photographs.")
-    ] = None,
+    resolution: Annotated[int | None, RESOLUTION] = None,
 ) -> None:
     """Draw images, what becomes of them at several eps, the differences, and samples."""
     with errors_as_messages():

@@ -16,6 +16,9 @@ FLOW = typer.Argument(help="A bundled name, a directory, or org/repo on the hub.
 PICTURE = typer.Option(help="Where to draw.")
 SIZE = typer.Option(help="Resize and crop to this side: that at which you perturb.")
 NORM = typer.Option(help="Of eps.")
+RESOLUTION = typer.Option(help="Perturb a copy downscaled to this; for photographs.")
+NETWORK_DTYPE = typer.Option(help="Coupling networks' precision.")
+CPU = typer.Option("--cpu", help="Even where there is a GPU.")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import typer
 
 from latent_aug.card import write_card
 from latent_aug.check import check_flow
-from latent_aug.cli.options import DATA, ROOT, SIZE, errors_as_messages
+from latent_aug.cli.options import CPU, DATA, NETWORK_DTYPE, ROOT, SIZE, errors_as_messages
 from latent_aug.data import images_for, open_images, to_uint8
 from latent_aug.flows import ConditionalDenseFlow, Glow
 from latent_aug.hub import load_flow
@@ -65,9 +65,7 @@ def train(
     flip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = TrainConfig.flip,
     crop: Annotated[int, typer.Option(help="Zero-pad by so much, crop.")] = TrainConfig.crop,
     size: Annotated[int | None, SIZE] = None,
-    network_dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"], typer.Option(help="Coupling networks' precision.")
-    ] = "auto",
+    network_dtype: Annotated[Literal["auto", "float32", "bfloat16"], NETWORK_DTYPE] = "auto",
     seed: Annotated[int, typer.Option(help="Of weights, order and noise.")] = TrainConfig.seed,
     checkpoint_minutes: Annotated[
         float, typer.Option(help="Between saves of the run's state.")
@@ -79,7 +77,7 @@ def train(
     timeout_minutes: Annotated[
         float, typer.Option(help="A process that waits longer for another one gives up.")
     ] = TrainConfig.timeout_minutes,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Even where there is a GPU.")] = False,
+    cpu: Annotated[bool, CPU] = False,
     licence: Annotated[str, typer.Option(help="For the card: the weights' licence.")] = "mit",
     about: Annotated[
         str | None, typer.Option(help="For the card: the training data, in words.")
