@@ -2,7 +2,9 @@
 
     python examples/benchmarks/photos.py PHOTOS --small IMAGES --picture docs/pictures/photos.jpg
 
-PHOTOS is a folder of photographs, IMAGES one of 64 x 64 images with a folder for each class.
+PHOTOS is a folder of photographs (for the figures kept here astronaut, chelsea and coffee.png of
+scikit-image's skimage/data, free of copyright), IMAGES one of 64 x 64 images with a folder for each
+class (the test images of tinyimagenet100_small).
 Prints and keeps, for linf 0.25 and every resolution: milliseconds an image, the mean change of a
 pixel, the share of saturated values and of images that fall back. The picture shows each photograph
 and, for each resolution, what becomes of it and four times the difference. What it brings a
