@@ -94,6 +94,7 @@ class LatentAdversarial(UsesFlow):
     """
 
     norm: LF.Norm
+    _dissolves = 1.0  # the attack goes to the ball's surface, where noise seldom is
 
     def __init__(
         self,
@@ -214,7 +215,8 @@ class LatentAdversarial(UsesFlow):
         if images.shape[1] != self.flow.channels:
             raise ValueError(
                 f"the flow maps images of {self.flow.channels} channels, got {images.shape[1]}, "
-                f"shape {tuple(images.shape)}"
+                f"shape {tuple(images.shape)}; pass flow= one of as many: 'glow-fashionmnist' for "
+                "1, 'glow-cifar10' for 3, or your own"
             )
         if torch.is_inference_mode_enabled():
             raise RuntimeError("an attack needs gradients: call it outside torch.inference_mode()")

@@ -7,12 +7,14 @@ import io
 import json
 import operator
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
@@ -20,6 +22,7 @@ from tqdm import tqdm
 from latent_aug.arguments import natural, one_of, positive
 from latent_aug.data import EncodedImages, digest, to_uint8
 from latent_aug.files import replaced, write_json, write_whole
+from latent_aug.images import GREY_MODES
 from latent_aug.randomness import mixed, rank_and_count
 from latent_aug.shards import Sample, write_files, write_tar
 from latent_aug.transforms import LatentPerturb
@@ -44,6 +47,7 @@ class AugmentConfig:
         size: Resize and crop images to this side; None keeps their sizes.
         batch_size: Images of one size that go through the flow together.
         seed: Of order and noise.
+        skip_unreadable: Leave out images that cannot be read, with a warning, rather than stop.
 
     Raises:
         ValueError, TypeError: An argument is out of range.
@@ -59,6 +63,7 @@ class AugmentConfig:
     size: int | None = None
     batch_size: int = 64
     seed: int = 0
+    skip_unreadable: bool = False
 
     def __post_init__(self) -> None:
         for name in ("copies", "shard_size", "batch_size", "quality"):
@@ -74,12 +79,29 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class AugmentReport:
-    """What one worker did: shards written and found, images written, images left as they were."""
+    """What one worker did.
+
+    Attributes:
+        written: Shards that it wrote.
+        found: Shards that were there.
+        images: Images in those it wrote.
+        fallbacks: Those of them that stayed as they were.
+        unreadable: Images missing in them, as they could not be read.
+    """
 
     written: int
     found: int
     images: int
     fallbacks: int
+    unreadable: int
+
+
+class Item(NamedTuple):
+    """An image of the data set: uint8 (C, H, W), its label, and whether it came as a grey one."""
+
+    image: Tensor
+    label: int | None
+    grey: bool
 
 
 def augment_images(
@@ -101,8 +123,8 @@ def augment_images(
     order of the labels.
 
     Args:
-        dataset: Images, or (image, label, ...): PIL, uint8, or float in [0, 1]; they are
-            converted to the flow's channels. Labels are class indices.
+        dataset: Images, or (image, label, ...): PIL, uint8, or float in [0, 1]. PIL images are
+            converted to the flow's channels; grey ones come back grey. Labels are class indices.
         transform: How to perturb; its generator is not used.
         config: What to write, and where.
         device: Where to perturb; by default an accelerator if there is one, shared in turn by the
@@ -114,7 +136,8 @@ def augment_images(
 
     Raises:
         ValueError: The data set does not fit the flow, or `config.output` holds something else.
-        OSError: An image cannot be read; says which.
+        OSError: An image cannot be read; says which. Mend or replace it and call again, or set
+            `skip_unreadable`.
 
     Source: none in the paper, which perturbs in training.
 
@@ -126,7 +149,7 @@ def augment_images(
         ...     config = AugmentConfig(output=folder, copies=2, shard_size=4)
         ...     augment_images(data, perturb, config, progress=False)
         ...     sorted(os.listdir(folder))
-        AugmentReport(written=2, found=0, images=8, fallbacks=0)
+        AugmentReport(written=2, found=0, images=8, fallbacks=0, unreadable=0)
         ['augment.json', 'shard-000000.tar', 'shard-000001.tar']
     """
     job = Job(dataset, transform, config, device)
@@ -139,7 +162,8 @@ def augment_images(
         for shard in missing:
             job.write(shard, bar)
     fallbacks = job.transform.fallbacks
-    return AugmentReport(len(missing), len(mine) - len(missing), total, fallbacks)
+    lost = job.unreadable
+    return AugmentReport(len(missing), len(mine) - len(missing), total - lost, fallbacks, lost)
 
 
 class Job:
@@ -172,6 +196,7 @@ class Job:
         self.device = torch.device(device) if device else own_device()
         self.output = Path(config.output)
         self.classes: list[str] = [str(name) for name in getattr(dataset, "classes", None) or []]
+        self.unreadable = 0
         self._order: tuple[int, list[int]] = (-1, [])  # the last one's copy and order
         self.samples = self.count * (config.copies + config.originals)
         self.shards = -(-self.samples // config.shard_size)
@@ -203,19 +228,24 @@ class Job:
         """The samples of a shard, encoded."""
         step = self.config.batch_size
         for first in range(items.start, items.stop, step):
+            read: dict[tuple[int, int], Item] = {}
             chosen = [self.chosen(k) for k in range(first, min(first + step, items.stop))]
-            read = [self.read(index) for index, _ in chosen]
-            images, labels = [image for image, _ in read], [label for _, label in read]
-            groups: dict[Any, list[int]] = {}
-            for place, (_, copy) in enumerate(chosen):
+            for index, copy in chosen:
+                item = self.read(index)
+                if item is None:
+                    self.unreadable += 1
+                else:
+                    read[index, copy] = item
+            groups: dict[Any, list[tuple[int, int]]] = {}
+            for (index, copy), item in read.items():
                 if copy:
-                    groups.setdefault(images[place].shape, []).append(place)
-            for places in groups.values():
-                moved = self.moved([images[i] for i in places], [labels[i] for i in places])
-                for place, image in zip(places, moved, strict=True):
-                    images[place] = image
-            for (index, copy), image, label in zip(chosen, images, labels, strict=True):
-                yield Sample(f"{index:08}-{copy}", self.encoded(image), label)
+                    groups.setdefault(item.image.shape, []).append((index, copy))
+            for keys in groups.values():
+                moved = self.moved([read[key] for key in keys])
+                for key, image in zip(keys, moved, strict=True):
+                    read[key] = read[key]._replace(image=image)
+            for (index, copy), item in read.items():
+                yield Sample(f"{index:08}-{copy}", self.encoded(item), item.label)
             bar.update(len(chosen))
 
     def chosen(self, item: int) -> tuple[int, int]:
@@ -230,24 +260,37 @@ class Job:
             self._order = copy, torch.randperm(self.count, generator=generator).tolist()
         return self._order[1]
 
-    def read(self, index: int) -> tuple[Tensor, int | None]:
-        """An image, uint8 (C, H, W), and its label."""
-        sample = self.dataset[index]
-        image = to_uint8(sample, self.channels, self.config.size)
-        if isinstance(self.dataset, EncodedImages):
-            return image, None if self.dataset.labels is None else self.dataset.labels[index]
-        if not isinstance(sample, (tuple, list)) or len(sample) < 2:
-            return image, None
+    def read(self, index: int) -> Item | None:
+        """An image and its label; None if it cannot be read and may be left out."""
         try:
-            return image, operator.index(sample[1])
+            sample = self.dataset[index]
+        except OSError as error:
+            if not self.config.skip_unreadable:
+                raise OSError(
+                    f"{error}; mend or replace the file and start again, which goes on from here, "
+                    "or leave such images out: skip_unreadable"
+                ) from error
+            warnings.warn(f"left out: {error}", stacklevel=2)
+            return None
+        image = to_uint8(sample, self.channels, self.config.size)
+        source = sample[0] if isinstance(sample, (tuple, list)) else sample
+        grey = isinstance(source, Image.Image) and source.mode in GREY_MODES
+        if isinstance(self.dataset, EncodedImages):
+            labels = self.dataset.labels
+            return Item(image, None if labels is None else labels[index], grey)
+        if not isinstance(sample, (tuple, list)) or len(sample) < 2:
+            return Item(image, None, grey)
+        try:
+            return Item(image, operator.index(sample[1]), grey)
         except TypeError as error:
             raise ValueError(
                 f"labels must be class indices, image {index} has {sample[1]!r}"
             ) from error
 
-    def moved(self, images: list[Tensor], labels: list[int | None]) -> Tensor:
+    def moved(self, items: list[Item]) -> Tensor:
         """Images of one size, perturbed."""
-        batch = torch.stack(images).to(self.device)
+        batch = torch.stack([item.image for item in items]).to(self.device)
+        labels = [item.label for item in items]
         if not self.transform.flow.num_classes:
             result: Tensor = self.transform(batch)
         elif None in labels:
@@ -256,11 +299,14 @@ class Job:
             result, _ = self.transform(batch, torch.tensor(labels))
         return result.cpu()
 
-    def encoded(self, image: Tensor) -> bytes:
-        """An image file."""
+    def encoded(self, item: Item) -> bytes:
+        """An image file; a grey one of what came as grey."""
+        image = to_pil_image(item.image)
+        if item.grey:
+            image = image.convert("L")
         file, jpeg = io.BytesIO(), self.config.image_format == "jpeg"
         options = {"quality": self.config.quality} if jpeg else {}
-        to_pil_image(image).save(file, self.config.image_format, **options)
+        image.save(file, self.config.image_format, **options)
         return file.getvalue()
 
     def write_settings(self) -> None:
@@ -270,6 +316,12 @@ class Job:
             ValueError: It is not.
         """
         self.output.mkdir(parents=True, exist_ok=True)
+        if self.config.form == "folder" and not self.classes:
+            warnings.warn(
+                "the images have no classes (their outermost folders), so that copies lie in "
+                f"{self.output} itself, where ImageFolder does not look for them",
+                stacklevel=4,
+            )
         path = self.output / SETTINGS_NAME
         others = [p.name for p in self.output.iterdir() if not p.name.startswith(".")]
         if others and not path.exists():  # in this order: other workers write it first
@@ -298,7 +350,9 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """What decides the shards' content."""
         some = torch.linspace(0, self.count - 1, min(self.count, 16)).long().tolist()
-        config = {k: v for k, v in asdict(self.config).items() if k != "output"}
+        free = ("output", "skip_unreadable")  # to be another when the job goes on
+        config = {k: v for k, v in asdict(self.config).items() if k not in free}
+        read = (self.read(index) for index in some)
         return {
             **config,
             "transform": repr(self.transform),
@@ -306,7 +360,7 @@ class Job:
             "flow": digest(self.transform.flow.state_dict().values()),
             "network_dtype": str(getattr(self.transform.flow, "network_dtype", None) or "float32"),
             "images": self.count,
-            "data": digest([self.read(index)[0] for index in some]),
+            "data": digest(item.image for item in read if item is not None),
             "labels": self.labels_digest(),
             "shards": self.shards,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from latent_aug.figures import preview
 from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
 from latent_aug.flows.base import CARD_NAME, WEIGHTS_NAME
 from latent_aug.hub import sha256
-from latent_aug.measure import measure_flow, rows
+from latent_aug.measure import measure_flow, problems_of, rows
 from latent_aug.transforms import LatentPerturb
 
 PICTURE_NAME = "preview.png"
@@ -79,7 +80,9 @@ Random perturbations:
 
 {table}
 
-Suggested: eps {eps:g} with the linf norm.
+{verdict}
+
+Suggested: eps {eps:g} with the linf norm; `latent-aug check` finds one for your images.
 
 ![Samples of the flow, perturbed, and samples at several temperatures]({picture})
 """
@@ -145,6 +148,7 @@ def write_card(
         picture=PICTURE_NAME,
         sha256=sha256(output / WEIGHTS_NAME),
         table="\n".join(rows(figures)),
+        verdict="\n".join(verdict_on(figures)),
         command=command,
         training_data=training_data,
         origin=f"Fine-tuned from {fine_tuned_from}" if fine_tuned_from else "Trained",
@@ -161,6 +165,13 @@ def write_card(
     (output / CARD_NAME).write_text(text)
     (output / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     return figures
+
+
+def verdict_on(figures: dict[str, Any]) -> Iterator[str]:
+    """What does not fit, a line each, or that all does."""
+    problems = [f"- {problem}" for problem in problems_of(figures)]
+    yield "The flow does not suit these images:" if problems else "The flow suits these images."
+    yield from ["", *problems] if problems else []
 
 
 def draw_samples(flow: Flow, size: tuple[int, ...], eps: float, path: Path) -> None:

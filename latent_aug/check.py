@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,15 @@ from torch import Tensor, nn
 from latent_aug import functional as LF
 from latent_aug.arguments import one_of, positive
 from latent_aug.classifier import lent
-from latent_aug.data import UInt8Images, as_batch, check_sides
+from latent_aug.data import UInt8Images, as_batch, check_sides, open_images
 from latent_aug.flows import Glow
 from latent_aug.hub import load_flow
 from latent_aug.images import Normalization
-from latent_aug.measure import mean_change, measure_flow, rows
+from latent_aug.measure import mean_change, measure_flow, problems_of, rows
 
 GREY_LEVELS = 10.0
 """Mean change of a pixel that a suggested eps aims at; linf 0.25 makes it on CIFAR-10."""
 
-WHITE = (0.7, 1.4)  # standard deviations of a level's latents that suit the prior's 1
-MOST_FALLBACKS, MOST_SATURATED = 0.001, 0.05
 CALIBRATED_ON = 200  # images
 CHUNK = 50  # of them at a time
 LOWEST, HIGHEST = 1e-3, 1e3  # eps
@@ -107,7 +105,8 @@ def check_flow(
 
     Args:
         flow: A Glow, or a name or path for `load_flow`.
-        images: Your images, or tuples that begin with one: PIL, uint8, or float in [0, 1].
+        images: Your images, or tuples that begin with one: PIL, uint8, or float in [0, 1]; or the
+            path of a folder or tar of them.
         norm: Of the eps to suggest: "linf", "l2" or "rms".
         grey_levels: Mean absolute change of a pixel, of 255, that the suggested eps aims at.
         classifier: Your trained model; the suggested eps then also flips no more than `flips` of
@@ -144,6 +143,8 @@ def check_flow(
     loaded = load_flow(flow) if isinstance(flow, (str, Path)) else flow
     if not isinstance(loaded, Glow):
         raise ValueError(f"flow must be a Glow, got a {type(loaded).__name__}")
+    if isinstance(images, (str, Path)):
+        images = open_images(images)
     pixels = UInt8Images(images, loaded.channels, size)
     positive("count", count)
     check_sides(pixels, loaded)
@@ -173,25 +174,6 @@ def check_flow(
     if by_flips is not None and by_flips <= LOWEST:
         problems.append(f"no eps flips {flips:.0%} or less of the predictions")
     return FlowCheck(figures, norm, eps, by_change, by_flips, tuple(problems))
-
-
-def problems_of(figures: dict[str, Any]) -> Iterator[str]:
-    """What does not fit, by the figures for half the suggested eps, for it and for twice that."""
-    count, identical = figures["images"], figures["uint8_identical"]
-    at_eps = figures["perturbations"][1]
-    if identical < count:
-        yield f"{count - identical} of {count} images do not come back byte for byte"
-    if at_eps["fallbacks"] > MOST_FALLBACKS:
-        yield f"{at_eps['fallbacks']:.1%} of the images cannot be perturbed and stay as they are"
-    low, high = WHITE
-    off = [s for s in figures["latent_std"] if not low <= s <= high]
-    if off:
-        yield (
-            f"latents are not of the prior's scale: standard deviations {figures['latent_std']}, "
-            f"expected {low} to {high}; the images lie off what the flow was trained on"
-        )
-    if at_eps["saturated"] > MOST_SATURATED:
-        yield f"{at_eps['saturated']:.1%} of all pixel values leave [0, 1] at the suggested eps"
 
 
 @torch.no_grad()

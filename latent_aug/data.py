@@ -19,7 +19,7 @@ from torchvision import datasets
 from torchvision.transforms.v2 import functional as tvf
 
 from latent_aug.flows import Flow
-from latent_aug.images import check_range, from_float
+from latent_aug.images import check_mode, check_range, from_float, has_colour
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -151,11 +151,21 @@ def to_uint8(sample: Any, channels: int, size: int | None = None) -> Tensor:
 
     Args:
         sample: A PIL image or a uint8 or float [0, 1] tensor, or a tuple that begins with one.
-        channels: 1 converts a PIL image to grey, 3 to RGB.
+        channels: 3 converts a PIL image to RGB, 1 to grey where no colour is lost by it.
         size: Resize the shorter side and crop the middle to (size, size).
+
+    Raises:
+        ValueError: The image has other channels, colours for 1 channel, or is out of range.
+        TypeError: Its PIL mode has no fixed range.
     """
     image = sample[0] if isinstance(sample, (tuple, list)) else sample
     if isinstance(image, Image.Image):
+        check_mode(image)
+        if channels == 1 and has_colour(image):
+            raise ValueError(
+                "the images have colours, and greys of 1 channel are asked for: use a flow of 3 "
+                "channels, or convert the images first, e.g. with v2.Grayscale()"
+            )
         image = tvf.pil_to_tensor(image.convert({1: "L", 3: "RGB"}.get(channels, image.mode)))
     if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != channels:
         found = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__

@@ -164,7 +164,8 @@ def read_upload(path: str | Path, channels: int, side: int) -> Tensor:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"the image has more than {MOST_PIXELS // 10**6} million pixels")
             image.load()
-            pixels = to_uint8(image, channels, side)
+            # A page to look and try: what a grey flow would lose in colour is let go.
+            pixels = to_uint8(image.convert("L") if channels == 1 else image, channels, side)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{path.name} is not an image that can be read ({', '.join(FORMATS)})"

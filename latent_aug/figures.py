@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from latent_aug.adversarial import LatentAdversarial
@@ -27,7 +29,7 @@ def preview(
     images: Any,
     labels: Tensor | None = None,
     *,
-    eps: Sequence[float] | None = None,
+    eps: Sequence[float] | float | None = None,
     amplify: float = 4.0,
     temperatures: Sequence[float] = TEMPERATURES,
     seed: int = 0,
@@ -41,10 +43,11 @@ def preview(
     Args:
         transform: A `LatentPerturb`, or a `LatentAdversarial`; it is left as it is.
         images: A batch (B, C, H, W), a list or a data set of images, PIL or tensors, that the
-            transform takes, or of tuples that begin with one; the first eight are drawn.
+            transform takes, or of tuples that begin with one; eight of them, evenly spread, are
+            drawn.
         labels: (B,), for a `LatentAdversarial` with true labels, and for a conditional flow.
-        eps: Sizes to draw, in the transform's norm; half of its own, its own, and twice that if
-            None.
+        eps: Sizes to draw, or one, in the transform's norm; half of its own, its own, and twice
+            that if None.
         amplify: Factor of the differences.
         temperatures: Standard deviations of the sampled latents; none are drawn if empty.
         seed: Of perturbations and samples; the global generator is left as it is.
@@ -54,7 +57,7 @@ def preview(
 
     Raises:
         ValueError: There is no image, or `eps` is out of range.
-        TypeError: The transform has `normalize`, and images are 8-bit.
+        TypeError: The transform has `normalize`, and images are 8-bit; or images are none.
         ModuleNotFoundError: matplotlib is missing: ``pip install 'latent-aug[train]'``.
 
     Source: the paper's Figure 3 shows originals, perturbed images and differences.
@@ -68,13 +71,20 @@ def preview(
     """
     from matplotlib.figure import Figure
 
-    chosen = [image_of(images[i]) for i in range(min(len(images), MOST_IMAGES))]
-    if not chosen:
+    if isinstance(images, (str, Path, Image.Image)) or not hasattr(images, "__len__"):
+        raise TypeError(
+            "images must be a batch, a list or a data set of images, as torchvision's ImageFolder "
+            f"is, got {type(images).__name__}"
+        )
+    if not len(images):
         raise ValueError("images must hold at least one image, got none")
+    places = torch.linspace(0, len(images) - 1, min(len(images), MOST_IMAGES)).long().tolist()
+    chosen = [image_of(images[i]) for i in places]
     kinds = {getattr(image, "dtype", torch.uint8) for image in chosen}
     if transform.normalizes and torch.uint8 in kinds:
         raise TypeError("images are 8-bit, so they cannot be normalized: preview normalized floats")
-    sizes = around(transform.eps) if eps is None else [number_range("eps", e)[0] for e in eps]
+    asked = [eps] if isinstance(eps, (int, float)) else eps
+    sizes = around(transform.eps) if asked is None else [number_range("eps", e)[0] for e in asked]
     columns, rows = 1 + 2 * len(sizes), len(chosen)
     height = 1.3 * (rows + bool(temperatures)) + 0.5
     figure = Figure(figsize=(1.3 * columns, height), layout="constrained")
@@ -87,7 +97,7 @@ def preview(
         original = shown(image, transform)
         draw(grid[row, 0], original, "original" if row == 0 else "")
         for column, size in enumerate(sizes):
-            label = None if labels is None else labels[row : row + 1]
+            label = None if labels is None else labels[places[row]][None]
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 perturbed = shown(apply(transform.with_eps(size), image, label), transform)

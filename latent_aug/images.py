@@ -20,6 +20,8 @@ from torchvision.transforms.v2 import functional as tvf
 
 from latent_aug.flows import Flow
 
+GREY_MODES = ("1", "L", "LA")  # of PIL
+GREY_TOLERANCE = 8  # levels between the channels of a grey that JPEG may make
 LOWEST, HIGHEST = -0.5, 1.5  # bicubic resizing overshoots [0, 1] by less than this
 
 
@@ -68,9 +70,8 @@ def pil_to_batch(image: Image.Image, channels: int) -> tuple[Tensor, Callable[[T
     own, mode = image.mode, {1: "L", 3: "RGB"}.get(channels)
     if mode is None:
         raise ValueError(f"the flow maps images of {channels} channels, got a PIL image ({own})")
-    if own in ("I", "F") or own.startswith("I;"):
-        raise TypeError(f"PIL mode {own} has no fixed range; convert the image to L or RGB")
-    if mode == "L" and own not in ("L", "LA", "1"):
+    check_mode(image)
+    if mode == "L" and own not in GREY_MODES:
         raise ValueError(
             f"the flow maps images of 1 channel, got a PIL image of mode {own}; "
             "convert it with v2.Grayscale(), or choose a flow of 3 channels"
@@ -90,6 +91,27 @@ def pil_to_batch(image: Image.Image, channels: int) -> tuple[Tensor, Callable[[T
         return result
 
     return to_float(pixels)[None], restore
+
+
+def check_mode(image: Image.Image) -> None:
+    """Refuse PIL images whose values have no fixed range: PIL would cut them off at 255.
+
+    Raises:
+        TypeError: Its mode is one of these.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise TypeError(
+            f"PIL mode {image.mode} has no fixed range; scale the image's values to 8 bits and "
+            "convert it to L or RGB"
+        )
+
+
+def has_colour(image: Image.Image) -> bool:
+    """Whether greys would lose something: a PIL image may be stored in RGB and hold greys only."""
+    if image.mode in GREY_MODES:
+        return False
+    pixels = tvf.pil_to_tensor(image.convert("RGB")).short()
+    return bool((pixels.amax(dim=0) - pixels.amin(dim=0)).max() > GREY_TOLERANCE)
 
 
 def is_tv_tensor(image: Any) -> bool:

@@ -15,6 +15,8 @@ from latent_aug.data import UInt8Images, as_batch
 from latent_aug.flows import Flow
 from latent_aug.images import from_float
 
+WHITE = (0.7, 1.4)  # standard deviations of a level's latents that suit the prior's 1
+MOST_FALLBACKS, MOST_SATURATED = 0.001, 0.05
 SETTINGS = (("linf", 0.1), ("linf", 0.25), ("linf", 0.4), ("l2", 10.0), ("l2", 20.0))
 
 
@@ -125,3 +127,26 @@ def rows(figures: dict[str, Any]) -> Iterator[str]:
             f"| {p['norm']} | {p['eps']:g} | {p['fallbacks']:.2%} | {p['mean_change']:.1f} | "
             f"{p['saturated']:.2%} |"
         )
+
+
+def problems_of(figures: dict[str, Any]) -> Iterator[str]:
+    """What does not fit, a sentence each, by the figures; the second perturbation is to be used."""
+    count, identical = figures["images"], figures["uint8_identical"]
+    at_eps = figures["perturbations"][1]
+    if identical < count:
+        yield f"{count - identical} of {count} images do not come back byte for byte"
+    if at_eps["fallbacks"] > MOST_FALLBACKS:
+        yield f"{at_eps['fallbacks']:.1%} of the images cannot be perturbed and stay as they are"
+    low, high = WHITE
+    found, reasons = figures["latent_std"], []
+    if max(found) > high:
+        reasons.append("the images lie off what the flow was trained on")
+    if min(found) < low:
+        reasons.append("the images are plainer than those, or the flow was trained too briefly")
+    if reasons:
+        yield (
+            f"latents are not of the prior's scale: standard deviations {found}, expected {low} to "
+            f"{high}; {'; '.join(reasons)}"
+        )
+    if at_eps["saturated"] > MOST_SATURATED:
+        yield f"{at_eps['saturated']:.1%} of all pixel values leave [0, 1] at eps {at_eps['eps']:g}"

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 ENOUGH = 8  # samples in a row that could not be perturbed, before a warning
-DISSOLVES = 2.0  # eps of "linf", "rms" and None at which images of the bundled flows turn to noise
+SLIGHTEST = 1.0  # radius of random "l2" noise that moves pixels by less than a grey level
 
 
 class UsesFlow:
     """Holds a flow privately, takes images to it and back, and counts what it cannot perturb."""
 
     _tried: int | None = 0  # samples, as long as none of them could be perturbed
+    _dissolves = 2.0  # eps of "linf", "rms" and None at which the bundled flows' images are noise
 
     eps: tuple[float, float]
     p: float
@@ -46,11 +47,11 @@ class UsesFlow:
         generator: torch.Generator | None,
     ) -> None:
         """Take the arguments that both perturbations share."""
-        if self.norm != "l2" and self.eps[1] >= DISSOLVES:
+        if self.norm != "l2" and self.eps[1] >= self._dissolves:
             warnings.warn(
                 f"eps={self.eps[1]:g} with norm={self.norm!r} moves every component of a latent by "
                 "that many standard deviations: images turn to noise. `check_flow` suggests an "
-                "eps; a radius, as of norm='l2', is larger",
+                "eps; only a radius, as of norm='l2', is as large",
                 stacklevel=3,
             )
         if labels_getter != "default" and not callable(labels_getter):
@@ -158,8 +159,9 @@ class UsesFlow:
         values |= {name: getattr(self, name) for name in ("p", "clip", "levels")}
         values["resolution"] = getattr(self, "resolution", None)
         shown = {name: v for name, v in values.items() if v is not None or name == "norm"}
-        masked = [] if self.mask is None else ["mask=..."]
-        return ", ".join([*(f"{name}={value!r}" for name, value in shown.items()), *masked])
+        given = {"normalize": self.normalizes, "mask": self.mask is not None}
+        long = [f"{name}=..." for name, there in given.items() if there]
+        return ", ".join([*(f"{name}={value!r}" for name, value in shown.items()), *long])
 
 
 def is_point(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +17,9 @@ from torchvision.transforms import v2
 from latent_aug import functional as LF
 from latent_aug.arguments import Range, distance, number_range, one_of, positive, probability
 from latent_aug.conditions import condition, labels_in
-from latent_aug.flows import Flow
+from latent_aug.flows import Flow, Glow
 from latent_aug.images import add_difference, downscaled, fit_to_flow, to_batch
-from latent_aug.perturbation import UsesFlow
+from latent_aug.perturbation import SLIGHTEST, UsesFlow
 from latent_aug.regions import Levels, Mask, movable, pixels_of, shrunk
 from latent_aug.structures import named_images, with_items
 
@@ -136,6 +137,14 @@ class LatentPerturb(UsesFlow, v2.Transform):
             labels_getter=labels_getter,
             generator=generator,
         )
+        whole = isinstance(self.flow, Glow) and mask is None and levels is None
+        if whole and self.norm == "l2" and 0 < self.eps[1] <= SLIGHTEST:
+            warnings.warn(
+                f"eps={self.eps[1]:g} with norm='l2' is the radius of the whole noise, spread over "
+                "all components: it hardly changes an image. The paper's is 10 for 32x32 images; "
+                "`check_flow` suggests one for yours",
+                stacklevel=2,
+            )
 
     def forward(self, *inputs: Any) -> Any:
         """As every v2 transform does, with the whole sample at hand, where its mask may be."""
@@ -255,6 +264,8 @@ class LatentPerturb(UsesFlow, v2.Transform):
         eps = self._draws.between(*self.eps, len(first), x)
         draws = self._draws.normal(like.shape, x)
         noise = self.noise(draws, eps, mask)
+        if type(self).noise is not LatentPerturb.noise:
+            noise = checked_noise(noise, draws, f"{type(self).__name__}.noise")
         chosen = self._draws.uniform((len(first),), x) < self.p
         y = None
         if self.flow.num_classes:
@@ -285,6 +296,26 @@ class LatentPerturb(UsesFlow, v2.Transform):
     def extra_repr(self) -> str:
         """The arguments that matter, for `print`."""
         return self._describe()
+
+
+def checked_noise(noise: Any, draws: Tensor, name: str) -> Tensor:
+    """What a user's `noise` gave, at the draws' shape.
+
+    Raises:
+        TypeError, ValueError: It is no floating-point tensor, cannot be broadcast, or not finite.
+    """
+    if not isinstance(noise, Tensor) or not noise.is_floating_point():
+        found = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
+        raise TypeError(f"{name} must return a floating-point tensor, got {found}")
+    if noise.is_cpu and not bool(noise.isfinite().all()):  # elsewhere a look is a sync
+        raise ValueError(f"{name} returned values that are not finite")
+    try:
+        return noise.expand_as(draws)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name} must return noise of its draws' shape {tuple(draws.shape)}, or one that "
+            f"broadcasts to it, got {tuple(noise.shape)}"
+        ) from error
 
 
 def kind(x: Tensor, image: Any) -> tuple[Any, ...]:

@@ -249,6 +249,62 @@ def test_an_image_that_cannot_be_read_is_named(data, tmp_path):
     assert not list((tmp_path / "out").glob("shard*"))
 
 
+@pytest.mark.parametrize("form", ["shards", "folder"])
+def test_images_that_cannot_be_read_are_left_out_if_asked(data, tmp_path, form):
+    whole = augment(data, tmp_path / "whole", form=form)
+    (data / "cat" / "7.png").write_bytes(b"no image")
+    settings = {"form": form, "shard_size": 4}
+    with pytest.raises(OSError, match=r"cat/7\.png cannot be read.* or leave such images out"):
+        augment(data, tmp_path / "out", **settings)
+    with pytest.warns(UserWarning, match=r"left out: image cat/7\.png cannot be read"):
+        report = augment(data, tmp_path / "out", **settings, skip_unreadable=True)
+    assert (report.images, report.unreadable) == (18, 2)
+    assert (whole.images, whole.unreadable) == (20, 0)
+    if form == "folder":
+        keys = {path.stem for path in (tmp_path / "out").rglob("*.png")}
+    else:
+        keys = set(read(tmp_path / "out"))
+    bad = EncodedImages(data).names.index("cat/7.png")
+    assert keys == {f"{i:08}-{copy}" for i in range(10) if i != bad for copy in (1, 2)}
+
+
+def test_what_stopped_at_an_image_goes_on_without_it(tmp_path):
+    class Torn(list):
+        def __getitem__(self, index):
+            if index == 9:  # not among those that settings are told by
+                raise OSError("image 9 cannot be read")
+            return super().__getitem__(index)
+
+    images = Torn(torch.full((3, 8, 8), shade / 50) for shade in range(40))
+    with pytest.raises(OSError, match="image 9 cannot be read; mend or replace"):
+        augment(images, tmp_path / "out", copies=1, shard_size=4)
+    before = len(list((tmp_path / "out").glob("*.tar")))
+    assert 0 < before < 10
+    with pytest.warns(UserWarning, match="left out: image 9"):
+        report = augment(images, tmp_path / "out", copies=1, shard_size=4, skip_unreadable=True)
+    assert (report.found, report.written, report.unreadable) == (before, 10 - before, 1)
+    assert report.images == 4 * (10 - before) - 1
+
+
+def test_a_grey_image_comes_back_grey_from_a_flow_of_colours(data, tmp_path):
+    grey = to_pil_image(torch.full((1, 16, 16), 90, dtype=torch.uint8))
+    colour = to_pil_image(torch.full((3, 16, 16), 90, dtype=torch.uint8))
+    samples = [(grey, 0), (colour, 1)]
+    augment(samples, tmp_path / "out", copies=1, originals=True)
+    files = EncodedImages(tmp_path / "out" / "shard-000000.tar")
+    modes = {name: files[place].mode for place, name in enumerate(files.names)}
+    assert modes == {f"{i:08}-{copy}.png": ["L", "RGB"][i] for i in (0, 1) for copy in (0, 1)}
+    values = {name: pil_to_tensor(files[i]).unique() for i, name in enumerate(files.names)}
+    assert values["00000000-0.png"].tolist() == [90]
+    assert len(values["00000000-1.png"]) > 1
+
+
+def test_a_folder_without_classes_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="have no classes"):
+        augment([torch.full((3, 8, 8), 0.5)], tmp_path / "out", form="folder")
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -294,6 +350,27 @@ def test_errors_are_one_line(data, tmp_path, monkeypatch, arguments, words):
     assert result.output.startswith("error: ")
     assert words in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.25), ("l2", 10.0), ("rms", 0.25)])
+def test_the_command_s_eps_follows_its_norm(data, tmp_path, norm, eps):
+    random_glow().save_pretrained(tmp_path / "flow")
+    arguments = ["augment", data, tmp_path / "out", "--flow", tmp_path / "flow", "--norm", norm]
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    settings = json.loads((tmp_path / "out" / "augment.json").read_text())
+    assert f"eps={eps}, norm='{norm}'" in settings["transform"]
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_command_leaves_out_what_cannot_be_read(data, tmp_path):
+    random_glow().save_pretrained(tmp_path / "flow")
+    (data / "cat" / "7.png").write_bytes(b"no image")
+    arguments = ["augment", data, tmp_path / "out", "--flow", tmp_path / "flow"]
+    result = CliRunner().invoke(app, list(map(str, [*arguments, "--skip-unreadable"])))
+    assert result.exit_code == 0, result.output
+    assert "warning: left out: image cat/7.png cannot be read" in result.output
+    assert "9 images, 1 left out" in result.output
 
 
 def test_shards_can_be_read_back(data, tmp_path):

@@ -160,30 +160,51 @@ def test_check_with_a_classifier(tmp_path, monkeypatch):
         "from torch import nn\n"
         "def load():\n    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))\n"
         "nothing = 3\n"
+        "def logits(x):\n    return nn.Identity()\n"
+        "scaling = ([0.5], [0.25])\n"
     )
     monkeypatch.chdir(tmp_path)
     data = smooth_folder(tmp_path / "images")
-    result = call("check", "glow-fashionmnist", data, "--classifier", "mymodels:load")
+    arguments = ("check", "glow-fashionmnist", data, "--classifier", "mymodels:load")
+    result = call(*arguments)
     assert "by label flips" in result.output
+    assert "by label flips" in call(*arguments, "--normalize", "mymodels:scaling").output
+    result = call(*arguments, "--normalize", "mymodels:nothing")
+    assert result.exit_code == 1
+    assert "error: normalize must be a v2.Normalize" in result.output
     for name in ("mymodels:nothing", "mymodels:absent", "absent:load"):
         result = call("check", "glow-fashionmnist", data, "--classifier", name)
         assert result.exit_code == 1
         assert "error:" in result.output
 
 
-def test_a_flow_that_does_not_suit_is_exit_code_2(tmp_path):
+def test_a_flow_that_does_not_suit_is_exit_code_3(tmp_path):
     noise = tmp_path / "noise"
     noise.mkdir()
     for index in range(5):
         image = torch.randint(256, (1, 28, 28), dtype=torch.uint8)
         to_pil_image(image).save(noise / f"{index}.png")
     result = call("check", "glow-fashionmnist", noise)
-    assert result.exit_code == 2
+    assert result.exit_code == 3  # 2 is of wrong usage
     assert "does not suit" in result.output
 
 
+def test_colours_are_not_checked_against_a_grey_flow(tmp_path):
+    Image.new("RGB", (28, 28), "red").save(tmp_path / "red.png")
+    result = call("check", "glow-fashionmnist", tmp_path)
+    assert result.exit_code == 1
+    assert "error: the images have colours" in result.output
+
+
+def test_pictures_are_known_to_be_drawable_early(tmp_path):
+    for command in ("check", "preview"):
+        result = call(command, "nowhere", "nothing", "--picture", tmp_path / "a.xyz")
+        assert result.exit_code == 1
+        assert "--picture must end in one of" in result.output
+
+
 def test_preview_draws(tmp_path):
-    data, picture = smooth_folder(tmp_path / "images"), tmp_path / "preview.png"
+    data, picture = smooth_folder(tmp_path / "images"), tmp_path / "new" / "preview.png"
     options = ("--picture", picture, "--eps", 0.2, "--eps", 0.4)
     result = call("preview", "glow-fashionmnist", data, *options)
     assert result.exit_code == 0, result.output

@@ -85,6 +85,21 @@ def test_images_are_converted_resized_and_cropped():
     assert UInt8Images([image], 1)[0].shape == (1, 20, 30)
 
 
+def test_colours_are_not_dropped_for_a_grey_flow():
+    greys = torch.arange(64, dtype=torch.uint8).view(1, 8, 8).expand(3, 8, 8)
+    assert UInt8Images([to_pil_image(greys)], 1)[0].unique().numel() == 64  # RGB that is grey
+    colours = greys + 20 * torch.arange(3, dtype=torch.uint8)[:, None, None]
+    with pytest.raises(ValueError, match="have colours, and greys of 1 channel"):
+        UInt8Images([to_pil_image(colours)], 1)
+    assert UInt8Images([to_pil_image(colours)], 3)[0].equal(colours)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_images_without_a_fixed_range_are_refused(mode):
+    with pytest.raises(TypeError, match=f"mode {mode} has no fixed range"):
+        UInt8Images([Image.new(mode, (8, 8), 300)], 1)
+
+
 def test_encoded_images_that_are_cut_off_are_named(tmp_path):
     data = io.BytesIO()
     to_pil_image(stripes(1)[0]).save(data, "PNG")

@@ -1,8 +1,10 @@
 """Previews: what is drawn, and that nothing else happens."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import ByClass, random_glow
+from conftest import ByClass, Identity, random_glow
 from PIL import Image
 from torch import nn
 
@@ -97,6 +99,16 @@ def test_what_cannot_be_drawn_is_an_error():
         preview(normalized, torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(ValueError, match="eps must be finite"):
         preview(LatentPerturb(flow=random_glow()), torch.rand(1, 3, 16, 16), eps=[-1.0])
+    for images in ("photos", Path("photos"), Image.new("RGB", (16, 16)), 3):
+        with pytest.raises(TypeError, match="a list or a data set of images"):
+            preview(LatentPerturb(flow=random_glow()), images)
+
+
+def test_images_are_spread_over_a_data_set():
+    x = torch.linspace(0, 1, 57)[:, None, None, None].expand(57, 3, 8, 8)
+    drawn = pictures(preview(LatentPerturb(flow=Identity()), x, eps=0.1, temperatures=()))
+    originals = [image.mean().item() for _, image in drawn[::3]]
+    assert originals == pytest.approx([i / 7 for i in range(8)], abs=0.02)
 
 
 def test_a_data_set_is_drawn_as_its_images_are():

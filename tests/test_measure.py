@@ -8,7 +8,7 @@ from conftest import Identity, random_glow
 from torch.utils.data import TensorDataset
 
 from latent_aug.data import UInt8Images
-from latent_aug.measure import measure_flow
+from latent_aug.measure import measure_flow, problems_of
 
 
 def images(count=30):
@@ -69,3 +69,24 @@ def test_each_image_is_measured_with_its_class():
     expected = (math.log(255) + 1000 * y.float().mean().item() / dims) / math.log(2)
     assert figures["bits_per_dim"] == pytest.approx(expected)
     assert figures["uint8_identical"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({"uint8_identical": 98}, "2 of 100 images do not come back"),
+        ({"latent_std": [0.9, 2.0]}, "the images lie off"),
+        ({"latent_std": [0.2, 1.0]}, "trained too briefly"),
+        ({"fallbacks": 0.01}, "1.0% of the images cannot"),
+        ({"saturated": 0.2}, "20.0% of all pixel values"),
+    ],
+)
+def test_what_counts_as_a_problem(changes, said):
+    perturbed = {"eps": 0.25, "fallbacks": 0.0, "saturated": 0.01}
+    figures = {"images": 100, "uint8_identical": 100, "latent_std": [0.9, 1.1]}
+    figures |= {k: v for k, v in changes.items() if k in figures}
+    perturbed |= {k: v for k, v in changes.items() if k in perturbed}
+    problems = list(problems_of({**figures, "perturbations": [{}, perturbed, {}]}))
+    assert len(problems) == (said is not None)
+    assert all(said in problem for problem in problems)

@@ -327,7 +327,8 @@ class TestPrivacy:
         assert not glow.training
 
     def test_repr_names_what_matters(self, glow):
-        assert "eps=0.3, norm='l2', flow='Glow'" in repr(LatentPerturb(0.3, norm="l2", flow=glow))
+        assert "eps=3.0, norm='l2', flow='Glow'" in repr(LatentPerturb(3, norm="l2", flow=glow))
+        assert "normalize=..." in repr(LatentPerturb(flow=glow, normalize=(0.5, 0.5)))
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
     def test_copies_behave_the_same(self, copied):
@@ -386,6 +387,13 @@ class TestWarning:
         LatentPerturb(1.9, norm=norm, flow=Identity())
         LatentPerturb(10.0, norm="l2", flow=Identity())
 
+    def test_of_noise_that_changes_nothing(self, glow):
+        with pytest.warns(UserWarning, match="it hardly changes an image"):
+            LatentPerturb(norm="l2", flow=glow)
+        LatentPerturb(1.1, norm="l2", flow=glow)
+        LatentPerturb(0.25, norm="l2", flow=glow, levels=-1)  # of fewer components
+        LatentPerturb(0.25, norm="l2", flow=Identity())  # whose latents are its own
+
     @pytest.mark.parametrize("batches", [[8], [1] * 8, [5, 5]])
     def test_where_no_image_can_be_perturbed(self, batches):
         transform = LatentPerturb(0.3, flow=Identity())
@@ -414,6 +422,35 @@ def test_a_mapping_of_lists_holds_several_samples(glow, kind):
     arrays = [as_array(perturbed) for perturbed in out["image"]]
     assert all(type(perturbed) is type(image) for perturbed in out["image"])
     assert len({float(array.sum()) for array in [*arrays, as_array(image)]}) == 4
+
+
+@pytest.mark.parametrize(
+    ("made", "error", "said"),
+    [
+        (lambda draws: None, TypeError, "must return a floating-point tensor, got NoneType"),
+        (lambda draws: draws.long(), TypeError, "got torch.int64"),
+        (lambda draws: draws[:, :, 1:], ValueError, r"shape \(2, 3, 8, 8\).*got \(2, 3, 7, 8\)"),
+        (lambda draws: draws / 0, ValueError, "not finite"),
+    ],
+)
+def test_noise_of_one_s_own_that_is_none_is_named(made, error, said):
+    class Own(LatentPerturb):
+        def noise(self, draws, eps, mask):
+            return made(draws)
+
+    with pytest.raises(error, match=rf"Own\.noise.*{said}"):
+        Own(flow=Identity())(torch.rand(2, 3, 8, 8))
+
+
+def test_noise_of_one_s_own_broadcasts():
+    class Shift(LatentPerturb):
+        def noise(self, draws, eps, mask):
+            return eps * draws[:, :, :1, :1]
+
+    x = torch.full((2, 3, 8, 8), 0.5)
+    change = (Shift(0.01, flow=Identity())(x) - x).flatten(2)
+    assert change.std(dim=2).max() < 1e-6
+    assert change[..., 0].unique().numel() == 6
 
 
 class Watched(Identity):

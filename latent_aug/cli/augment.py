@@ -34,7 +34,9 @@ def augment(
     flow: Annotated[
         str, typer.Option(help="A bundled name, a directory, or org/repo on the hub.")
     ] = "glow-cifar10",
-    eps: Annotated[float, typer.Option(help="Size of the perturbation.")] = 0.25,
+    eps: Annotated[
+        float | None, typer.Option(help="Size of the perturbation, else 0.25, and 10 for l2.")
+    ] = None,
     norm: Annotated[Norm, NORM] = "linf",
     resolution: Annotated[int | None, RESOLUTION] = None,
     size: Annotated[int | None, SIZE] = None,
@@ -57,6 +59,9 @@ def augment(
     ] = AugmentConfig.batch_size,
     network_dtype: Annotated[Literal["float32", "bfloat16"], NETWORK_DTYPE] = "float32",
     seed: Annotated[int, typer.Option(help="Of order and noise.")] = AugmentConfig.seed,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be read.")
+    ] = False,
     root: Annotated[Path, ROOT] = Path("data"),
     cpu: Annotated[bool, CPU] = False,
 ) -> None:
@@ -77,12 +82,15 @@ def augment(
             size=size,
             batch_size=batch_size,
             seed=seed,
+            skip_unreadable=skip_unreadable,
         )
         if Path(data).is_dir() and output.resolve().is_relative_to(Path(data).resolve()):
             raise ValueError(f"{output} lies among the images of {data}; write elsewhere")
         loaded = load_flow(flow)
         if network_dtype != "float32":
             lower_networks(loaded, network_dtype)
+        if eps is None:
+            eps = 10.0 if norm == "l2" else 0.25  # the paper's
         transform = LatentPerturb(eps, norm=norm, flow=loaded, resolution=resolution)
         images = open_images(data, root=root)
         report = augment_images(images, transform, config, device="cpu" if cpu else None)
@@ -101,5 +109,6 @@ def summary(output: Path, report: AugmentReport) -> str:
     rank, count = rank_and_count()
     who = f"worker {rank} of {count}: " if count > 1 else ""
     left = f", {report.fallbacks} of them as they were" if report.fallbacks else ""
+    left += f", {report.unreadable} left out" if report.unreadable else ""
     found = f"; {report.found} were there" if report.found else ""
     return f"{output}: {who}{report.written} shards, {report.images} images{left}{found}"

@@ -20,6 +20,7 @@ from latent_aug.cli.options import (
     ROOT,
     SIZE,
     Norm,
+    drawable,
     errors_as_messages,
 )
 from latent_aug.data import UInt8Images, as_batch, images_for, open_images
@@ -40,6 +41,10 @@ def check(
         str | None,
         typer.Option(help="module:name of a trained model, or of a function that returns one."),
     ] = None,
+    normalize: Annotated[
+        str | None,
+        typer.Option(help="module:name of the v2.Normalize or (mean, std) of its inputs."),
+    ] = None,
     flips: Annotated[
         float, typer.Option(help="Greatest share of its predictions that eps may flip.")
     ] = 0.05,
@@ -47,8 +52,12 @@ def check(
     count: Annotated[int, typer.Option(help="Look at no more images than this.")] = 1000,
     picture: Annotated[Path | None, PICTURE] = None,
 ) -> None:
-    """Does a flow suit your images, and which eps does? Exit code 2 if it does not."""
+    """Does a flow suit your images, and which eps does? Exit code 3 if it does not."""
     with errors_as_messages():
+        model = None if classifier is None else imported_model(classifier)
+        scaling = None if normalize is None else imported("normalize", normalize)
+        if picture is not None:
+            drawable(picture)
         loaded = load_flow(flow)
         images = images_for(loaded, open_images(data, root=root), size)
         found = check_flow(
@@ -56,8 +65,9 @@ def check(
             images,
             norm=norm,
             grey_levels=grey_levels,
-            classifier=None if classifier is None else imported_model(classifier),
+            classifier=model,
             flips=flips,
+            normalize=scaling,
             count=count,
             progress=True,
         )
@@ -65,7 +75,7 @@ def check(
             draw(LatentPerturb(found.eps, norm=norm, flow=loaded), images, picture, None)
     typer.echo(str(found))
     if not found.fits:
-        raise typer.Exit(2)
+        raise typer.Exit(3)
 
 
 def preview(
@@ -80,6 +90,7 @@ def preview(
 ) -> None:
     """Draw images, what becomes of them at several eps, the differences, and samples."""
     with errors_as_messages():
+        drawable(picture)
         loaded = load_flow(flow)
         images = images_for(loaded, open_images(data, root=root), size)
         sizes = eps or ([0.1, 0.25, 0.5] if norm in ("linf", "rms") else [5.0, 10.0, 20.0])
@@ -114,13 +125,27 @@ def draw(
 
 def imported_model(name: str) -> nn.Module:
     """The model, or what the function returns, that "module:name" names."""
-    module, _, attribute = name.partition(":")
-    if not attribute:
-        raise ValueError(f"classifier must be module:name of a torch model, got {name!r}")
-    sys.path.insert(0, "")  # as python -m does
-    found: Any = getattr(importlib.import_module(module), attribute, None)
+    found = imported("classifier", name)
     if callable(found) and not isinstance(found, nn.Module):
         found = found()
     if not isinstance(found, nn.Module):
-        raise ValueError(f"classifier must be module:name of a torch model, got {name!r}")
+        raise ValueError(
+            f"--classifier must name a torch model, or a function that returns one, got {name!r}, "
+            f"which gives a {type(found).__name__}"
+        )
     return found
+
+
+def imported(option: str, name: str) -> Any:
+    """What "module:name" names, of an installed module or one in the current directory."""
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(f"--{option} must be module:name, got {name!r}")
+    sys.path.insert(0, "")  # as python -m does
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(
+            f"--{option} {name}: {error}; modules are looked for in {Path.cwd()} and among the "
+            "installed ones"
+        ) from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 
@@ -23,11 +25,32 @@ CPU = typer.Option("--cpu", help="Even where there is a GPU.")
 
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """What a user can mend is a line and exit code 1, not a traceback."""
+    """What a user can mend is a line and exit code 1, not a traceback; a warning is a line too."""
+    own, count = rank_and_count()
+    who = f"rank {own}: " if count > 1 else ""
+
+    def show(message: Warning | str, *_: object) -> None:
+        typer.echo(f"{who}warning: {message}", err=True)
+
     try:
-        yield
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        own, count = rank_and_count()
-        who = f"rank {own}: " if count > 1 else ""
+        with warnings.catch_warnings():
+            warnings.showwarning = show  # type: ignore[assignment]  # takes what it uses
+            yield
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         typer.echo(f"{who}error: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+def drawable(picture: Path) -> Path:
+    """The path of a picture to be drawn later, its folder made; known early, before long work.
+
+    Raises:
+        ValueError: Its ending is no format that matplotlib writes.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if picture.suffix.lstrip(".").lower() not in formats:
+        raise ValueError(f"--picture must end in one of {', '.join(formats)}, got {picture}")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    return picture

@@ -122,6 +122,7 @@ def train(
         if not processes.is_main:
             return
         measured = images_for(trained, images if held_out is None else held_out, size)
+        typer.echo(f"measuring the flow on {len(measured)} images, for its card and eps", err=True)
         found = check_flow(trained, measured) if isinstance(trained, Glow) else None
         card = write_card(
             trained,
