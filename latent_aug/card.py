@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,7 @@ def write_card(
     minutes: float,
     licence: str,
     eps: float = 0.25,
+    problems: Iterable[str] | None = None,
     note: str = "",
     dataset: str | None = None,
 ) -> dict[str, Any]:
@@ -130,6 +131,7 @@ def write_card(
         minutes: Time that training took.
         licence: Of the weights.
         eps: Suggested linf eps.
+        problems: What does not fit, from `check_flow`; by the card's own figures if None.
         note: A paragraph on the training, such as caveats of the data.
         dataset: The training data's name on the Hugging Face hub, for the card's metadata.
     """
@@ -148,7 +150,7 @@ def write_card(
         picture=PICTURE_NAME,
         sha256=sha256(output / WEIGHTS_NAME),
         table="\n".join(rows(figures)),
-        verdict="\n".join(verdict_on(figures)),
+        verdict=verdict_of(problems_of(figures) if problems is None else problems),
         command=command,
         training_data=training_data,
         origin=f"Fine-tuned from {fine_tuned_from}" if fine_tuned_from else "Trained",
@@ -167,11 +169,12 @@ def write_card(
     return figures
 
 
-def verdict_on(figures: dict[str, Any]) -> Iterator[str]:
+def verdict_of(problems: Iterable[str]) -> str:
     """What does not fit, a line each, or that all does."""
-    problems = [f"- {problem}" for problem in problems_of(figures)]
-    yield "The flow does not suit these images:" if problems else "The flow suits these images."
-    yield from ["", *problems] if problems else []
+    lines = [f"- {problem}" for problem in problems]
+    if not lines:
+        return "The flow suits these images."
+    return "\n".join(["The flow does not suit these images:", "", *lines])
 
 
 def draw_samples(flow: Flow, size: tuple[int, ...], eps: float, path: Path) -> None:

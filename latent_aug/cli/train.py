@@ -136,6 +136,7 @@ def train(
             minutes=minutes_of(output),
             licence=licence,
             eps=0.25 if found is None else float(f"{found.eps:.2g}"),
+            problems=None if found is None else found.problems,
             note=note,
             dataset=dataset,
         )
