@@ -81,6 +81,28 @@ def test_the_tables_of_scale_are_drawn_from_the_results(monkeypatch):
         assert f"{scale.MARK.format(name)}\n\n{table}\n\n{scale.END}" in text
 
 
+@pytest.mark.parametrize("results", ["speed.json", "speed-avx2.json"])
+def test_the_tables_of_speed_are_those_of_the_results(monkeypatch, capsys, results):
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
+    import speed
+
+    speed.table(ROOT / "examples" / "results" / results)
+    drawn = capsys.readouterr().out.split("\n")
+    assert len(drawn) > 5
+    assert set(filter(None, drawn)) <= set((ROOT / "docs" / "speed.md").read_text().split("\n"))
+
+
+def test_the_table_of_the_flows_choice_is_that_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "flows"))
+    import choose
+
+    # flows that were judged without classifiers have empty cells, and a table of their own
+    drawn = [line.replace(" |  |  |", " |") for line in choose.table().split("\n")]
+    assert len(drawn) > 10
+    text = (ROOT / "checkpoints" / "README.md").read_text().split("\n")
+    assert set(filter(None, drawn)) <= set(text)
+
+
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocstrings")
     pytest.importorskip("material")
