@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -94,7 +95,9 @@ class LatentAdversarial(UsesFlow):
     """
 
     norm: LF.Norm
-    _dissolves = 1.0  # the attack goes to the ball's surface, where noise seldom is
+    _dissolves = 0.25  # an attack's steps add up where noise's cancel
+    _usual = "usual for an attack are 1 for 'l2' at 32x32, some hundredths for 'linf' and 'rms'"
+    _slightest = 0.1
 
     def __init__(
         self,
@@ -130,7 +133,7 @@ class LatentAdversarial(UsesFlow):
         self.norm = one_of("norm", norm, ("linf", "l2", "rms"))
         self.labels = one_of("labels", labels, ("true", "predicted"))
         self.model_mode = one_of("model_mode", model_mode, ("eval", "unchanged"))
-        self.p, self.clip = probability("p", p), distance("clip", clip)
+        self.p, self.clip = probability("p", p), distance("clip", clip, self.norm)
         self.loss, self.forward = loss, forward
         self._use(
             flow,
@@ -140,6 +143,12 @@ class LatentAdversarial(UsesFlow):
             labels_getter=labels_getter,
             generator=generator,
         )
+        if self.alpha[1] > 2 * self.eps[1] > 0:
+            warnings.warn(
+                f"alpha={self.alpha[1]:g} is more than twice eps={self.eps[1]:g}: every step leads "
+                "across the whole ball; alpha is usually half of eps, in the same norm",
+                stacklevel=2,
+            )
         self.gradient = one_of("gradient", gradient, ("auto", "fast", "lean"))
         if gradient != "auto" and not has_argument(self.flow.decode, "gradient"):
             raise ValueError(
@@ -215,8 +224,8 @@ class LatentAdversarial(UsesFlow):
         if images.shape[1] != self.flow.channels:
             raise ValueError(
                 f"the flow maps images of {self.flow.channels} channels, got {images.shape[1]}, "
-                f"shape {tuple(images.shape)}; pass flow= one of as many: 'glow-fashionmnist' for "
-                "1, 'glow-cifar10' for 3, or your own"
+                f"shape {tuple(images.shape)}; channels come before height and width; convert "
+                "them, or pass flow= one of as many: 'glow-fashionmnist' of 1, 'glow-cifar10' of 3"
             )
         if torch.is_inference_mode_enabled():
             raise RuntimeError("an attack needs gradients: call it outside torch.inference_mode()")

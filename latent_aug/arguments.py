@@ -39,13 +39,19 @@ def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
     return value
 
 
-def distance(name: str, value: Any) -> float | None:
-    """None, or a finite number of at least 0."""
+def distance(name: str, value: Any, norm: str | None) -> float | None:
+    """None, or a finite number of at least 0: of [0, 1] images, so a pixel's is at most 1."""
     if value is None:
         return None
     if isinstance(value, (tuple, list)):
         raise TypeError(f"{name} must be one number or None, got {value!r}")
-    return number_range(name, value)[0]
+    found = number_range(name, value)[0]
+    if found > 1 and norm in ("linf", None):
+        raise ValueError(
+            f"{name} must be at most 1 with norm={norm!r}, as images lie in [0, 1], got {value!r}; "
+            "8 grey levels are 8 / 255"
+        )
+    return found
 
 
 def natural(name: str, value: Any) -> int:

@@ -268,7 +268,7 @@ class Job:
             if not self.config.skip_unreadable:
                 raise OSError(
                     f"{error}; mend or replace the file and start again, which goes on from here, "
-                    "or leave such images out: skip_unreadable"
+                    "or leave such images out: --skip-unreadable, in Python skip_unreadable=True"
                 ) from error
             warnings.warn(f"left out: {error}", stacklevel=2)
             return None
@@ -331,11 +331,17 @@ class Job:
             write_json(path, own)
         else:
             then = json.loads(path.read_text())
-            changed = {k: (then.get(k), own.get(k)) for k in own if then.get(k) != own[k]}
+            changed = [
+                f"{name} other ones"
+                if name in ("data", "labels", "flow")
+                else f"{name} {then.get(name)!r} then, {value!r} now"
+                for name, value in own.items()
+                if then.get(name) != value
+            ]
             if changed:
                 raise ValueError(
-                    f"output {self.output} holds copies of another kind: {changed} (then, now); "
-                    "use the same settings, or another output"
+                    f"output {self.output} holds copies of another kind: {'; '.join(changed)}; use "
+                    "the same settings and images, or another output"
                 )
         if self.classes:
             names = "".join(f"{name}\n" for name in self.classes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from latent_aug import functional as LF
 from latent_aug.arguments import one_of, positive
 from latent_aug.classifier import lent
-from latent_aug.data import UInt8Images, as_batch, check_sides, open_images
-from latent_aug.flows import Glow
+from latent_aug.data import as_batch, check_sides, images_for, open_images
+from latent_aug.flows import Flow
 from latent_aug.hub import load_flow
 from latent_aug.images import Normalization
 from latent_aug.measure import mean_change, measure_flow, problems_of, rows
@@ -25,6 +27,7 @@ GREY_LEVELS = 10.0
 
 CALIBRATED_ON = 200  # images
 CHUNK = 50  # of them at a time
+FEW = 100  # images below which figures are rough
 LOWEST, HIGHEST = 1e-3, 1e3  # eps
 
 
@@ -33,7 +36,8 @@ class FlowCheck:
     """What `check_flow` found.
 
     Attributes:
-        figures: Of `measure_flow`.
+        figures: Of `measure_flow`; with a classifier each perturbation has its `flipped`, the share
+            of predictions that change.
         norm: Of the suggested eps.
         eps: The suggested eps.
         by_change: The eps that changes pixels by the asked number of grey levels on average;
@@ -41,6 +45,7 @@ class FlowCheck:
         by_flips: The greatest eps that flips no more than the asked share of the classifier's
             predictions, `LOWEST` if there is none; None without a classifier.
         problems: What does not fit, one sentence each; empty if the flow suits the images.
+        remedy: The command that fine-tunes the flow on such images.
     """
 
     figures: dict[str, Any]
@@ -49,6 +54,7 @@ class FlowCheck:
     by_change: float
     by_flips: float | None
     problems: tuple[str, ...]
+    remedy: str
 
     @property
     def fits(self) -> bool:
@@ -57,8 +63,11 @@ class FlowCheck:
 
     def __str__(self) -> str:
         f = self.figures
+        bits, few = f["bits_per_dim"], f["images"] < FEW
         lines = [
-            f"{f['images']} images, {f['bits_per_dim']:.3f} bits/dim",
+            f"{f['images']} images, "
+            + ("a flow without log_prob" if bits is None else f"{bits:.3f} bits/dim")
+            + (": few, so that all of this is rough" if few else ""),
             f"round trip: greatest error {f['round_trip_max_error']:.1e}, "
             f"{f['uint8_identical']} of {f['images']} images byte for byte",
             f"latents' mean a level, finest first: {f['latent_mean']}",
@@ -81,14 +90,13 @@ class FlowCheck:
         if not self.fits:
             conclusion = (
                 "The flow does not suit these images as it is: fine-tune it on them, labels not "
-                "needed, with `latent-aug train DATA --init FLOW --output DIRECTORY --lr 2e-4 "
-                "--steps 1000`, or use another."
+                f"needed, with `{self.remedy}`, or use another."
             )
         return "\n".join([*(f"- {problem}" for problem in self.problems), conclusion])
 
 
 def check_flow(
-    flow: Glow | str | Path,
+    flow: Flow | str | Path,
     images: Any,
     *,
     norm: LF.Norm = "linf",
@@ -104,7 +112,8 @@ def check_flow(
     """Does a flow suit your images, and which eps would? Look here before you train with it.
 
     Args:
-        flow: A Glow, or a name or path for `load_flow`.
+        flow: A `Flow`, or a name or path for `load_flow`. A flow of classes takes them as its
+            training does, from `targets` or (image, class) samples.
         images: Your images, or tuples that begin with one: PIL, uint8, or float in [0, 1]; or the
             path of a folder or tar of them.
         norm: Of the eps to suggest: "linf", "l2" or "rms".
@@ -112,7 +121,8 @@ def check_flow(
         classifier: Your trained model; the suggested eps then also flips no more than `flips` of
             its predictions.
         flips: Greatest share of predictions that may flip.
-        normalize: v2.Normalize or (mean, std) that the classifier's inputs go through.
+        normalize: v2.Normalize or (mean, std) that the classifier's inputs go through; the images
+            come without it, in [0, 1].
         size: Resize and crop the images to this side.
         count: At most this many images, spread over the data set, are looked at.
         seed: Of dequantization noise and perturbations.
@@ -140,53 +150,80 @@ def check_flow(
         raise ValueError(
             f"grey_levels must be above 0 and flips lie in (0, 1), got {grey_levels!r}, {flips!r}"
         )
+    if normalize is not None and classifier is None:
+        raise ValueError(
+            "normalize is of the classifier's inputs, and there is no classifier; images come in "
+            "[0, 1], before Normalize"
+        )
     loaded = load_flow(flow) if isinstance(flow, (str, Path)) else flow
-    if not isinstance(loaded, Glow):
-        raise ValueError(f"flow must be a Glow, got a {type(loaded).__name__}")
+    if not isinstance(loaded, Flow):
+        raise TypeError(f"flow must be a Flow, a name or a path, got a {type(loaded).__name__}")
     if isinstance(images, (str, Path)):
         images = open_images(images)
-    pixels = UInt8Images(images, loaded.channels, size)
+    pixels = images_for(loaded, images, size)
     positive("count", count)
     check_sides(pixels, loaded)
-    chosen = as_batch(pixels.__getitems__(pixels.spread(count)))
-    calibrated = chosen[torch.linspace(0, len(chosen) - 1, min(len(chosen), CALIBRATED_ON)).long()]
-    moved = perturbed_by(loaded, calibrated, norm, seed)
+    places = pixels.spread(count)
+    chosen, y = as_batch(pixels.__getitems__(places)), pixels.classes_at(places)
+    some = torch.linspace(0, len(chosen) - 1, min(len(chosen), CALIBRATED_ON)).long()
+    moved = perturbed_by(loaded, chosen[some], None if y is None else y[some], norm, seed)
     x = moved(0.0).clamp(0, 1)
     by_change = greatest(lambda eps: float(mean_change(moved(eps), x).mean()) <= grey_levels)
     by_flips = None
     if classifier is not None:
         predict = predictions(classifier, Normalization(normalize, loaded.channels))
         labels = predict(x)
-        by_flips = greatest(
-            lambda eps: float((predict(moved(eps)) != labels).float().mean()) <= flips
-        )
+
+        def flipped(eps: float) -> float:
+            return float((predict(moved(eps)) != labels).float().mean())
+
+        by_flips = greatest(lambda eps: flipped(eps) <= flips)
     eps = by_change if by_flips is None else min(by_change, by_flips)
     figures = measure_flow(
         loaded,
-        UInt8Images(chosen, loaded.channels),
+        images_for(loaded, chosen if y is None else TensorDataset(chosen, y)),
         settings=[(norm, factor * eps) for factor in (0.5, 1.0, 2.0)],
         seed=seed,
         progress=progress,
     )
+    if classifier is not None:
+        for perturbation in figures["perturbations"]:
+            perturbation["flipped"] = flipped(perturbation["eps"])
     problems = [*problems_of(figures)]
     if by_change >= HIGHEST:
         problems.append(f"no eps changes pixels by {grey_levels:g} grey levels on average")
     if by_flips is not None and by_flips <= LOWEST:
         problems.append(f"no eps flips {flips:.0%} or less of the predictions")
-    return FlowCheck(figures, norm, eps, by_change, by_flips, tuple(problems))
+    remedy = fine_tuning(loaded, pixels.size)
+    return FlowCheck(figures, norm, eps, by_change, by_flips, tuple(problems), remedy)
+
+
+def fine_tuning(flow: Flow, size: int | None) -> str:
+    """The command that fine-tunes a flow on the images that were looked at."""
+    name = flow.loaded_from[0] if flow.loaded_from else "FLOW"
+    options = f"--size {size} " if size else ""
+    return (
+        f"latent-aug train DATA --init {shlex.quote(name)} {options}--output DIRECTORY --lr 2e-4 "
+        "--steps 1000"
+    )
 
 
 @torch.no_grad()
-def perturbed_by(flow: Glow, pixels: Tensor, norm: LF.Norm, seed: int) -> Callable[[float], Tensor]:
+def perturbed_by(
+    flow: Flow, pixels: Tensor, y: Tensor | None, norm: LF.Norm, seed: int
+) -> Callable[[float], Tensor]:
     """A function of eps: uint8 images perturbed by it, always with the same draws."""
-    device = next(flow.parameters()).device
-    z = torch.cat([flow.encode(part.to(device) / 255) for part in pixels.split(CHUNK)])
+    device = next(flow.parameters(), pixels).device
+    classes = [None] * len(pixels.split(CHUNK)) if y is None else y.to(device).split(CHUNK)
+    parts = zip(pixels.split(CHUNK), classes, strict=True)
+    z = torch.cat([flow.encode(part.to(device) / 255, own) for part, own in parts])
     draws = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z)
 
     @torch.no_grad()
     def moved(eps: float) -> Tensor:
         latents = z + LF.noise_of_norm(draws, eps, norm)
-        return torch.cat([flow.decode(part) for part in latents.split(CHUNK)])
+        parts = zip(latents.split(CHUNK), classes, strict=True)
+        return torch.cat([flow.decode(part, own) for part, own in parts])
 
     return moved
 
@@ -202,12 +239,19 @@ def predictions(classifier: nn.Module, normalization: Normalization) -> Callable
             outputs = [model(part) for part in inputs.split(CHUNK)]
         if not all(isinstance(logits, Tensor) and logits.ndim == 2 for logits in outputs):
             raise TypeError(
-                "classifier must take images (B, C, H, W) and return logits (B, classes), got a "
-                f"{type(outputs[0]).__name__}; wrap it in a module that does"
+                "classifier must take images (B, C, H, W) and return logits (B, classes), got "
+                f"{shape_of(outputs[0])}; wrap it in a module that does"
             )
         return torch.cat(outputs).argmax(dim=1)
 
     return predict
+
+
+def shape_of(output: Any) -> str:
+    """What a model returned, in words."""
+    if isinstance(output, Tensor):
+        return f"a tensor of shape {tuple(output.shape)}"
+    return f"a {type(output).__name__}"
 
 
 def greatest(holds: Callable[[float], bool]) -> float:

@@ -142,7 +142,8 @@ def check_targets(logits: Tensor, labels: Tensor) -> Tensor:
     if labels.shape != (len(logits), *logits.shape[2:]):
         raise ValueError(
             f"labels must be class indices (B,), got shape {tuple(labels.shape)} for logits "
-            f"{tuple(logits.shape)}; if they are not second in the batch, name labels_getter="
+            f"{tuple(logits.shape)}; probabilities are floating point, so call .float() on one-hot "
+            "labels; if they are not second in the batch, name labels_getter="
         )
     labels = labels.long()
     if labels.is_cpu and labels.numel():  # elsewhere a check is a sync

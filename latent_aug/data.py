@@ -163,8 +163,8 @@ def to_uint8(sample: Any, channels: int, size: int | None = None) -> Tensor:
         check_mode(image)
         if channels == 1 and has_colour(image):
             raise ValueError(
-                "the images have colours, and greys of 1 channel are asked for: use a flow of 3 "
-                "channels, or convert the images first, e.g. with v2.Grayscale()"
+                "the images have colours, and the flow maps grey ones, of 1 channel: use a flow of "
+                "3 channels, such as glow-cifar10-small, or convert the images to grey before"
             )
         image = tvf.pil_to_tensor(image.convert({1: "L", 3: "RGB"}.get(channels, image.mode)))
     if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != channels:
@@ -174,7 +174,7 @@ def to_uint8(sample: Any, channels: int, size: int | None = None) -> Tensor:
         image = tvf.center_crop(tvf.resize(image, [size], antialias=True), [size])
     if not image.is_floating_point():
         return image
-    check_range(image[None])
+    check_range(image[None], "divide 8-bit values by 255; leave Normalize out of the data set")
     return from_float(image, torch.uint8)
 
 
@@ -207,10 +207,15 @@ class UInt8Images(Dataset[Tensor]):
     ) -> None:
         if not hasattr(dataset, "__len__") or len(dataset) == 0:
             raise ValueError(f"dataset must have a length above 0, got {type(dataset).__name__}")
-        self.dataset, self.channels, self.size, self.count = dataset, channels, size, len(dataset)
+        if not hasattr(dataset, "__getitem__"):
+            raise TypeError(
+                f"images must be a data set or a sequence of them, got a {type(dataset).__name__}"
+            )
+        self.dataset, self.channels, self.count = dataset, channels, len(dataset)
+        self.size: int | None = size or (dataset.size if isinstance(dataset, UInt8Images) else None)
         self.kept: Tensor | None = None
         self.labels = classes_in(dataset, num_classes) if num_classes else None
-        self.shape = to_uint8(dataset[0], channels, size).shape
+        self.shape = to_uint8(self.read(0), channels, size).shape
         if self.count * self.shape.numel() <= keep_bytes:
             self.kept = torch.stack([self[i] for i in range(self.count)])
 
@@ -220,13 +225,24 @@ class UInt8Images(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         if self.kept is not None:
             return self.kept[index]
-        image = to_uint8(self.dataset[index], self.channels, self.size)
+        image = to_uint8(self.read(index), self.channels, self.size)
         if image.shape != self.shape:
             raise ValueError(
                 f"image {index} is {tuple(image.shape)}, the first one {tuple(self.shape)}; "
                 "give a size to resize and crop to"
             )
         return image
+
+    def read(self, index: int) -> Any:
+        """A sample of the dataset.
+
+        Raises:
+            OSError: Its file cannot be read.
+        """
+        try:
+            return self.dataset[index]
+        except OSError as error:
+            raise OSError(f"{error}; mend the file, or take it out of the data") from error
 
     def classes_at(self, indices: list[int] | slice) -> Tensor | None:
         """The classes of some images, as a flow takes them: None for an unconditional one."""

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from latent_aug.adversarial import LatentAdversarial
@@ -25,7 +24,7 @@ SAMPLES = 4  # of each temperature
 
 
 def preview(
-    transform: LatentPerturb | LatentAdversarial,
+    transform: LatentPerturb | LatentAdversarial | Flow | str | Path,
     images: Any,
     labels: Tensor | None = None,
     *,
@@ -41,7 +40,8 @@ def preview(
     scaled.
 
     Args:
-        transform: A `LatentPerturb`, or a `LatentAdversarial`; it is left as it is.
+        transform: A `LatentPerturb`, or a `LatentAdversarial`; it is left as it is. Of a `Flow`, or
+            a name or path for `load_flow`, a `LatentPerturb` with its defaults.
         images: A batch (B, C, H, W), a list or a data set of images, PIL or tensors, that the
             transform takes, or of tuples that begin with one; eight of them, evenly spread, are
             drawn.
@@ -71,13 +71,14 @@ def preview(
     """
     from matplotlib.figure import Figure
 
-    if isinstance(images, (str, Path, Image.Image)) or not hasattr(images, "__len__"):
+    if isinstance(transform, (Flow, str, Path)):
+        transform = LatentPerturb(flow=transform)
+    if not isinstance(transform, (LatentPerturb, LatentAdversarial)):
         raise TypeError(
-            "images must be a batch, a list or a data set of images, as torchvision's ImageFolder "
-            f"is, got {type(images).__name__}"
+            "transform must be a LatentPerturb, a LatentAdversarial or a flow, got a "
+            f"{type(transform).__name__}"
         )
-    if not len(images):
-        raise ValueError("images must hold at least one image, got none")
+    check_images(images)
     places = torch.linspace(0, len(images) - 1, min(len(images), MOST_IMAGES)).long().tolist()
     chosen = [image_of(images[i]) for i in places]
     kinds = {getattr(image, "dtype", torch.uint8) for image in chosen}
@@ -87,7 +88,8 @@ def preview(
     sizes = around(transform.eps) if asked is None else [number_range("eps", e)[0] for e in asked]
     columns, rows = 1 + 2 * len(sizes), len(chosen)
     height = 1.3 * (rows + bool(temperatures)) + 0.5
-    figure = Figure(figsize=(1.3 * columns, height), layout="constrained")
+    width = max(1.3 * columns, 1.8 * len(temperatures))
+    figure = Figure(figsize=(width, height), layout="constrained")
     upper: Any = figure
     if temperatures:
         parts: Any = figure.subfigures(2, 1, height_ratios=[rows + 0.3, 1.3])
@@ -102,7 +104,8 @@ def preview(
                 torch.manual_seed(seed)
                 perturbed = shown(apply(transform.with_eps(size), image, label), transform)
             difference = (perturbed - original) * amplify + 0.5
-            names = (f"{transform.norm} {size:.3g}", f"difference times {amplify:g}")
+            kind = transform.norm if transform._norm_holds else "eps"
+            names = (f"{kind} {size:.3g}", f"difference times {amplify:g}")
             draw(grid[row, 1 + 2 * column], perturbed, names[0] if row == 0 else "")
             draw(grid[row, 2 + 2 * column], difference, names[1] if row == 0 else "")
     if temperatures:
@@ -110,6 +113,26 @@ def preview(
         like = downscaled(like, getattr(transform, "resolution", None))
         draw_samples(lower, transform.flow, like, temperatures, seed)
     return figure
+
+
+def check_images(images: Any) -> None:
+    """Refuse what is no batch, list or data set of images."""
+    several = hasattr(images, "__len__") and hasattr(images, "__getitem__")
+    if isinstance(images, (str, Path)) or not several:
+        raise TypeError(
+            "images must be a batch, a list or a data set of images, as torchvision's ImageFolder "
+            f"is, got {type(images).__name__}"
+        )
+    if isinstance(images, Tensor) and images.ndim != 4:
+        raise ValueError(
+            f"images must be a batch (B, C, H, W), got a tensor of shape {tuple(images.shape)}; "
+            "one image is image[None]"
+        )
+    if not len(images):
+        raise ValueError("images must hold at least one image, got none")
+    first = images[0]
+    if isinstance(images, (tuple, list)) and isinstance(first, Tensor) and first.ndim == 4:
+        raise ValueError("images must be images alone, got a batch: preview(transform, *batch)")
 
 
 def image_of(sample: Any) -> Any:

@@ -86,6 +86,8 @@ def locate(name: str, revision: str | None = None) -> tuple[Path, tuple[str, str
         if name in bundled:
             return bundled[name], (name, None)
         return path, (str(path.resolve()), None)
+    if path.is_file():
+        raise ValueError(f"{name} is a file: give the directory that holds it")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(
             f"there is no flow {name!r}: give a bundled name ({', '.join(bundled)}), an existing "
@@ -124,8 +126,8 @@ def download(name: str, revision: str | None, bundled: Iterable[str]) -> Path:
         snapshot = Path(found)
     except LocalEntryNotFoundError as error:
         raise OSError(
-            f"there is no directory {name}; as a repository on the hub it is not in the cache, and "
-            f"the hub was not reached: {error}"
+            f"there is no directory {Path(name).absolute()}; as a repository on the hub {name} is "
+            f"not in the cache, and the hub was not reached: {error}"
         ) from error
     except HfHubHTTPError as error:
         where = name if revision is None else f"{name} at revision {revision!r}"
@@ -173,7 +175,8 @@ def read_flow(directory: Path) -> Flow:
     if not isinstance(architecture, str) or architecture not in Flow.architectures:
         known = ", ".join(sorted(Flow.architectures))
         raise ValueError(
-            f"{directory / CONFIG_NAME}: unknown architecture {architecture!r}; known: {known}"
+            f"{directory / CONFIG_NAME}: unknown architecture {architecture!r}; known: {known}; "
+            "import the module first that defines it"
         )
     try:
         # The caller's random draws stay as they were.

@@ -133,8 +133,18 @@ def from_float(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def check_range(x: Tensor) -> None:
+BEFORE_NORMALIZE = (
+    "divide 8-bit values by 255; put the transform before Normalize, or pass normalize= with its "
+    "mean and std"
+)
+
+
+def check_range(x: Tensor, remedy: str = BEFORE_NORMALIZE) -> None:
     """Refuse finite pixels far outside [0, 1]; each sample is judged alone, NaN ones pass.
+
+    Args:
+        x: Images (B, C, H, W).
+        remedy: What to do about it, for the error.
 
     Raises:
         ValueError: Some pixel is below -0.5 or above 1.5.
@@ -147,8 +157,7 @@ def check_range(x: Tensor) -> None:
     if bool(far.any()):
         raise ValueError(
             f"images must lie in [0, 1], got values from {low[far].min():.3g} to "
-            f"{high[far].max():.3g}; divide 8-bit values by 255; put the transform before "
-            "Normalize, or pass normalize= with its mean and std"
+            f"{high[far].max():.3g}; {remedy}"
         )
 
 
@@ -204,13 +213,14 @@ class Normalization:
             mean, std = (torch.as_tensor(v, dtype=torch.float64).reshape(-1) for v in normalize)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
-                f"normalize must be a v2.Normalize, a (mean, std) pair or None, got {normalize!r}"
+                "normalize must be a v2.Normalize, a (mean, std) pair or None (of a timm config c: "
+                f"(c['mean'], c['std'])), got {normalize!r}"
             ) from error
         for values in (mean, std):
             if len(values) not in (1, channels) or not bool(values.isfinite().all()):
                 raise ValueError(
-                    f"normalize needs 1 or {channels} finite values for each of mean and std, "
-                    f"got {normalize!r}"
+                    f"normalize needs finite values for mean and std, one each or one for each of "
+                    f"the flow's {channels} channel(s), got {normalize!r}"
                 )
         if not bool((std > 0).all()):
             raise ValueError(f"normalize needs a std above 0, got {normalize!r}")

@@ -41,27 +41,25 @@ def measure_flow(
         progress: Show a progress bar.
 
     Returns:
-        JSON-ready figures: `images`, `bits_per_dim`, `round_trip_max_error` ([0, 1] units),
-        `uint8_identical` (images that come back byte for byte), `latent_mean` and `latent_std`
-        (a level, finest first) and for each setting in `perturbations` the `fallbacks` (share of
-        samples that come back unchanged), `mean_change` (grey levels of 255) and `saturated`
-        (share of all pixel values that leave [0, 1] by more than one grey level).
+        JSON-ready figures: `images`, `bits_per_dim` (None for a flow without `log_prob`),
+        `round_trip_max_error` ([0, 1] units), `uint8_identical` (images that come back byte for
+        byte), `latent_mean` and `latent_std` (a level, finest first) and for each setting in
+        `perturbations` the `fallbacks` (share of samples that come back unchanged), `mean_change`
+        (grey levels of 255) and `saturated` (share of all pixel values that leave [0, 1] by more
+        than one grey level).
     """
-    device = next(flow.parameters()).device
+    device = next(flow.parameters(), torch.empty(0)).device
     generator = torch.Generator(device).manual_seed(seed)
-    bits, largest, identical, moments = (
-        0.0,
-        0.0,
-        0,
-        [torch.zeros(3, dtype=torch.float64) for _ in range(flow.levels)],
-    )
+    bits: float | None = 0.0
+    largest, identical = 0.0, 0
+    moments = [torch.zeros(3, dtype=torch.float64) for _ in range(flow.levels)]
     perturbed = [dict.fromkeys(("fallbacks", "mean_change", "saturated"), 0.0) for _ in settings]
     batches = loader(images, batch_size)
     for number, pixels in enumerate(tqdm(batches, disable=not progress, desc="measuring")):
         x = pixels.to(device) / 255
         y = images.classes_at(slice(number * batch_size, (number + 1) * batch_size))
         y = None if y is None else y.to(device)
-        bits += flow.bits_per_dim(x, y, generator=generator).sum().item()
+        bits = added(bits, flow, x, y, generator)
         z = flow.encode(x, y)
         back = flow.decode(z, y)
         largest = max(largest, (back - x).abs().max().item())
@@ -79,7 +77,7 @@ def measure_flow(
     count = len(images)
     return {
         "images": count,
-        "bits_per_dim": bits / count,
+        "bits_per_dim": None if bits is None else bits / count,
         "round_trip_max_error": largest,
         "uint8_identical": identical,
         "latent_mean": [round(float(sums[1] / sums[0]), 3) for sums in moments],
@@ -89,6 +87,18 @@ def measure_flow(
             for figures, (norm, eps) in zip(perturbed, settings, strict=True)
         ],
     }
+
+
+def added(
+    bits: float | None, flow: Flow, x: Tensor, y: Tensor | None, generator: torch.Generator
+) -> float | None:
+    """With a batch's bits/dim; None once the flow turns out to have no density."""
+    if bits is None:
+        return None
+    try:
+        return bits + float(flow.bits_per_dim(x, y, generator=generator).sum())
+    except NotImplementedError:
+        return None
 
 
 def loader(images: UInt8Images, batch_size: int) -> Iterable[Tensor]:
@@ -120,12 +130,14 @@ def std(sums: Tensor) -> float:
 
 def rows(figures: dict[str, Any]) -> Iterator[str]:
     """The perturbations as rows of a Markdown table."""
-    yield "| norm | eps | fall back | mean change (grey levels) | out of range |"
-    yield "|---|---|---|---|---|"
+    flipped = any("flipped" in p for p in figures["perturbations"])
+    more = " predictions flipped |" if flipped else ""
+    yield "| norm | eps | fall back | mean change (grey levels) | out of range |" + more
+    yield "|---|---|---|---|---|" + "---|" * flipped
     for p in figures["perturbations"]:
         yield (
             f"| {p['norm']} | {p['eps']:g} | {p['fallbacks']:.2%} | {p['mean_change']:.1f} | "
-            f"{p['saturated']:.2%} |"
+            f"{p['saturated']:.2%} |" + (f" {p['flipped']:.1%} |" if flipped else "")
         )
 
 

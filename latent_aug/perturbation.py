@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latent_aug import functional as LF
 from latent_aug.arguments import number_range
-from latent_aug.flows import Flow
+from latent_aug.flows import Flow, Glow
 from latent_aug.hub import HeldFlow
 from latent_aug.images import FallbackCounter, Normalization, check_range, fit_to_flow
 from latent_aug.randomness import Draws
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 ENOUGH = 8  # samples in a row that could not be perturbed, before a warning
-SLIGHTEST = 1.0  # radius of random "l2" noise that moves pixels by less than a grey level
 
 
 class UsesFlow:
@@ -30,6 +29,10 @@ class UsesFlow:
 
     _tried: int | None = 0  # samples, as long as none of them could be perturbed
     _dissolves = 2.0  # eps of "linf", "rms" and None at which the bundled flows' images are noise
+    _usual = "usual are 0.25 for 'linf' and 'rms', 10 for 'l2' at 32x32; `check_flow` suggests one"
+    _slightest = (
+        1.0  # "l2" radius up to which a 32 x 32 image's pixels move by a grey level or less
+    )
 
     eps: tuple[float, float]
     p: float
@@ -47,13 +50,6 @@ class UsesFlow:
         generator: torch.Generator | None,
     ) -> None:
         """Take the arguments that both perturbations share."""
-        if self.norm != "l2" and self.eps[1] >= self._dissolves:
-            warnings.warn(
-                f"eps={self.eps[1]:g} with norm={self.norm!r} moves every component of a latent by "
-                "that many standard deviations: images turn to noise. `check_flow` suggests an "
-                "eps; only a radius, as of norm='l2', is as large",
-                stacklevel=3,
-            )
         if labels_getter != "default" and not callable(labels_getter):
             raise TypeError(f"labels_getter must be 'default' or callable, got {labels_getter!r}")
         self._held, self.labels_getter = HeldFlow(flow), labels_getter
@@ -63,6 +59,35 @@ class UsesFlow:
         self._draws = Draws(generator)
         self._fallbacks = FallbackCounter()
         self._checked_devices: set[torch.device] = set()
+        if self._norm_holds:
+            self._warn_of_size(whole=mask is None and levels is None)
+
+    @property
+    def _norm_holds(self) -> bool:
+        """Whether eps and norm say how large a perturbation is."""
+        return True
+
+    def _warn_of_size(self, *, whole: bool) -> None:
+        """Say so where eps looks like that of another norm."""
+        eps = self.eps[1]
+        if self.norm != "l2" and eps >= self._dissolves:
+            warnings.warn(
+                f"eps={eps:g} with norm={self.norm!r} moves every component of a latent by about "
+                "that many standard deviations, and images dissolve. Only a radius, as of "
+                f"norm='l2', is as large; {self._usual}",
+                stacklevel=4,
+            )
+        if (
+            self.norm == "l2"
+            and whole
+            and 0 < eps <= self._slightest
+            and isinstance(self.flow, Glow)
+        ):
+            warnings.warn(
+                f"eps={eps:g} with norm='l2' is the length of the whole perturbation, spread over "
+                f"all components of a latent: it hardly changes an image; {self._usual}",
+                stacklevel=4,
+            )
 
     @property
     def flow(self) -> Flow:
@@ -153,7 +178,8 @@ class UsesFlow:
     def _describe(self, *more: str) -> str:
         """The arguments that matter, those named and those shared, for `print`."""
         loaded = self.flow.loaded_from
-        values = {name: getattr(self, name) for name in ("eps", *more, "norm")}
+        norm = ("norm",) if self._norm_holds else ()
+        values = {name: getattr(self, name) for name in ("eps", *more, *norm)}
         values = {name: v[0] if is_point(v) else v for name, v in values.items()}
         values["flow"] = loaded[0] if loaded else type(self.flow).__name__
         values |= {name: getattr(self, name) for name in ("p", "clip", "levels")}

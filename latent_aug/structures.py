@@ -23,7 +23,10 @@ def image_key(batch: Any) -> Any:
             )
         return key
     if not isinstance(batch, (tuple, list)) or not batch:
-        raise TypeError(f"batch must be a tuple, list or mapping, got {type(batch).__name__}")
+        raise TypeError(
+            "batch must be a tuple or list (images, labels, ...) or a mapping, got "
+            f"{type(batch).__name__}; images alone are for attack(images, labels)"
+        )
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +16,9 @@ from torchvision.transforms import v2
 from latent_aug import functional as LF
 from latent_aug.arguments import Range, distance, number_range, one_of, positive, probability
 from latent_aug.conditions import condition, labels_in
-from latent_aug.flows import Flow, Glow
+from latent_aug.flows import Flow
 from latent_aug.images import add_difference, downscaled, fit_to_flow, to_batch
-from latent_aug.perturbation import SLIGHTEST, UsesFlow
+from latent_aug.perturbation import UsesFlow
 from latent_aug.regions import Levels, Mask, movable, pixels_of, shrunk
 from latent_aug.structures import named_images, with_items
 
@@ -126,7 +125,7 @@ class LatentPerturb(UsesFlow, v2.Transform):
         self.eps = number_range("eps", eps)
         self.norm = one_of("norm", norm, ("linf", "l2", "rms", None))
         self.p = probability("p", p)
-        self.clip = distance("clip", clip)
+        self.clip = distance("clip", clip, self.norm)
         self.away = bool(away)
         self.resolution = None if resolution is None else positive("resolution", resolution)
         self._use(
@@ -137,14 +136,6 @@ class LatentPerturb(UsesFlow, v2.Transform):
             labels_getter=labels_getter,
             generator=generator,
         )
-        whole = isinstance(self.flow, Glow) and mask is None and levels is None
-        if whole and self.norm == "l2" and 0 < self.eps[1] <= SLIGHTEST:
-            warnings.warn(
-                f"eps={self.eps[1]:g} with norm='l2' is the radius of the whole noise, spread over "
-                "all components: it hardly changes an image. The paper's is 10 for 32x32 images; "
-                "`check_flow` suggests one for yours",
-                stacklevel=2,
-            )
 
     def forward(self, *inputs: Any) -> Any:
         """As every v2 transform does, with the whole sample at hand, where its mask may be."""
@@ -194,6 +185,11 @@ class LatentPerturb(UsesFlow, v2.Transform):
             if x.numel() and kind(x, image) not in draws:
                 draws[kind(x, image)] = self._draw(x, frames_of(image), sample)
         return {"draws": draws}
+
+    @property
+    def _norm_holds(self) -> bool:
+        """Not for a `noise` of the user's own."""
+        return type(self).noise is LatentPerturb.noise
 
     def noise(self, draws: Tensor, eps: LF.Size, mask: Tensor | None) -> Tensor:
         """What is added to the latents; override it for a perturbation of another shape.
@@ -264,7 +260,7 @@ class LatentPerturb(UsesFlow, v2.Transform):
         eps = self._draws.between(*self.eps, len(first), x)
         draws = self._draws.normal(like.shape, x)
         noise = self.noise(draws, eps, mask)
-        if type(self).noise is not LatentPerturb.noise:
+        if not self._norm_holds:
             noise = checked_noise(noise, draws, f"{type(self).__name__}.noise")
         chosen = self._draws.uniform((len(first),), x) < self.p
         y = None

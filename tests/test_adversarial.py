@@ -193,7 +193,7 @@ def test_eps_and_alpha_are_drawn_for_each_sample(norm):
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4))
     images, labels = torch.full((200, 3, 8, 8), 0.5), torch.zeros(200, dtype=torch.long)
     options = {"norm": norm, "flow": Identity(), "steps": 1, "random_start": False}
-    for ranges in ({"alpha": (0.1, 0.2), "eps": 0.9}, {"alpha": 0.9, "eps": (0.1, 0.2)}):
+    for ranges in ({"alpha": (0.1, 0.2), "eps": 0.24}, {"alpha": 0.3, "eps": (0.1, 0.2)}):
         attack = LatentAdversarial(model, **options, **ranges)
         size = length(attack(images, labels) - images, norm)
         assert size.min() == pytest.approx(0.1, abs=0.01)
@@ -228,15 +228,26 @@ def test_p_draws_other_images_each_time(model, batch, glow):
     assert len(chosen) > 1
 
 
+def test_warns_of_steps_across_the_ball(model, glow):
+    with pytest.warns(UserWarning, match="alpha=5 is more than twice eps=1"):
+        LatentAdversarial(model, eps=1.0, alpha=5.0, flow=glow)
+    with pytest.warns(UserWarning, match="alpha=0.5 is more than twice eps=0.1"):
+        LatentAdversarial(model, eps=0.1, norm="linf", flow=glow)  # alpha's default is for l2
+    LatentAdversarial(model, eps=1.0, alpha=1.5, flow=glow)
+    LatentAdversarial(model, eps=0.0, flow=glow)
+
+
 def test_warns_of_a_radius_given_as_standard_deviations(model, glow):
-    with pytest.warns(UserWarning, match="images turn to noise"):
+    with pytest.warns(UserWarning, match="images dissolve"):
         LatentAdversarial(model, norm="linf", flow=glow)  # with the default of l2
-    LatentAdversarial(model, eps=0.9, norm="linf", flow=glow)
+    LatentAdversarial(model, eps=0.1, alpha=0.05, norm="linf", flow=glow)
+    with pytest.warns(UserWarning, match="it hardly changes an image"):
+        LatentAdversarial(model, eps=8 / 255, alpha=4 / 255, flow=glow)  # as for pixels
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_clip_limits_the_change(model, batch, glow, norm):
-    out = LatentAdversarial(model, eps=0.9, alpha=0.9, norm=norm, flow=glow, clip=0.02)(*batch)
+    out = LatentAdversarial(model, eps=0.2, alpha=0.2, norm=norm, flow=glow, clip=0.02)(*batch)
     size = length(out - batch[0], norm)
     assert (size <= 0.0201).all()
     assert (size > 0.01).all()
@@ -539,7 +550,7 @@ def test_lean_and_fast_attacks_agree(model, batch, norm):
     for gradient in ("fast", "lean"):
         torch.manual_seed(2)
         attack = LatentAdversarial(
-            model.double(), eps=0.5, alpha=0.2, norm=norm, flow=flow, gradient=gradient
+            model.double(), eps=0.2, alpha=0.1, norm=norm, flow=flow, gradient=gradient
         )
         results.append(attack(images, batch[1]))
     torch.testing.assert_close(results[1], results[0], atol=1e-6, rtol=0)

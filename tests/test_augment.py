@@ -232,10 +232,10 @@ def test_other_settings_do_not_go_into_the_same_output(data, tmp_path):
         with pytest.raises(ValueError, match="copies of another kind"):
             augment(data, tmp_path / "out", **changes)
     (data / "dog").rename(data / "duck")  # in the same order
-    with pytest.raises(ValueError, match=r"copies of another kind: \{'labels'"):
+    with pytest.raises(ValueError, match=r"copies of another kind: labels other ones"):
         augment(data, tmp_path / "out")
     next(data.rglob("*.png")).unlink()
-    with pytest.raises(ValueError, match=r"copies of another kind: \{'images': \(10, 9\)"):
+    with pytest.raises(ValueError, match=r"copies of another kind: images 10 then, 9 now"):
         augment(data, tmp_path / "out")
     assert contents(tmp_path / "out") == before
     with pytest.raises(ValueError, match="must be empty, it holds"):

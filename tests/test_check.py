@@ -1,9 +1,12 @@
 """Whether a flow suits images, and which eps does."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import Identity, random_glow
+from conftest import ByClass, Identity, random_glow
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2.functional import to_pil_image
 
 from latent_aug import check_flow
@@ -61,6 +64,9 @@ def test_a_classifier_limits_the_label_flips():
     assert found.by_flips < found.by_change
     assert found.eps == found.by_flips
     assert "by label flips" in str(found)
+    shares = [p["flipped"] for p in found.figures["perturbations"]]
+    assert shares[1] <= 0.05 < shares[2]
+    assert f"| {shares[2]:.1%} |" in str(found)
     assert classifier.training
     more = check_flow("glow-fashionmnist", images, classifier=classifier, flips=0.4)
     assert more.by_flips > found.by_flips
@@ -119,10 +125,46 @@ def test_bad_arguments():
         check_flow("glow-fashionmnist", [])
     with pytest.raises(FileNotFoundError, match="there is no folder and no tar nowhere"):
         check_flow("glow-fashionmnist", "nowhere")
-    with pytest.raises(TypeError, match="return logits"):
+    with pytest.raises(TypeError, match=r"return logits .* got a tensor of shape \(2, 1, 28, 28\)"):
         check_flow("glow-fashionmnist", images, classifier=nn.Identity())
-    with pytest.raises(ValueError, match="must be a Glow, got a Identity"):
-        check_flow(Identity(), images)
+    with pytest.raises(TypeError, match="must be a Flow, a name or a path, got a Identity"):
+        check_flow(nn.Identity(), images)
+    with pytest.raises(ValueError, match="normalize is of the classifier's inputs"):
+        check_flow("glow-fashionmnist", images, normalize=([0.5], [0.25]))
+    with pytest.raises(TypeError, match=r"must be a data set or a sequence.*got a DataLoader"):
+        check_flow("glow-fashionmnist", DataLoader(images))
+    with pytest.raises(ValueError, match="leave Normalize out of the data set"):
+        check_flow("glow-fashionmnist", list(images / 50 - 1))
+
+
+def test_a_flow_of_one_s_own_and_one_of_classes():
+    images = smooth(side=8).expand(-1, 3, -1, -1)
+    found = check_flow(Identity(), images)
+    assert found.figures["bits_per_dim"] is None
+    assert "a flow without log_prob" in str(found)
+    assert found.figures["perturbations"][1]["mean_change"] == pytest.approx(10, rel=0.1)
+    labels = torch.arange(12) % 3
+    found = check_flow(ByClass(), TensorDataset(images, labels))
+    changed = check_flow(ByClass(), TensorDataset(images, 2 - labels))
+    assert found.figures["uint8_identical"] == 12
+    assert found.figures["latent_std"] != changed.figures["latent_std"]
+    with pytest.raises(ValueError, match="class-conditional flow needs"):
+        check_flow(ByClass(), images)
+
+
+def test_the_remedy_names_flow_and_size(tmp_path):
+    noise = torch.randint(256, (4, 1, 28, 28), dtype=torch.uint8)
+    found = check_flow("glow-fashionmnist", noise, size=28)
+    assert "latent-aug train DATA --init glow-fashionmnist --size 28 --output" in found.verdict
+    random_glow(channels=1).save_pretrained(tmp_path / "my flow")
+    found = check_flow(tmp_path / "my flow", noise)
+    assert f"--init '{tmp_path / 'my flow'}' --output" in found.remedy
+
+
+def test_few_images_are_called_rough(usual):
+    assert "12 images" in str(usual)
+    assert "few, so that all of this is rough" in str(usual)
+    assert "rough" not in str(replace(usual, figures={**usual.figures, "images": 100}))
 
 
 def test_a_folder_is_opened(tmp_path, usual):

@@ -89,7 +89,7 @@ def test_colours_are_not_dropped_for_a_grey_flow():
     greys = torch.arange(64, dtype=torch.uint8).view(1, 8, 8).expand(3, 8, 8)
     assert UInt8Images([to_pil_image(greys)], 1)[0].unique().numel() == 64  # RGB that is grey
     colours = greys + 20 * torch.arange(3, dtype=torch.uint8)[:, None, None]
-    with pytest.raises(ValueError, match="have colours, and greys of 1 channel"):
+    with pytest.raises(ValueError, match="have colours, and the flow maps grey ones"):
         UInt8Images([to_pil_image(colours)], 1)
     assert UInt8Images([to_pil_image(colours)], 3)[0].equal(colours)
 

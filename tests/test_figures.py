@@ -1,10 +1,12 @@
 """Previews: what is drawn, and that nothing else happens."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ByClass, Identity, random_glow
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from torch import nn
 
@@ -102,6 +104,45 @@ def test_what_cannot_be_drawn_is_an_error():
     for images in ("photos", Path("photos"), Image.new("RGB", (16, 16)), 3):
         with pytest.raises(TypeError, match="a list or a data set of images"):
             preview(LatentPerturb(flow=random_glow()), images)
+    x = torch.rand(2, 3, 16, 16)
+    with pytest.raises(
+        ValueError, match=r"batch \(B, C, H, W\), got a tensor of shape \(3, 16, 16\)"
+    ):
+        preview(LatentPerturb(flow=random_glow()), x[0])
+    with pytest.raises(ValueError, match=r"preview\(transform, \*batch\)"):
+        preview(LatentPerturb(flow=random_glow()), (x, torch.zeros(2)))
+    with pytest.raises(TypeError, match="a LatentAdversarial or a flow, got a Flatten"):
+        preview(nn.Flatten(), x)
+
+
+def test_a_flow_is_perturbed_with_the_defaults(tmp_path):
+    flow, x = random_glow(), torch.rand(2, 3, 16, 16)
+    flow.save_pretrained(tmp_path / "flow")
+    for given in (flow, tmp_path / "flow"):
+        titles = [title for title, _ in pictures(preview(given, x, temperatures=()))]
+        assert "linf 0.25" in titles
+
+
+def test_a_noise_of_one_s_own_has_no_norm():
+    class Own(LatentPerturb):
+        def noise(self, draws, eps, mask):
+            return eps * draws
+
+    own = Own(3.0, flow=Identity())  # not warned of either
+    assert "norm" not in repr(own)
+    titles = [t for t, _ in pictures(preview(own, torch.rand(1, 3, 8, 8), eps=0.5))]
+    assert "eps 0.5" in titles
+
+
+def test_titles_have_room_for_one_eps():
+    images = torch.full((1, 1, 28, 28), 128, dtype=torch.uint8)
+    figure = preview(LatentPerturb(flow="glow-fashionmnist"), images, eps=0.2)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    boxes = [axes.title.get_window_extent(renderer) for axes in figure.subfigs[1].axes]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+    assert boxes[0].x0 >= 0
+    assert boxes[-1].x1 <= figure.bbox.x1
 
 
 def test_images_are_spread_over_a_data_set():

@@ -382,7 +382,7 @@ def test_8_bit_images_cannot_be_normalized(image):
 class TestWarning:
     @pytest.mark.parametrize("norm", ["linf", "rms", None])
     def test_of_a_radius_given_as_standard_deviations(self, norm):
-        with pytest.warns(UserWarning, match="images turn to noise"):
+        with pytest.warns(UserWarning, match="images dissolve"):
             LatentPerturb(10.0, norm=norm, flow=Identity())
         LatentPerturb(1.9, norm=norm, flow=Identity())
         LatentPerturb(10.0, norm="l2", flow=Identity())
@@ -440,6 +440,12 @@ def test_noise_of_one_s_own_that_is_none_is_named(made, error, said):
 
     with pytest.raises(error, match=rf"Own\.noise.*{said}"):
         Own(flow=Identity())(torch.rand(2, 3, 8, 8))
+
+
+def test_clip_is_of_images_in_unit_range():
+    with pytest.raises(ValueError, match=r"clip must be at most 1.*8 / 255"):
+        LatentPerturb(flow=Identity(), clip=8)
+    LatentPerturb(5.0, flow=Identity(), clip=8, norm="l2")
 
 
 def test_noise_of_one_s_own_broadcasts():

@@ -35,7 +35,8 @@ def augment(
         str, typer.Option(help="A bundled name, a directory, or org/repo on the hub.")
     ] = "glow-cifar10",
     eps: Annotated[
-        float | None, typer.Option(help="Size of the perturbation, else 0.25, and 10 for l2.")
+        float | None,
+        typer.Option(help="Else 0.25, or 10 for l2, which is for 32 x 32 images."),
     ] = None,
     norm: Annotated[Norm, NORM] = "linf",
     resolution: Annotated[int | None, RESOLUTION] = None,

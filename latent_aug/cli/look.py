@@ -61,7 +61,7 @@ def check(
         loaded = load_flow(flow)
         images = images_for(loaded, open_images(data, root=root), size)
         found = check_flow(
-            loaded,  # type: ignore[arg-type]  # it says so if it is no Glow
+            loaded,
             images,
             norm=norm,
             grey_levels=grey_levels,
@@ -127,7 +127,10 @@ def imported_model(name: str) -> nn.Module:
     """The model, or what the function returns, that "module:name" names."""
     found = imported("classifier", name)
     if callable(found) and not isinstance(found, nn.Module):
-        found = found()
+        try:
+            found = found()
+        except TypeError as error:
+            raise ValueError(f"--classifier {name}, called without arguments: {error}") from error
     if not isinstance(found, nn.Module):
         raise ValueError(
             f"--classifier must name a torch model, or a function that returns one, got {name!r}, "

@@ -123,7 +123,7 @@ def train(
             return
         measured = images_for(trained, images if held_out is None else held_out, size)
         typer.echo(f"measuring the flow on {len(measured)} images, for its card and eps", err=True)
-        found = check_flow(trained, measured) if isinstance(trained, Glow) else None
+        found = check_flow(output, measured)  # by its directory, which the verdict names
         card = write_card(
             trained,
             measured,
@@ -135,15 +135,14 @@ def train(
             images_seen=steps * min(batch_size, len(images)),
             minutes=minutes_of(output),
             licence=licence,
-            eps=0.25 if found is None else float(f"{found.eps:.2g}"),
-            problems=None if found is None else found.problems,
+            eps=float(f"{found.eps:.2g}"),
+            problems=found.problems,
             note=note,
             dataset=dataset,
         )
     whose = "images" if validation else "training images"
     typer.echo(f"{output}: {card['bits_per_dim']:.3f} bits/dim on {card['images']} {whose}")
-    if found is not None:
-        typer.echo(found.verdict)
+    typer.echo(found.verdict)
 
 
 def launcher(processes: int) -> list[str]:
