@@ -109,3 +109,24 @@ def test_results_are_drawn_from_the_runs(place, monkeypatch):
     assert (first, last) == ("Before.", "After.")
     assert row in drawn
     assert "old" not in drawn
+
+
+def test_the_readme_and_the_results_are_those_of_the_runs(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import draw
+
+    kept, readme = draw.OUTPUT.read_text(), draw.README.read_text()
+    monkeypatch.setattr(draw, "OUTPUT", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(draw, "README", tmp_path / "README.md")
+    monkeypatch.setattr(draw, "plot", lambda runs, path: None)
+    monkeypatch.setattr(draw, "figure2", list)
+    (tmp_path / "README.md").write_text(readme)
+    draw.main()
+    assert draw.README.read_text() == readme
+    drawn = [line for line in draw.OUTPUT.read_text().split("\n") if line.startswith("|")]
+    assert set(drawn) <= set(kept.split("\n"))
+    cells = [row.split(" | ") for row in reversed(drawn)]  # the first table's win
+    means = {method: mean.strip("*").split()[0] for method, mean, *_ in cells}
+    first = readme.split("```")[0]  # its first paragraph quotes these
+    for method in ("common", "randaugment", "LatentPerturb linf 0.25", "LatentAdversarial k3 p0.5"):
+        assert means[f"| {method}"] in first, method

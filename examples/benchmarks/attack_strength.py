@@ -65,7 +65,7 @@ def cifar10(folder: Path) -> tuple[nn.Module, Tensor, Tensor, str]:
         F.cross_entropy(model(x), labels[chosen]).backward()
         optimizer.step()
         schedule.step()
-    return model.eval(), *read(folder / "test", TEST_IMAGES // 10), "glow-cifar10-small"
+    return model.eval(), *read(folder / "test", TEST_IMAGES // 10), "glow-cifar10"
 
 
 def read(folder: Path, per_class: int) -> tuple[Tensor, Tensor]:
