@@ -149,6 +149,12 @@ class LatentAdversarial(UsesFlow):
                 "across the whole ball; alpha is usually half of eps, in the same norm",
                 stacklevel=2,
             )
+        if 2 * self.alpha[1] * self.steps < self.eps[0]:
+            warnings.warn(
+                f"{self.steps} steps of alpha={self.alpha[1]:g} do not get half as far as "
+                f"eps={self.eps[0]:g}: alpha is usually half of eps",
+                stacklevel=2,
+            )
         self.gradient = one_of("gradient", gradient, ("auto", "fast", "lean"))
         if gradient != "auto" and not has_argument(self.flow.decode, "gradient"):
             raise ValueError(
@@ -234,7 +240,8 @@ class LatentAdversarial(UsesFlow):
         if labels is None:
             raise ValueError(
                 "labels='true' needs labels: second in a tuple, or in a mapping under one of "
-                f"{LABEL_KEYS}; name them with labels_getter= otherwise"
+                f"{LABEL_KEYS}; name them with labels_getter= otherwise, or call "
+                "attack(images, labels)"
             )
         if self.loss is not None and not isinstance(labels, Tensor):
             return  # whatever it takes

@@ -17,7 +17,7 @@ from latent_aug import functional as LF
 from latent_aug.arguments import one_of, positive
 from latent_aug.classifier import lent
 from latent_aug.data import as_batch, check_sides, images_for, open_images
-from latent_aug.flows import Flow
+from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
 from latent_aug.hub import load_flow
 from latent_aug.images import Normalization
 from latent_aug.measure import mean_change, measure_flow, problems_of, rows
@@ -27,6 +27,7 @@ GREY_LEVELS = 10.0
 
 CALIBRATED_ON = 200  # images
 CHUNK = 50  # of them at a time
+MOST_ALIKE = 0.9  # share of the predictions that may be of one class
 FEW = 100  # images below which figures are rough
 LOWEST, HIGHEST = 1e-3, 1e3  # eps
 
@@ -45,7 +46,7 @@ class FlowCheck:
         by_flips: The greatest eps that flips no more than the asked share of the classifier's
             predictions, `LOWEST` if there is none; None without a classifier.
         problems: What does not fit, one sentence each; empty if the flow suits the images.
-        remedy: The command that fine-tunes the flow on such images.
+        remedy: What to do about it: for a flow of the package the command that fine-tunes it.
     """
 
     figures: dict[str, Any]
@@ -88,10 +89,7 @@ class FlowCheck:
         """What does not fit, a line each, and the conclusion."""
         conclusion = "The flow suits these images."
         if not self.fits:
-            conclusion = (
-                "The flow does not suit these images as it is: fine-tune it on them, labels not "
-                f"needed, with `{self.remedy}`, or use another."
-            )
+            conclusion = f"The flow does not suit these images as it is: {self.remedy}"
         return "\n".join([*(f"- {problem}" for problem in self.problems), conclusion])
 
 
@@ -155,6 +153,8 @@ def check_flow(
             "normalize is of the classifier's inputs, and there is no classifier; images come in "
             "[0, 1], before Normalize"
         )
+    if not isinstance(classifier, (nn.Module, type(None))):
+        raise TypeError(f"classifier must be an nn.Module, got a {type(classifier).__name__}")
     loaded = load_flow(flow) if isinstance(flow, (str, Path)) else flow
     if not isinstance(loaded, Flow):
         raise TypeError(f"flow must be a Flow, a name or a path, got a {type(loaded).__name__}")
@@ -192,19 +192,29 @@ def check_flow(
     problems = [*problems_of(figures)]
     if by_change >= HIGHEST:
         problems.append(f"no eps changes pixels by {grey_levels:g} grey levels on average")
+    if classifier is not None and len(labels) > 1 and share_of_largest(labels) > MOST_ALIKE:
+        problems.append(
+            f"the classifier puts {share_of_largest(labels):.0%} of the images into one class, so "
+            "that flips say nothing: it is not trained, or its inputs need normalize"
+        )
     if by_flips is not None and by_flips <= LOWEST:
         problems.append(f"no eps flips {flips:.0%} or less of the predictions")
-    remedy = fine_tuning(loaded, pixels.size)
+    remedy = remedy_for(loaded, pixels.size)
     return FlowCheck(figures, norm, eps, by_change, by_flips, tuple(problems), remedy)
 
 
-def fine_tuning(flow: Flow, size: int | None) -> str:
-    """The command that fine-tunes a flow on the images that were looked at."""
+def remedy_for(flow: Flow, size: int | None) -> str:
+    """What to do about a flow that does not suit the images that were looked at."""
+    if not isinstance(flow, (Glow, ConditionalDenseFlow)):
+        return (
+            "train it on them, see that decode undoes encode, and whiten its latents (mean 0, "
+            "standard deviation 1)."
+        )
     name = flow.loaded_from[0] if flow.loaded_from else "FLOW"
     options = f"--size {size} " if size else ""
     return (
-        f"latent-aug train DATA --init {shlex.quote(name)} {options}--output DIRECTORY --lr 2e-4 "
-        "--steps 1000"
+        "fine-tune it on them, labels not needed, with `latent-aug train DATA --init "
+        f"{shlex.quote(name)} {options}--output DIRECTORY --lr 2e-4 --steps 1000`, or use another."
     )
 
 
@@ -236,7 +246,12 @@ def predictions(classifier: nn.Module, normalization: Normalization) -> Callable
         x = x.to(next(classifier.parameters(), x).device)
         inputs = normalization.apply(x.nan_to_num().clamp(0, 1))
         with lent(classifier, "eval") as model:
-            outputs = [model(part) for part in inputs.split(CHUNK)]
+            try:
+                outputs = [model(part) for part in inputs.split(CHUNK)]
+            except RuntimeError as error:
+                raise ValueError(
+                    f"classifier fails on images of shape {tuple(inputs[:CHUNK].shape)}: {error}"
+                ) from error
         if not all(isinstance(logits, Tensor) and logits.ndim == 2 for logits in outputs):
             raise TypeError(
                 "classifier must take images (B, C, H, W) and return logits (B, classes), got "
@@ -252,6 +267,11 @@ def shape_of(output: Any) -> str:
     if isinstance(output, Tensor):
         return f"a tensor of shape {tuple(output.shape)}"
     return f"a {type(output).__name__}"
+
+
+def share_of_largest(labels: Tensor) -> float:
+    """Of the predictions (B,), the share of the most frequent class."""
+    return float(labels.bincount().max()) / len(labels)
 
 
 def greatest(holds: Callable[[float], bool]) -> float:

@@ -209,7 +209,8 @@ class UInt8Images(Dataset[Tensor]):
             raise ValueError(f"dataset must have a length above 0, got {type(dataset).__name__}")
         if not hasattr(dataset, "__getitem__"):
             raise TypeError(
-                f"images must be a data set or a sequence of them, got a {type(dataset).__name__}"
+                "images must be a data set or a sequence of them (of a loader, its dataset), got a "
+                f"{type(dataset).__name__}"
             )
         self.dataset, self.channels, self.count = dataset, channels, len(dataset)
         self.size: int | None = size or (dataset.size if isinstance(dataset, UInt8Images) else None)

@@ -79,6 +79,10 @@ def preview(
             f"{type(transform).__name__}"
         )
     check_images(images)
+    if labels is not None and not isinstance(labels, Tensor):
+        raise TypeError(
+            f"labels must be a tensor (B,), got a {type(labels).__name__}; sizes are named, eps="
+        )
     places = torch.linspace(0, len(images) - 1, min(len(images), MOST_IMAGES)).long().tolist()
     chosen = [image_of(images[i]) for i in places]
     kinds = {getattr(image, "dtype", torch.uint8) for image in chosen}
@@ -120,8 +124,8 @@ def check_images(images: Any) -> None:
     several = hasattr(images, "__len__") and hasattr(images, "__getitem__")
     if isinstance(images, (str, Path)) or not several:
         raise TypeError(
-            "images must be a batch, a list or a data set of images, as torchvision's ImageFolder "
-            f"is, got {type(images).__name__}"
+            "images must be a batch, a list or a data set of images (of a loader, its dataset), "
+            f"got {type(images).__name__}"
         )
     if isinstance(images, Tensor) and images.ndim != 4:
         raise ValueError(

@@ -175,8 +175,8 @@ def read_flow(directory: Path) -> Flow:
     if not isinstance(architecture, str) or architecture not in Flow.architectures:
         known = ", ".join(sorted(Flow.architectures))
         raise ValueError(
-            f"{directory / CONFIG_NAME}: unknown architecture {architecture!r}; known: {known}; "
-            "import the module first that defines it"
+            f"{directory / CONFIG_NAME}: unknown architecture {architecture!r}; known: {known}; a "
+            "flow of your own is known in Python, once its module is imported"
         )
     try:
         # The caller's random draws stay as they were.

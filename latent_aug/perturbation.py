@@ -21,6 +21,9 @@ from latent_aug.regions import Levels, Mask, check_levels, check_mask
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+WRONG_NORMALIZE = (
+    "these are what undoing normalize= gives, so the images have been through another one, or none"
+)
 ENOUGH = 8  # samples in a row that could not be perturbed, before a warning
 
 
@@ -135,7 +138,7 @@ class UsesFlow:
         """A float batch in the user's units as one in [0, 1], its range checked."""
         x = self._normalization.undo(images)
         if x.is_cpu or x.device not in self._checked_devices:  # elsewhere a check is a sync
-            check_range(x)
+            check_range(x, *((WRONG_NORMALIZE,) if self.normalizes else ()))
             self._checked_devices.add(x.device)
         return x.clamp(0, 1)
 

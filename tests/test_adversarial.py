@@ -235,6 +235,9 @@ def test_warns_of_steps_across_the_ball(model, glow):
         LatentAdversarial(model, eps=0.1, norm="linf", flow=glow)  # alpha's default is for l2
     LatentAdversarial(model, eps=1.0, alpha=1.5, flow=glow)
     LatentAdversarial(model, eps=0.0, flow=glow)
+    with pytest.warns(UserWarning, match="3 steps of alpha=0.5 do not get half as far as eps=10"):
+        LatentAdversarial(model, eps=10.0, flow=glow)
+    LatentAdversarial(model, eps=3.0, flow=glow)
 
 
 def test_warns_of_a_radius_given_as_standard_deviations(model, glow):

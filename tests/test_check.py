@@ -159,12 +159,22 @@ def test_the_remedy_names_flow_and_size(tmp_path):
     random_glow(channels=1).save_pretrained(tmp_path / "my flow")
     found = check_flow(tmp_path / "my flow", noise)
     assert f"--init '{tmp_path / 'my flow'}' --output" in found.remedy
+    assert "whiten its latents" in check_flow(Identity(), noise.expand(-1, 3, -1, -1)).remedy
 
 
 def test_few_images_are_called_rough(usual):
     assert "12 images" in str(usual)
     assert "few, so that all of this is rough" in str(usual)
     assert "rough" not in str(replace(usual, figures={**usual.figures, "images": 100}))
+
+
+def test_a_classifier_of_one_answer_is_no_measure():
+    found = check_flow("glow-fashionmnist", smooth(), classifier=Projection(threshold=1e6))
+    assert any("puts 100% of the images into one class" in p for p in found.problems)
+    with pytest.raises(ValueError, match=r"classifier fails on images of shape \(12, 1, 28, 28\)"):
+        check_flow("glow-fashionmnist", smooth(), classifier=nn.Conv2d(3, 1, 1))
+    with pytest.raises(TypeError, match=r"classifier must be an nn\.Module, got a str"):
+        check_flow("glow-fashionmnist", smooth(), classifier="mine:net")
 
 
 def test_a_folder_is_opened(tmp_path, usual):

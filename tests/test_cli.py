@@ -201,10 +201,13 @@ def test_pictures_are_known_to_be_drawable_early(tmp_path):
         result = call(command, "nowhere", "nothing", "--picture", tmp_path / "a.xyz")
         assert result.exit_code == 1
         assert "--picture must end in one of" in result.output
+        result = call(command, "nowhere", "nothing", "--picture", tmp_path / "no" / "a.png")
+        assert result.exit_code == 1
+        assert "there is no directory" in result.output
 
 
 def test_preview_draws(tmp_path):
-    data, picture = smooth_folder(tmp_path / "images"), tmp_path / "new" / "preview.png"
+    data, picture = smooth_folder(tmp_path / "images"), tmp_path / "preview.png"
     options = ("--picture", picture, "--eps", 0.2, "--eps", 0.4)
     result = call("preview", "glow-fashionmnist", data, *options)
     assert result.exit_code == 0, result.output

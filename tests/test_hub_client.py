@@ -196,6 +196,6 @@ def test_the_environment_s_variables_are_obeyed(hub, tmp_path):
     assert width == "8"
     hub.calls.clear()
     nothing, width = run("1")
-    assert "there is no directory someone/nothing" in nothing
+    assert "someone/nothing; as a repository on the hub" in nothing
     assert width == "8"
     assert hub.calls == []

@@ -129,8 +129,10 @@ def imported_model(name: str) -> nn.Module:
     if callable(found) and not isinstance(found, nn.Module):
         try:
             found = found()
-        except TypeError as error:
-            raise ValueError(f"--classifier {name}, called without arguments: {error}") from error
+        except Exception as error:  # the user's own code
+            raise ValueError(
+                f"--classifier {name}, called without arguments: {type(error).__name__}: {error}"
+            ) from error
     if not isinstance(found, nn.Module):
         raise ValueError(
             f"--classifier must name a torch model, or a function that returns one, got {name!r}, "

@@ -42,15 +42,16 @@ def errors_as_messages() -> Iterator[None]:
 
 
 def drawable(picture: Path) -> Path:
-    """The path of a picture to be drawn later, its folder made; known early, before long work.
+    """The path of a picture to be drawn later, refused before long work if it cannot be.
 
     Raises:
-        ValueError: Its ending is no format that matplotlib writes.
+        ValueError: Its ending is no format that matplotlib writes, or its folder is not there.
     """
     from matplotlib.backend_bases import FigureCanvasBase
 
     formats = FigureCanvasBase.get_supported_filetypes()
     if picture.suffix.lstrip(".").lower() not in formats:
         raise ValueError(f"--picture must end in one of {', '.join(formats)}, got {picture}")
-    picture.parent.mkdir(parents=True, exist_ok=True)
+    if not picture.parent.is_dir():
+        raise ValueError(f"--picture: there is no directory {picture.parent}")
     return picture
