@@ -274,7 +274,10 @@ class LatentAdversarial(UsesFlow):
         decode = self._decode()
 
         def images_at(delta: Tensor) -> Tensor:
-            images = self._to_image(decode(z + delta, y), x, pixels).to(original.dtype)
+            decoded = decode(z + delta, y)
+            if delta.requires_grad and not decoded.requires_grad:
+                raise ValueError(f"{type(self.flow).__name__}.decode detaches: it has no gradient")
+            images = self._to_image(decoded, x, pixels).to(original.dtype)
             return images.contiguous(memory_format=layout_of(original))
 
         with lent(self.model, self.model_mode) as model, torch.enable_grad():

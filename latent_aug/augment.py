@@ -196,7 +196,7 @@ class Job:
         self.device = torch.device(device) if device else own_device()
         self.output = Path(config.output)
         self.classes: list[str] = [str(name) for name in getattr(dataset, "classes", None) or []]
-        self.unreadable = 0
+        self.unreadable, self.left_out = 0, set[int]()  # samples, and the images that they are of
         self._order: tuple[int, list[int]] = (-1, [])  # the last one's copy and order
         self.samples = self.count * (config.copies + config.originals)
         self.shards = -(-self.samples // config.shard_size)
@@ -270,7 +270,9 @@ class Job:
                     f"{error}; mend or replace the file and start again, which goes on from here, "
                     "or leave such images out: --skip-unreadable, in Python skip_unreadable=True"
                 ) from error
-            warnings.warn(f"left out: {error}", stacklevel=2)
+            if index not in self.left_out:
+                self.left_out.add(index)
+                warnings.warn(f"left out: {error}", stacklevel=2)
             return None
         image = to_uint8(sample, self.channels, self.config.size)
         source = sample[0] if isinstance(sample, (tuple, list)) else sample

@@ -19,7 +19,7 @@ from latent_aug.classifier import lent
 from latent_aug.data import as_batch, check_sides, images_for, open_images
 from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
 from latent_aug.hub import load_flow
-from latent_aug.images import Normalization
+from latent_aug.images import Normalization, encoded
 from latent_aug.measure import mean_change, measure_flow, problems_of, rows
 
 GREY_LEVELS = 10.0
@@ -226,7 +226,7 @@ def perturbed_by(
     device = next(flow.parameters(), pixels).device
     classes = [None] * len(pixels.split(CHUNK)) if y is None else y.to(device).split(CHUNK)
     parts = zip(pixels.split(CHUNK), classes, strict=True)
-    z = torch.cat([flow.encode(part.to(device) / 255, own) for part, own in parts])
+    z = torch.cat([encoded(flow, part.to(device) / 255, own) for part, own in parts])
     draws = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z)
 
     @torch.no_grad()

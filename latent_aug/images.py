@@ -174,6 +174,25 @@ def fit_to_flow(x: Tensor, flow: Flow) -> Tensor:
     return F.pad(x, (0, right, 0, below), mode="replicate") if below or right else x
 
 
+def encoded(flow: Flow, x: Tensor, y: Tensor | None) -> Tensor:
+    """Latents of images in [0, 1] of a size that the flow maps.
+
+    Raises:
+        TypeError, ValueError: What the flow gives is no tensor of the images' shape.
+    """
+    z = flow.encode(x, y)
+    if not isinstance(z, Tensor):
+        raise TypeError(
+            f"{type(flow).__name__}.encode must return a tensor, got {type(z).__name__}"
+        )
+    if z.shape != x.shape:
+        raise ValueError(
+            f"{type(flow).__name__}.encode must return latents of the images' shape "
+            f"{tuple(x.shape)}, got {tuple(z.shape)}"
+        )
+    return z
+
+
 def downscaled(x: Tensor, resolution: int | None) -> Tensor:
     """A copy whose shorter side has so many pixels; x itself where that is no less than it has."""
     height, width = x.shape[-2:]

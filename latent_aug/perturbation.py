@@ -14,7 +14,13 @@ from latent_aug import functional as LF
 from latent_aug.arguments import number_range
 from latent_aug.flows import Flow, Glow
 from latent_aug.hub import HeldFlow
-from latent_aug.images import FallbackCounter, Normalization, check_range, fit_to_flow
+from latent_aug.images import (
+    FallbackCounter,
+    Normalization,
+    check_range,
+    encoded,
+    fit_to_flow,
+)
 from latent_aug.randomness import Draws
 from latent_aug.regions import Levels, Mask, check_levels, check_mask
 
@@ -144,7 +150,7 @@ class UsesFlow:
 
     def _encode(self, x: Tensor, y: Tensor | None) -> Tensor:
         """Latents of images in [0, 1], padded to a size that the flow maps."""
-        return self.flow.encode(fit_to_flow(x, self.flow), y)
+        return encoded(self.flow, fit_to_flow(x, self.flow), y)
 
     def _to_image(self, decoded: Tensor, x: Tensor, pixels: Tensor | None) -> Tensor:
         """What the flow decoded as an image beside x: in the user's units, at most `clip` away."""

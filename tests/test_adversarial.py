@@ -228,6 +228,15 @@ def test_p_draws_other_images_each_time(model, batch, glow):
     assert len(chosen) > 1
 
 
+def test_a_flow_that_detaches_is_named(model, batch):
+    class Gone(Identity):
+        def decode(self, z, y=None):
+            return super().decode(z, y).detach()
+
+    with pytest.raises(ValueError, match=r"Gone\.decode detaches"):
+        LatentAdversarial(model, flow=Gone())(*batch)
+
+
 def test_warns_of_steps_across_the_ball(model, glow):
     with pytest.warns(UserWarning, match="alpha=5 is more than twice eps=1"):
         LatentAdversarial(model, eps=1.0, alpha=5.0, flow=glow)

@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from latent_aug import Flow, LatentPerturb
+from latent_aug import Flow, LatentPerturb, check_flow
 
 
 def pil(mode, size=(16, 16)):
@@ -446,6 +446,25 @@ def test_clip_is_of_images_in_unit_range():
     with pytest.raises(ValueError, match=r"clip must be at most 1.*8 / 255"):
         LatentPerturb(flow=Identity(), clip=8)
     LatentPerturb(5.0, flow=Identity(), clip=8, norm="l2")
+
+
+@pytest.mark.parametrize(
+    ("latents", "error", "said"),
+    [
+        (lambda x: x.flatten(1), ValueError, r"images' shape \(2, 3, 8, 8\), got \(2, 192\)"),
+        (lambda x: (x, 0), TypeError, "return a tensor, got tuple"),
+    ],
+)
+def test_latents_of_another_shape_are_named(latents, error, said):
+    class Flat(Identity):
+        def encode(self, x, y=None):
+            return latents(x)
+
+    x = torch.full((2, 3, 8, 8), 100, dtype=torch.uint8)
+    with pytest.raises(error, match=rf"Flat\.encode .*{said}"):
+        LatentPerturb(flow=Flat())(x)
+    with pytest.raises(error, match=said):
+        check_flow(Flat(), x)
 
 
 def test_noise_of_one_s_own_broadcasts():
