@@ -20,7 +20,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 from latent_aug.arguments import natural, one_of, positive
-from latent_aug.data import EncodedImages, digest, to_uint8
+from latent_aug.data import EncodedImages, digest, image_of, spread, to_uint8
 from latent_aug.files import replaced, write_json, write_whole
 from latent_aug.images import GREY_MODES
 from latent_aug.randomness import mixed, rank_and_count
@@ -228,14 +228,10 @@ class Job:
         """The samples of a shard, encoded."""
         step = self.config.batch_size
         for first in range(items.start, items.stop, step):
-            read: dict[tuple[int, int], Item] = {}
             chosen = [self.chosen(k) for k in range(first, min(first + step, items.stop))]
-            for index, copy in chosen:
-                item = self.read(index)
-                if item is None:
-                    self.unreadable += 1
-                else:
-                    read[index, copy] = item
+            found = ((key, self.read(key[0])) for key in chosen)
+            read = {key: item for key, item in found if item is not None}
+            self.unreadable += len(chosen) - len(read)
             groups: dict[Any, list[tuple[int, int]]] = {}
             for (index, copy), item in read.items():
                 if copy:
@@ -275,15 +271,18 @@ class Job:
                 warnings.warn(f"left out: {error}", stacklevel=2)
             return None
         image = to_uint8(sample, self.channels, self.config.size)
-        source = sample[0] if isinstance(sample, (tuple, list)) else sample
+        source = image_of(sample)
         grey = isinstance(source, Image.Image) and source.mode in GREY_MODES
+        return Item(image, self.label_of(sample, index), grey)
+
+    def label_of(self, sample: Any, index: int) -> int | None:
+        """A sample's label, where it has one."""
         if isinstance(self.dataset, EncodedImages):
-            labels = self.dataset.labels
-            return Item(image, None if labels is None else labels[index], grey)
+            return None if self.dataset.labels is None else self.dataset.labels[index]
         if not isinstance(sample, (tuple, list)) or len(sample) < 2:
-            return Item(image, None, grey)
+            return None
         try:
-            return Item(image, operator.index(sample[1]), grey)
+            return operator.index(sample[1])
         except TypeError as error:
             raise ValueError(
                 f"labels must be class indices, image {index} has {sample[1]!r}"
@@ -357,10 +356,9 @@ class Job:
 
     def settings(self) -> dict[str, Any]:
         """What decides the shards' content."""
-        some = torch.linspace(0, self.count - 1, min(self.count, 16)).long().tolist()
         free = ("output", "skip_unreadable")  # to be another when the job goes on
         config = {k: v for k, v in asdict(self.config).items() if k not in free}
-        read = (self.read(index) for index in some)
+        read = (self.read(index) for index in spread(self.count, 16))
         return {
             **config,
             "transform": repr(self.transform),

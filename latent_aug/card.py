@@ -15,7 +15,7 @@ from latent_aug.figures import preview
 from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
 from latent_aug.flows.base import CARD_NAME, WEIGHTS_NAME
 from latent_aug.hub import sha256
-from latent_aug.measure import measure_flow, problems_of, rows
+from latent_aug.measure import measure_flow, rows
 from latent_aug.transforms import LatentPerturb
 
 PICTURE_NAME = "preview.png"
@@ -111,7 +111,7 @@ def write_card(
     minutes: float,
     licence: str,
     eps: float = 0.25,
-    problems: Iterable[str] | None = None,
+    problems: Iterable[str],
     note: str = "",
     dataset: str | None = None,
 ) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def write_card(
         minutes: Time that training took.
         licence: Of the weights.
         eps: Suggested linf eps.
-        problems: What does not fit, from `check_flow`; by the card's own figures if None.
+        problems: What does not fit, from `check_flow`.
         note: A paragraph on the training, such as caveats of the data.
         dataset: The training data's name on the Hugging Face hub, for the card's metadata.
     """
@@ -150,7 +150,7 @@ def write_card(
         picture=PICTURE_NAME,
         sha256=sha256(output / WEIGHTS_NAME),
         table="\n".join(rows(figures)),
-        verdict=verdict_of(problems_of(figures) if problems is None else problems),
+        verdict=verdict_of(problems),
         command=command,
         training_data=training_data,
         origin=f"Fine-tuned from {fine_tuned_from}" if fine_tuned_from else "Trained",

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 from latent_aug import functional as LF
 from latent_aug.arguments import one_of, positive
 from latent_aug.classifier import lent
-from latent_aug.data import as_batch, check_sides, images_for, open_images
+from latent_aug.data import as_batch, check_sides, images_for, open_images, spread
 from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
 from latent_aug.hub import load_flow
 from latent_aug.images import Normalization, encoded
@@ -165,7 +165,7 @@ def check_flow(
     check_sides(pixels, loaded)
     places = pixels.spread(count)
     chosen, y = as_batch(pixels.__getitems__(places)), pixels.classes_at(places)
-    some = torch.linspace(0, len(chosen) - 1, min(len(chosen), CALIBRATED_ON)).long()
+    some = spread(len(chosen), CALIBRATED_ON)
     moved = perturbed_by(loaded, chosen[some], None if y is None else y[some], norm, seed)
     x = moved(0.0).clamp(0, 1)
     by_change = greatest(lambda eps: float(mean_change(moved(eps), x).mean()) <= grey_levels)
@@ -186,19 +186,20 @@ def check_flow(
         seed=seed,
         progress=progress,
     )
-    if classifier is not None:
-        for perturbation in figures["perturbations"]:
-            perturbation["flipped"] = flipped(perturbation["eps"])
     problems = [*problems_of(figures)]
     if by_change >= HIGHEST:
         problems.append(f"no eps changes pixels by {grey_levels:g} grey levels on average")
-    if classifier is not None and len(labels) > 1 and share_of_largest(labels) > MOST_ALIKE:
-        problems.append(
-            f"the classifier puts {share_of_largest(labels):.0%} of the images into one class, so "
-            "that flips say nothing: it is not trained, or its inputs need normalize"
-        )
-    if by_flips is not None and by_flips <= LOWEST:
-        problems.append(f"no eps flips {flips:.0%} or less of the predictions")
+    if by_flips is not None:
+        for perturbation in figures["perturbations"]:
+            perturbation["flipped"] = flipped(perturbation["eps"])
+        alike = float(labels.bincount().max()) / len(labels)
+        if len(labels) > 1 and alike > MOST_ALIKE:
+            problems.append(
+                f"the classifier puts {alike:.0%} of the images into one class, so that flips say "
+                "nothing: it is not trained, or its inputs need normalize"
+            )
+        if by_flips <= LOWEST:
+            problems.append(f"no eps flips {flips:.0%} or less of the predictions")
     remedy = remedy_for(loaded, pixels.size)
     return FlowCheck(figures, norm, eps, by_change, by_flips, tuple(problems), remedy)
 
@@ -267,11 +268,6 @@ def shape_of(output: Any) -> str:
     if isinstance(output, Tensor):
         return f"a tensor of shape {tuple(output.shape)}"
     return f"a {type(output).__name__}"
-
-
-def share_of_largest(labels: Tensor) -> float:
-    """Of the predictions (B,), the share of the most frequent class."""
-    return float(labels.bincount().max()) / len(labels)
 
 
 def greatest(holds: Callable[[float], bool]) -> float:

@@ -146,6 +146,16 @@ def open_images(source: str | Path, *, root: str | Path = "data", train: bool = 
         raise ValueError(f"torchvision's {name} needs more than a root folder: {error}") from error
 
 
+def image_of(sample: Any) -> Any:
+    """The image of a data set's sample: alone, or first in a tuple."""
+    return sample[0] if isinstance(sample, (tuple, list)) else sample
+
+
+def spread(length: int, count: int) -> list[int]:
+    """Up to `count` indices of so many, evenly spread from the first to the last."""
+    return torch.linspace(0, length - 1, min(count, length)).long().tolist()
+
+
 def to_uint8(sample: Any, channels: int, size: int | None = None) -> Tensor:
     """The image of a sample (alone, or first in a tuple) as uint8 (channels, H, W).
 
@@ -158,7 +168,7 @@ def to_uint8(sample: Any, channels: int, size: int | None = None) -> Tensor:
         ValueError: The image has other channels, colours for 1 channel, or is out of range.
         TypeError: Its PIL mode has no fixed range.
     """
-    image = sample[0] if isinstance(sample, (tuple, list)) else sample
+    image = image_of(sample)
     if isinstance(image, Image.Image):
         check_mode(image)
         if channels == 1 and has_colour(image):
@@ -212,8 +222,8 @@ class UInt8Images(Dataset[Tensor]):
                 "images must be a data set or a sequence of them (of a loader, its dataset), got a "
                 f"{type(dataset).__name__}"
             )
-        self.dataset, self.channels, self.count = dataset, channels, len(dataset)
-        self.size: int | None = size or (dataset.size if isinstance(dataset, UInt8Images) else None)
+        self.dataset, self.channels, self.size, self.count = dataset, channels, size, len(dataset)
+        self.num_classes = num_classes
         self.kept: Tensor | None = None
         self.labels = classes_in(dataset, num_classes) if num_classes else None
         self.shape = to_uint8(self.read(0), channels, size).shape
@@ -251,7 +261,7 @@ class UInt8Images(Dataset[Tensor]):
 
     def spread(self, count: int) -> list[int]:
         """Up to `count` indices, evenly spread: a folder is sorted by class."""
-        return torch.linspace(0, self.count - 1, min(count, self.count)).long().tolist()
+        return spread(self.count, count)
 
     def __getitems__(self, indices: Iterable[int]) -> list[Tensor] | Tensor:
         """A whole batch at once; the DataLoader calls this where it exists."""
@@ -290,6 +300,10 @@ def as_batch(samples: Tensor | list[Tensor]) -> Tensor:
 
 def images_for(flow: Flow, dataset: Any, size: int | None = None) -> UInt8Images:
     """A dataset's images as a flow's trainer reads them, with classes where the flow has some."""
+    if isinstance(dataset, UInt8Images) and size is None:
+        read_for = (dataset.channels, dataset.num_classes)
+        if read_for == (flow.channels, flow.num_classes):
+            return dataset
     return UInt8Images(dataset, flow.channels, size, num_classes=flow.num_classes)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from latent_aug.adversarial import LatentAdversarial
 from latent_aug.arguments import number_range
+from latent_aug.data import image_of, spread
 from latent_aug.flows import Flow
 from latent_aug.images import downscaled, fit_to_flow, to_batch
 from latent_aug.transforms import LatentPerturb
@@ -83,7 +84,7 @@ def preview(
         raise TypeError(
             f"labels must be a tensor (B,), got a {type(labels).__name__}; sizes are named, eps="
         )
-    places = torch.linspace(0, len(images) - 1, min(len(images), MOST_IMAGES)).long().tolist()
+    places = spread(len(images), MOST_IMAGES)
     chosen = [image_of(images[i]) for i in places]
     kinds = {getattr(image, "dtype", torch.uint8) for image in chosen}
     if transform.normalizes and torch.uint8 in kinds:
@@ -137,11 +138,6 @@ def check_images(images: Any) -> None:
     first = images[0]
     if isinstance(images, (tuple, list)) and isinstance(first, Tensor) and first.ndim == 4:
         raise ValueError("images must be images alone, got a batch: preview(transform, *batch)")
-
-
-def image_of(sample: Any) -> Any:
-    """The image of a data set's sample."""
-    return sample[0] if isinstance(sample, (tuple, list)) else sample
 
 
 def around(eps: tuple[float, float]) -> list[float]:

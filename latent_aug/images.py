@@ -22,6 +22,13 @@ from latent_aug.flows import Flow
 
 GREY_MODES = ("1", "L", "LA")  # of PIL
 GREY_TOLERANCE = 8  # levels between the channels of a grey that JPEG may make
+BEFORE_NORMALIZE = (
+    "divide 8-bit values by 255; put the transform before Normalize, or pass normalize= with its "
+    "mean and std"
+)
+WRONG_NORMALIZE = (
+    "these are what undoing normalize= gives, so the images have been through another one, or none"
+)
 LOWEST, HIGHEST = -0.5, 1.5  # bicubic resizing overshoots [0, 1] by less than this
 
 
@@ -133,12 +140,6 @@ def from_float(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-BEFORE_NORMALIZE = (
-    "divide 8-bit values by 255; put the transform before Normalize, or pass normalize= with its "
-    "mean and std"
-)
-
-
 def check_range(x: Tensor, remedy: str = BEFORE_NORMALIZE) -> None:
     """Refuse finite pixels far outside [0, 1]; each sample is judged alone, NaN ones pass.
 
@@ -180,15 +181,13 @@ def encoded(flow: Flow, x: Tensor, y: Tensor | None) -> Tensor:
     Raises:
         TypeError, ValueError: What the flow gives is no tensor of the images' shape.
     """
-    z = flow.encode(x, y)
+    z, name = flow.encode(x, y), f"{type(flow).__name__}.encode"
     if not isinstance(z, Tensor):
-        raise TypeError(
-            f"{type(flow).__name__}.encode must return a tensor, got {type(z).__name__}"
-        )
+        raise TypeError(f"{name} must return a tensor, got {type(z).__name__}")
     if z.shape != x.shape:
         raise ValueError(
-            f"{type(flow).__name__}.encode must return latents of the images' shape "
-            f"{tuple(x.shape)}, got {tuple(z.shape)}"
+            f"{name} must return latents of the images' shape {tuple(x.shape)}, got "
+            f"{tuple(z.shape)}"
         )
     return z
 

@@ -15,6 +15,8 @@ from latent_aug.arguments import number_range
 from latent_aug.flows import Flow, Glow
 from latent_aug.hub import HeldFlow
 from latent_aug.images import (
+    BEFORE_NORMALIZE,
+    WRONG_NORMALIZE,
     FallbackCounter,
     Normalization,
     check_range,
@@ -27,9 +29,6 @@ from latent_aug.regions import Levels, Mask, check_levels, check_mask
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-WRONG_NORMALIZE = (
-    "these are what undoing normalize= gives, so the images have been through another one, or none"
-)
 ENOUGH = 8  # samples in a row that could not be perturbed, before a warning
 
 
@@ -39,9 +38,7 @@ class UsesFlow:
     _tried: int | None = 0  # samples, as long as none of them could be perturbed
     _dissolves = 2.0  # eps of "linf", "rms" and None at which the bundled flows' images are noise
     _usual = "usual are 0.25 for 'linf' and 'rms', 10 for 'l2' at 32x32; `check_flow` suggests one"
-    _slightest = (
-        1.0  # "l2" radius up to which a 32 x 32 image's pixels move by a grey level or less
-    )
+    _slightest = 1.0  # "l2" radius that moves pixels of a 32 x 32 image by a grey level
 
     eps: tuple[float, float]
     p: float
@@ -86,12 +83,8 @@ class UsesFlow:
                 f"norm='l2', is as large; {self._usual}",
                 stacklevel=4,
             )
-        if (
-            self.norm == "l2"
-            and whole
-            and 0 < eps <= self._slightest
-            and isinstance(self.flow, Glow)
-        ):
+        slight = self.norm == "l2" and 0 < eps <= self._slightest
+        if slight and whole and isinstance(self.flow, Glow):  # another's latents may be few
             warnings.warn(
                 f"eps={eps:g} with norm='l2' is the length of the whole perturbation, spread over "
                 f"all components of a latent: it hardly changes an image; {self._usual}",
@@ -144,7 +137,7 @@ class UsesFlow:
         """A float batch in the user's units as one in [0, 1], its range checked."""
         x = self._normalization.undo(images)
         if x.is_cpu or x.device not in self._checked_devices:  # elsewhere a check is a sync
-            check_range(x, *((WRONG_NORMALIZE,) if self.normalizes else ()))
+            check_range(x, WRONG_NORMALIZE if self.normalizes else BEFORE_NORMALIZE)
             self._checked_devices.add(x.device)
         return x.clamp(0, 1)
 

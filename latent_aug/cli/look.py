@@ -20,7 +20,7 @@ from latent_aug.cli.options import (
     ROOT,
     SIZE,
     Norm,
-    drawable,
+    check_picture,
     errors_as_messages,
 )
 from latent_aug.data import UInt8Images, as_batch, images_for, open_images
@@ -57,7 +57,7 @@ def check(
         model = None if classifier is None else imported_model(classifier)
         scaling = None if normalize is None else imported("normalize", normalize)
         if picture is not None:
-            drawable(picture)
+            check_picture(picture)
         loaded = load_flow(flow)
         images = images_for(loaded, open_images(data, root=root), size)
         found = check_flow(
@@ -90,7 +90,7 @@ def preview(
 ) -> None:
     """Draw images, what becomes of them at several eps, the differences, and samples."""
     with errors_as_messages():
-        drawable(picture)
+        check_picture(picture)
         loaded = load_flow(flow)
         images = images_for(loaded, open_images(data, root=root), size)
         sizes = eps or ([0.1, 0.25, 0.5] if norm in ("linf", "rms") else [5.0, 10.0, 20.0])

@@ -41,8 +41,8 @@ def errors_as_messages() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def drawable(picture: Path) -> Path:
-    """The path of a picture to be drawn later, refused before long work if it cannot be.
+def check_picture(picture: Path) -> None:
+    """Refuse a picture that cannot be drawn, before long work.
 
     Raises:
         ValueError: Its ending is no format that matplotlib writes, or its folder is not there.
@@ -54,4 +54,3 @@ def drawable(picture: Path) -> Path:
         raise ValueError(f"--picture must end in one of {', '.join(formats)}, got {picture}")
     if not picture.parent.is_dir():
         raise ValueError(f"--picture: there is no directory {picture.parent}")
-    return picture
