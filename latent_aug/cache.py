@@ -185,7 +185,10 @@ def sample_of(sample: Any, channels: int) -> tuple[Tensor, Tensor | None]:
     ):
         raise TypeError(f"labels must be numbers or tensors, got {label!r}")
     if isinstance(image, Tensor) and image.dtype != torch.uint8:
-        raise TypeError(f"a cache is of uint8 or PIL images, got {image.dtype}")
+        raise TypeError(
+            f"a cache is of uint8 or PIL images, got {image.dtype}: leave ToDtype and "
+            "Normalize out of the data set, and put them into then="
+        )
     x, _ = to_batch(image, channels)
     if len(x) != 1:
         raise ValueError(f"a sample must hold one image, got {tuple(x.shape)}")

@@ -239,7 +239,7 @@ def test_levels_are_taken_apart(glow):
 
 def test_the_base_class_says_what_is_missing():
     for call in ("encode", "decode", "log_prob"):
-        with pytest.raises(NotImplementedError):
+        with pytest.raises(NotImplementedError, match=f"Flow .*{call}"):
             getattr(Flow(), call)(torch.rand(1, 3, 4, 4))
     with pytest.raises(NotImplementedError, match="cannot be saved"):
         _ = Identity().config

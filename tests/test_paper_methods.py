@@ -88,6 +88,21 @@ def test_grey_images_with_every_kind_of_perturbation(grey, network, monkeypatch)
     assert len(set(losses.values())) == len(losses)  # none of them did nothing
 
 
+def test_the_latent_can_be_first():
+    import methods
+
+    flow = {"flow": "glow-cifar10-small", "eps": 0.25}
+    x, y = torch.full((4, 3, 32, 32), 255, dtype=torch.uint8), torch.zeros(4, dtype=torch.long)
+    edges = []
+    for first in (True, False):
+        augment = methods.method_of({"latent": flow, "latent first": first})(nn.Conv2d(3, 1, 1), 1)
+        torch.manual_seed(0)
+        edges.append(augment(x, y)[0] == 0)
+    # crop's black border is all zeros where nothing comes after it
+    assert edges[0].all(dim=1).any()
+    assert edges[0].all(dim=1).sum() > edges[1].all(dim=1).sum()
+
+
 def test_classes_that_are_trained_are_not_trained_again(grey, monkeypatch):
     import vae_gan
 
@@ -237,7 +252,7 @@ def test_recipes_are_well_formed(recipe):
     model = NETWORKS[protocol.network](protocol.channels, 10, 4 if protocol.width > 6 else 6)
     for name in described["methods"]:
         settings = run.settings_of(described, name, "float32")
-        unknown = set(settings) - {"pixels", "flip", "latent", "attack", "phases"}
+        unknown = set(settings) - {"pixels", "flip", "latent", "latent first", "attack", "phases"}
         assert not unknown
         for _, phase in settings.get("phases", [[1, settings]]):
             for part in {"latent", "attack"} & set(phase):

@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 
 from latent_aug import Flow, LatentAdversarial, LatentPerturb, LatentSchedule, load_flow
 from latent_aug.batches import random_crop, random_flip
+from latent_aug.images import from_float
 
 Augment = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """uint8 images (B, C, H, W) and classes (B,) to floats in [0, 1] and classes or probabilities."""
@@ -44,17 +45,19 @@ def method_of(settings: dict[str, Any], flows: Path | None = None) -> Method:
             comes after "common". "latent": arguments of LatentPerturb, "attack": of
             LatentAdversarial; among them "flow" ("pixels" is PGD) and "preset", of PRESETS.
             "phases": pairs of epochs and one of these, scaled to the epochs of the run.
-            "flip": false leaves images unmirrored.
+            "flip": false leaves images unmirrored. "latent first": true perturbs images before
+            they are cropped and mirrored.
         flows: A folder in which a flow is looked for before the bundled ones.
     """
     return partial(build, settings, flows)
 
 
 def build(settings: dict[str, Any], flows: Path | None, model: nn.Module, classes: int) -> Augment:
-    """Pixels first, then the latent, then mixes."""
+    """Pixels, then the latent, unless the latent is first; then mixes."""
     pixels, flip = settings.get("pixels", "common"), settings.get("flip", True)
     mix = peer = None
     perturb = perturbation_of(settings, flows, model)
+    latent_first = settings.get("latent first", False)
     if pixels in MIXES:
         mix = MIXES[pixels](alpha=1.0, num_classes=classes)
     elif pixels in PEERS:
@@ -62,13 +65,20 @@ def build(settings: dict[str, Any], flows: Path | None, model: nn.Module, classe
     elif pixels not in ("none", "common"):
         raise ValueError(f"pixels must be none, common, {[*PEERS, *MIXES]}, got {pixels!r}")
 
+    def unit(x: Tensor) -> Tensor:
+        return (x / 255).contiguous(memory_format=torch.channels_last)
+
     def augment(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if latent_first:
+            x, y = perturb(unit(x), y)
+            x = from_float(x, torch.uint8)
         if pixels != "none":
             x = cropped_and_flipped(x, flip)
         if peer is not None:
             x = torch.stack([peer(image) for image in x])
-        x = (x / 255).contiguous(memory_format=torch.channels_last)
-        x, y = perturb(x, y)
+        x = unit(x)
+        if not latent_first:
+            x, y = perturb(x, y)
         return mix(x, y) if mix is not None else (x, y)
 
     total = sum(epochs for epochs, _ in perturb.phases)

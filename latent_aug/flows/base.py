@@ -144,15 +144,15 @@ class Flow(nn.Module):
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W), float in [0, 1], to latents of the same shape, prior N(0, I)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define encode(x, y=None)")
 
     def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """Exact inverse of `encode`; (B, C, H, W), not clamped."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define decode(z, y=None)")
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Log-density of x in [0, 1], exact at x: (B,), in nats."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define log_prob(x, y=None)")
 
     def is_initialized(self) -> bool:
         """Whether what `initialize` sets is set; a flow without such parts always is."""
