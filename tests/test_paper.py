@@ -111,6 +111,15 @@ def test_results_are_drawn_from_the_runs(place, monkeypatch):
     assert "old" not in drawn
 
 
+def test_minutes_are_what_was_computed_where_that_is_known(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import draw
+
+    by_clock, known = {"seconds": 600.0}, {"seconds": 900.0, "cpu_seconds": 120.0}
+    assert draw.minutes([by_clock, known]) == [2.0]
+    assert draw.minutes([by_clock, by_clock]) == [10.0, 10.0]
+
+
 def test_the_readme_and_the_results_are_those_of_the_runs(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import draw

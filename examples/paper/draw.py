@@ -30,9 +30,9 @@ Drawn by `python examples/paper/draw.py` from the runs in
 [examples/results/paper](examples/results/paper): one JSON a run, with its command, settings,
 versions, time and figures. Accuracies are in per cent, mean ± standard deviation over seeds;
 every method of a table has the same images, network and epochs, seeds count up from 0, and nothing
-was chosen by test accuracy. Minutes are of one CPU core: what the run computed where that is
-recorded, else by the clock, with other work on the machine at times. Machines differed between
-tables, so compare minutes within a table only.
+was chosen by test accuracy. Minutes are of one CPU core: what the runs computed that recorded it,
+or, where no run of a method did, by the clock, with other work on the machine at times. Machines
+differed between tables, so compare minutes within a table only.
 """
 
 
@@ -52,9 +52,10 @@ def spread(values: list[float], digits: int = 1) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def minutes(run: dict[str, Any]) -> float:
-    """What a run took of a CPU core."""
-    return float(run.get("cpu_seconds", run["seconds"])) / 60
+def minutes(runs: list[dict[str, Any]]) -> list[float]:
+    """What runs of a method took of a CPU core: of those that recorded it, else by the clock."""
+    computed = [r["cpu_seconds"] for r in runs if "cpu_seconds" in r]
+    return [seconds / 60 for seconds in computed or [r["seconds"] for r in runs]]
 
 
 def table(runs: dict[str, list[dict[str, Any]]], paper: dict[str, float]) -> list[str]:
@@ -70,7 +71,7 @@ def table(runs: dict[str, list[dict[str, Any]]], paper: dict[str, float]) -> lis
             f"**{accuracy}**" if means[name] == max(means.values()) else accuracy,
             str(len(own)),
             spread([r["train_accuracy"] for r in own]),
-            spread([minutes(r) for r in own]),
+            spread(minutes(own)),
         ]
         lines.append(row + ([f"{paper[name]:.1f}" if name in paper else ""] if paper else []))
     return [f"| {' | '.join(row)} |" for row in lines]
@@ -81,7 +82,7 @@ def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, own in runs.items():
-        time = statistics.mean(minutes(r) for r in own)
+        time = statistics.mean(minutes(own))
         accuracies = [r["accuracy"] for r in own]
         error = statistics.stdev(accuracies) if len(own) > 1 else 0
         mean = statistics.mean(accuracies)
