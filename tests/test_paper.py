@@ -93,6 +93,7 @@ def test_results_are_drawn_from_the_runs(place, monkeypatch):
     for name, part in {**places, "ROOT": "", "README": "README.md"}.items():
         monkeypatch.setattr(draw, name, place / part)
     monkeypatch.setattr(draw, "FIRST", "shapes")
+    monkeypatch.setattr(draw, "CURVES", {})
     readme = "\n".join(["Before.", draw.MARKS[0], "old", draw.MARKS[1], "After."])
     (place / "README.md").write_text(readme)
     draw.main()
@@ -128,13 +129,14 @@ def test_the_readme_and_the_results_are_those_of_the_runs(monkeypatch, tmp_path)
     monkeypatch.setattr(draw, "OUTPUT", tmp_path / "RESULTS.md")
     monkeypatch.setattr(draw, "README", tmp_path / "README.md")
     monkeypatch.setattr(draw, "plot", lambda runs, path: None)
-    monkeypatch.setattr(draw, "figure2", list)
+    monkeypatch.setattr(draw, "CURVES", {})
     (tmp_path / "README.md").write_text(readme)
     draw.main()
     assert draw.README.read_text() == readme
     drawn = [line for line in draw.OUTPUT.read_text().split("\n") if line.startswith("|")]
     assert set(drawn) <= set(kept.split("\n"))
-    cells = [row.split(" | ") for row in reversed(drawn)]  # the first table's win
+    table = readme.split(draw.MARKS[0])[1].split(draw.MARKS[1])[0]
+    cells = [row.split(" | ") for row in table.strip().split("\n")]
     means = {method: mean.strip("*").split()[0] for method, mean, *_ in cells}
     first = readme.split("```")[0]  # its first paragraph quotes these
     for method in ("common", "randaugment", "LatentPerturb linf 0.25", "LatentAdversarial k3 p0.5"):

@@ -262,12 +262,12 @@ def test_recipes_are_well_formed(recipe):
         assert isinstance(methods.perturbation_of(settings, None, model), LatentSchedule)
 
 
-def test_figure_2_is_drawn_of_what_there_is(tmp_path, monkeypatch):
+def test_accuracy_is_drawn_against_images(tmp_path, monkeypatch):
     import draw
 
     for place in ("RUNS", "PICTURES", "ROOT"):
         monkeypatch.setattr(draw, place, tmp_path)
-    assert draw.figure2() == []
+    assert draw.curve("figure2") == []
     drawn = []
     monkeypatch.setattr(draw, "Figure", lambda **_: Canvas(drawn))
     for size, seed, accuracy in ((2400, 0, 80.0), (600, 0, 70.0), (600, 1, 72.0)):
@@ -275,7 +275,7 @@ def test_figure_2_is_drawn_of_what_there_is(tmp_path, monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         entry = {"method": "standard", "train_images": size, "accuracy": accuracy}
         (folder / f"standard {seed}.json").write_text(json.dumps(entry))
-    assert "figure2.png" in draw.figure2()[-1]
+    assert "figure2.png" in draw.curve("figure2")[-1]
     ((sizes, means), options) = drawn
     assert (sizes, means) == ([600, 2400], [71.0, 80.0])
     assert options["yerr"] == pytest.approx([2**0.5, 0])

@@ -23,6 +23,16 @@ OUTPUT = ROOT / "RESULTS.md"
 README = ROOT / "README.md"
 MARKS = ("<!-- drawn by examples/paper/draw.py -->", "<!-- until here -->")
 FIRST = "cifar10-low-data"  # its table is the README's
+CURVES = {  # of each picture: title and recipes, from few images to many
+    "cifar10-shares": (
+        "CIFAR-10, by the share of labels",
+        ["cifar10-1-percent", FIRST, "cifar10-20-percent"],
+    ),
+    "figure2": (
+        "The paper's Figure 2",
+        ["figure2-600", "figure2-2400", "figure2-6000", "figure2-50000"],
+    ),
+}
 HEAD = """\
 # Results
 
@@ -42,8 +52,12 @@ def runs_of(recipe: str, kind: str) -> dict[str, list[dict[str, Any]]]:
     for path in sorted((RUNS / recipe / kind).glob("*.json")):
         entry = json.loads(path.read_text())
         found[entry["method"]].append(entry)
-    methods = json.loads((RECIPES / f"{recipe}.json").read_text())["methods"]
-    return {name: found[name] for name in methods if name in found}
+    return {name: found[name] for name in methods_of(recipe) if name in found}
+
+
+def methods_of(recipe: str) -> dict[str, Any]:
+    """A recipe's methods, by name."""
+    return json.loads((RECIPES / f"{recipe}.json").read_text())["methods"]
 
 
 def spread(values: list[float], digits: int = 1) -> str:
@@ -115,32 +129,35 @@ def section(recipe: str) -> list[str]:
     return lines
 
 
-def figure2() -> list[str]:
-    """The paper's Figure 2, of what there is: accuracy against labelled images, a line a method."""
+def curve(name: str) -> list[str]:
+    """Accuracy against labelled images, a line for each method that all of its recipes have."""
+    title, recipes = CURVES[name]
+    shared = set.intersection(*(set(methods_of(recipe)) for recipe in recipes))
     found: dict[str, dict[int, list[float]]] = defaultdict(dict)
-    for recipe in sorted((path.name for path in RUNS.glob("figure2-*")), key=by_number):
-        for name, own in runs_of(recipe, "test").items():
-            found[name][own[0]["train_images"]] = [r["accuracy"] for r in own]
-    if not found:
+    for recipe in recipes:
+        for method, own in runs_of(recipe, "test").items():
+            if method in shared:
+                found[method][own[0]["train_images"]] = [r["accuracy"] for r in own]
+    if all(len(sizes) < 2 for sizes in found.values()):
         return []
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, sizes in found.items():
+    for method, sizes in found.items():
         means = [statistics.mean(values) for values in sizes.values()]
         errors = [statistics.stdev(v) if len(v) > 1 else 0 for v in sizes.values()]
-        axes.errorbar(list(sizes), means, yerr=errors, fmt="o-", capsize=2, label=name)
+        axes.errorbar(list(sizes), means, yerr=errors, fmt="o-", capsize=2, label=method)
     axes.set(xscale="log", xlabel="labelled images", ylabel="accuracy (%)")
     axes.legend(fontsize=7)
-    figure.savefig(PICTURES / "figure2.png", dpi=120)
-    picture = (PICTURES / "figure2.png").relative_to(ROOT)
+    path = PICTURES / f"{name}.png"
+    figure.savefig(path, dpi=120)
     text = "Of the runs below. A method without runs at a size has no point there."
-    return ["\n## The paper's Figure 2\n", text, "", f"![accuracy against images]({picture})"]
+    return [f"\n## {title}\n", text, "", f"![accuracy against images]({path.relative_to(ROOT)})"]
 
 
-def by_number(name: str) -> tuple[str, int]:
-    """Sort key: figure2-600 before figure2-2400."""
+def in_order(name: str) -> tuple[bool, str, int]:
+    """Sort key: the README's table first, figure2-600 before figure2-2400."""
     start, _, end = name.rpartition("-")
-    return (start, int(end)) if end.isdigit() else (name, 0)
+    return name != FIRST, *((start, int(end)) if end.isdigit() else (name, 0))
 
 
 def into_readme(lines: list[str]) -> None:
@@ -152,8 +169,9 @@ def into_readme(lines: list[str]) -> None:
 
 def main() -> None:
     """Every recipe with runs."""
-    recipes = sorted((path.name for path in RUNS.iterdir() if path.is_dir()), key=by_number)
-    lines = [HEAD, *figure2(), *(line for recipe in recipes for line in section(recipe))]
+    recipes = sorted((path.name for path in RUNS.iterdir() if path.is_dir()), key=in_order)
+    curves = [line for name in CURVES for line in curve(name)]
+    lines = [HEAD, *curves, *(line for recipe in recipes for line in section(recipe))]
     OUTPUT.write_text("\n".join(lines) + "\n")
     first = json.loads((RECIPES / f"{FIRST}.json").read_text())
     into_readme(table(runs_of(FIRST, "test"), first["paper"]))
