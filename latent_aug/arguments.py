@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 Range = float | tuple[float, float]
@@ -56,13 +56,16 @@ def distance(name: str, value: Any, norm: str | None) -> float | None:
 
 def natural(name: str, value: Any) -> int:
     """An integer of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
-    return value
+    return integer(name, value, 0)
 
 
 def positive(name: str, value: Any) -> int:
     """An integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    return value
+    return integer(name, value, 1)
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """An integer, also one of NumPy, of at least so much."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return int(value)

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from latent_aug.arguments import positive
 from latent_aug.conditions import labels_in
 from latent_aug.files import write_json, write_whole
 from latent_aug.flows import Flow
@@ -80,6 +81,9 @@ class LatentCache(Dataset[Any]):
             raise ValueError("perturb must not have labels_getter=: labels are second in a sample")
         if not hasattr(dataset, "__len__") or len(dataset) == 0:
             raise ValueError(f"dataset must have a length above 0, got {type(dataset).__name__}")
+        if then is not None and not callable(then):
+            raise TypeError(f"then must be callable or None, got {then!r}")
+        positive("batch_size", batch_size)
         self.directory, self.perturb, self.then = Path(directory), perturb, then
         self.count = len(dataset)
         self._open: dict[int, Any] = {}
@@ -137,17 +141,14 @@ def index_of(dataset: Any, flow: Flow, resolution: int | None) -> dict[str, Any]
     The samples are 16 spread over the data set: enough to tell another data set, or another
     order, and not the odd image that was replaced.
     """
-    weights, images, labels = (hashlib.sha256() for _ in range(3))
-    weights.update(f"{type(flow).__name__} {getattr(flow, 'network_dtype', None)}".encode())
-    for name, tensor in sorted(flow.state_dict().items()):
-        weights.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    images, labels = hashlib.sha256(), hashlib.sha256()
     for index in torch.linspace(0, len(dataset) - 1, 16).long().tolist():
         pixels, label = sample_of(dataset[index], flow.channels)
         images.update(f"{tuple(pixels.shape)}".encode() + pixels.numpy().tobytes())
         labels.update(repr(None if label is None else label.tolist()).encode())
     return {
         "count": len(dataset),
-        "flow": weights.hexdigest(),
+        "flow": flow.fingerprint(),
         "images": images.hexdigest(),
         "labels": labels.hexdigest(),
         "resolution": resolution,

@@ -12,11 +12,15 @@ from torch import Tensor, nn
 Wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 IGNORED = -100  # F.cross_entropy gives such labels no loss
+SUM_TOLERANCE = 0.01  # of probabilities in bfloat16
+SEVERAL_LABELS = (
+    "for several labels an image pass loss=, e.g. one from F.binary_cross_entropy_with_logits"
+)
 
 
 @contextmanager
 def lent(model: nn.Module, mode: str) -> Iterator[nn.Module]:
-    """The bare model in the mode for an attack; modes, buffers and flags are put back at the end.
+    """The bare model in the mode for an attack; modes, buffers, flags and caches are put back.
 
     Its parameters require no gradients meanwhile: a compiled model would compute them all, and
     autocast would keep casts of them, without gradients, for the user's own forward pass.
@@ -34,6 +38,7 @@ def lent(model: nn.Module, mode: str) -> Iterator[nn.Module]:
         for module in model.modules()
     ]
     contents = [(b, b.clone()) for b in model.buffers() if not is_expanded(b)]
+    kept = [(module, *held) for module in model.modules() for held in attributes_of(module)]
     try:
         for parameter in wanting:
             parameter.requires_grad_(False)
@@ -53,6 +58,31 @@ def lent(model: nn.Module, mode: str) -> Iterator[nn.Module]:
             buffer.data.copy_(content)
         for module, buffers, non_persistent in tables:
             restore_table(module, buffers, non_persistent)
+        for module, name, value, content in kept:
+            restore_attribute(module, name, value, content)
+
+
+def attributes_of(module: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """Where a module may keep something of a forward pass outside its buffers, as LeViT does.
+
+    Its attributes that are a tensor, None or a dict, by name, and what is in the dict.
+    """
+    for name, value in vars(module).items():
+        if isinstance(value, (dict, Tensor, type(None))) and not name.startswith("_"):
+            yield name, value, dict(value) if isinstance(value, dict) else None
+
+
+def restore_attribute(module: nn.Module, name: str, value: Any, content: Any) -> None:
+    """The attribute that a module had, where it is another now; a dict stays the same object."""
+    vars(module)[name] = value
+    if content is not None and not holds_same(value, content):
+        value.clear()
+        value.update(content)
+
+
+def holds_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
+    """Whether two dicts hold the very same objects."""
+    return one.keys() == other.keys() and all(one[name] is other[name] for name in one)
 
 
 def keeps_training(module: nn.Module) -> bool:
@@ -62,8 +92,7 @@ def keeps_training(module: nn.Module) -> bool:
 
 def restore_table(module: nn.Module, buffers: dict[str, Any], non_persistent: set[str]) -> None:
     """The buffers that a module had, where it has others now."""
-    now = dict(module._buffers)
-    if now.keys() == buffers.keys() and all(now[name] is buffers[name] for name in buffers):
+    if holds_same(dict(module._buffers), buffers):
         return
     module._buffers.clear()
     module._buffers.update(buffers)
@@ -138,12 +167,17 @@ def check_targets(logits: Tensor, labels: Tensor) -> Tensor:
                 f"labels must be integers (B,), or probabilities of the logits' shape "
                 f"{tuple(logits.shape)}, got {labels.dtype} of shape {tuple(labels.shape)}"
             )
+        if labels.is_cpu and bool((labels.sum(1) > 1 + SUM_TOLERANCE).any()):
+            raise ValueError(
+                "labels that are floating point are probabilities of classes, and some add up to "
+                f"{float(labels.sum(1).max()):.3g}; {SEVERAL_LABELS}"
+            )
         return labels.to(logits)
     if labels.shape != (len(logits), *logits.shape[2:]):
         raise ValueError(
             f"labels must be class indices (B,), got shape {tuple(labels.shape)} for logits "
             f"{tuple(logits.shape)}; probabilities are floating point, so call .float() on one-hot "
-            "labels; if they are not second in the batch, name labels_getter="
+            f"labels; {SEVERAL_LABELS}; if they are not second in the batch, name labels_getter="
         )
     labels = labels.long()
     if labels.is_cpu and labels.numel():  # elsewhere a check is a sync

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import posixpath
 import tarfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as tvf
 
+from latent_aug.arguments import positive
 from latent_aug.flows import Flow
 from latent_aug.images import check_mode, check_range, from_float, has_colour
 
@@ -45,8 +47,7 @@ class EncodedImages(Dataset[Image.Image]):
         self.files: list[Path | bytes] = []
         path, numbers = Path(path), {}
         if path.is_dir():
-            found = (Path(root) / name for root, _, names in os.walk(path) for name in names)
-            self.files += sorted(file for file in found if is_image(file.name))
+            self.files += sorted(images_in(path))
             self.names = [Path(file).relative_to(path).as_posix() for file in self.files]  # type: ignore[arg-type]
         elif path.is_file():
             try:
@@ -72,9 +73,17 @@ class EncodedImages(Dataset[Image.Image]):
         try:
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
                 image.load()
+                check_mode(image)
                 return image
-        except OSError as error:
+        except Exception as error:  # a damaged file raises many kinds
             raise OSError(f"image {self.names[index]} cannot be read: {error}") from error
+
+
+def images_in(folder: Path) -> Iterator[Path]:
+    """Image files of a folder tree, through links, as ImageFolder; nothing hidden."""
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(root) / name for name in names if is_image(name))
 
 
 def is_image(name: str) -> bool:
@@ -89,7 +98,8 @@ def read_tar(path: Path) -> dict[str, bytes]:
         for member in tar:
             if member.isfile() and (is_image(member.name) or member.name.endswith(".cls")):
                 file = tar.extractfile(member)
-                content[member.name] = b"" if file is None else file.read()
+                name = posixpath.normpath(member.name)  # "./a.png" lies in no folder
+                content[name] = b"" if file is None else file.read()
     return content
 
 
@@ -222,6 +232,8 @@ class UInt8Images(Dataset[Tensor]):
                 "images must be a data set or a sequence of them (of a loader, its dataset), got a "
                 f"{type(dataset).__name__}"
             )
+        if size is not None:
+            positive("size", size)
         self.dataset, self.channels, self.size, self.count = dataset, channels, size, len(dataset)
         self.num_classes = num_classes
         self.kept: Tensor | None = None

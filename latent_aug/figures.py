@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from latent_aug.adversarial import LatentAdversarial
@@ -138,6 +139,11 @@ def check_images(images: Any) -> None:
     first = images[0]
     if isinstance(images, (tuple, list)) and isinstance(first, Tensor) and first.ndim == 4:
         raise ValueError("images must be images alone, got a batch: preview(transform, *batch)")
+    if not isinstance(image_of(first), (Tensor, Image.Image)):
+        raise TypeError(
+            "images must be tensors, PIL images or tuples that begin with one, got a "
+            f"{type(first).__name__}"
+        )
 
 
 def around(eps: tuple[float, float]) -> list[float]:

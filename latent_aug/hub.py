@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterable
 from functools import lru_cache
 from importlib import resources
@@ -67,8 +68,10 @@ def load_flow(
     expected = SHA256.get(origin[0])
     if expected is not None and sha256(directory / WEIGHTS_NAME) != expected:
         raise OSError(f"{directory / WEIGHTS_NAME} was changed; install latent-aug again")
+    read_from = directory / WEIGHTS_NAME, written(directory / WEIGHTS_NAME)
     with torch.inference_mode(False):  # the weights serve outside it
         flow = read_flow(directory).to(device)
+    flow.read_from = read_from
     flow.loaded_from = (*origin, flow.weights_version())
     card = directory / CARD_NAME
     flow.card = card if card.is_file() else None
@@ -84,6 +87,11 @@ def locate(name: str, revision: str | None = None) -> tuple[Path, tuple[str, str
                 f"revision is for flows on the hub; {name!r} is here, got {revision!r}"
             )
         if name in bundled:
+            if path.is_dir():
+                warnings.warn(
+                    f"{name!r} is the bundled flow; the directory of this name is './{name}'",
+                    stacklevel=3,
+                )
             return bundled[name], (name, None)
         return path, (str(path.resolve()), None)
     if path.is_file():
@@ -239,7 +247,12 @@ def load_weights(flow: Flow, path: Path, config: dict[str, Any]) -> None:
 def shared_flow(name: str, revision: str | None = None) -> Flow:
     """The one flow of this name in this process; read again where its weights file changed."""
     directory, (name, revision) = locate(name, revision)
-    return _load_once(name, revision, (directory / WEIGHTS_NAME).stat().st_mtime_ns)
+    return _load_once(name, revision, written(directory / WEIGHTS_NAME))
+
+
+def written(path: Path) -> int:
+    """When a file was last written, in nanoseconds; 0 where it is not there."""
+    return path.stat().st_mtime_ns if path.is_file() else 0
 
 
 @lru_cache(maxsize=8)
@@ -250,8 +263,8 @@ def _load_once(name: str, revision: str | None, modified: int) -> Flow:
 class HeldFlow:
     """A flow as a transform holds it: shared in this process, out of sight of `parameters()`.
 
-    Pickled by name where it was loaded and its weights are as they were, so that a spawned
-    worker loads it by itself; with its weights otherwise.
+    Pickled by name where it was loaded and its weights and their file are as they were, so that
+    a spawned worker loads it by itself; with its weights otherwise.
 
     Args:
         flow: A flow, or anything `load_flow` takes, which is loaded once in a process.
@@ -267,7 +280,8 @@ class HeldFlow:
     def __reduce__(self) -> tuple[Any, ...]:
         if self.flow.loaded_from is not None:
             name, revision, version = self.flow.loaded_from
-            if version == self.flow.weights_version():
+            path, when = self.flow.read_from or (Path(), 0)
+            if version == self.flow.weights_version() and written(path) == when:
                 return _held_by_name, (name, revision)
         return HeldFlow, (self.flow,)
 

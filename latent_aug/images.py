@@ -30,6 +30,7 @@ WRONG_NORMALIZE = (
     "these are what undoing normalize= gives, so the images have been through another one, or none"
 )
 LOWEST, HIGHEST = -0.5, 1.5  # bicubic resizing overshoots [0, 1] by less than this
+ERASED = 0.05  # of a normalized image's values: RandomErasing's noise puts less than this outside
 
 
 def to_batch(image: Any, channels: int) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -140,21 +141,25 @@ def from_float(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def check_range(x: Tensor, remedy: str = BEFORE_NORMALIZE) -> None:
+def check_range(x: Tensor, remedy: str = BEFORE_NORMALIZE, allowed: float = 0.0) -> None:
     """Refuse finite pixels far outside [0, 1]; each sample is judged alone, NaN ones pass.
 
     Args:
         x: Images (B, C, H, W).
         remedy: What to do about it, for the error.
+        allowed: Share of a sample's values that may lie there.
 
     Raises:
-        ValueError: Some pixel is below -0.5 or above 1.5.
+        ValueError: More than that share of a sample is below -0.5 or above 1.5.
     """
     if x.numel() == 0:
         return
     low, high = x.flatten(1).aminmax(dim=1)
     finite = low.isfinite() & high.isfinite()
     far = finite & ((low < LOWEST) | (high > HIGHEST))
+    if allowed and bool(far.any()):
+        outside = ((x < LOWEST) | (x > HIGHEST)).flatten(1).float().mean(1)
+        far &= outside > allowed
     if bool(far.any()):
         raise ValueError(
             f"images must lie in [0, 1], got values from {low[far].min():.3g} to "

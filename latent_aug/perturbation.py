@@ -15,7 +15,7 @@ from latent_aug.arguments import number_range
 from latent_aug.flows import Flow, Glow
 from latent_aug.hub import HeldFlow
 from latent_aug.images import (
-    BEFORE_NORMALIZE,
+    ERASED,
     WRONG_NORMALIZE,
     FallbackCounter,
     Normalization,
@@ -137,7 +137,10 @@ class UsesFlow:
         """A float batch in the user's units as one in [0, 1], its range checked."""
         x = self._normalization.undo(images)
         if x.is_cpu or x.device not in self._checked_devices:  # elsewhere a check is a sync
-            check_range(x, WRONG_NORMALIZE if self.normalizes else BEFORE_NORMALIZE)
+            if self.normalizes:
+                check_range(x, WRONG_NORMALIZE, allowed=ERASED)
+            else:
+                check_range(x)
             self._checked_devices.add(x.device)
         return x.clamp(0, 1)
 

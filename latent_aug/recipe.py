@@ -12,18 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from latent_aug.arguments import natural
+from latent_aug.arguments import natural, positive
 from latent_aug.flows import Flow, Glow
 
-POSITIVE = (
-    "steps",
-    "batch_size",
-    "lr",
-    "clip_norm",
-    "validation_images",
-    "accumulate",
-    "timeout_minutes",
-)
+COUNTS = ("steps", "batch_size", "validation_images", "accumulate")
+NATURAL = ("warmup", "crop", "workers", "seed")
+POSITIVE = ("lr", "clip_norm", "timeout_minutes")
 ELSEWHERE = (  # where, how often, by whom and in which portions
     "output",
     "checkpoint_minutes",
@@ -84,16 +78,21 @@ class TrainConfig:
     timeout_minutes: float = 10.0
 
     def __post_init__(self) -> None:
+        for check, names in ((positive, COUNTS), (natural, NATURAL)):
+            for name in names:  # plain integers: they are saved with the run
+                object.__setattr__(self, name, check(name, getattr(self, name)))
+        if self.size is not None:
+            object.__setattr__(self, "size", positive("size", self.size))
         for name in POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
-        for name in ("warmup", "crop", "workers", "checkpoint_minutes"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
+        if not self.checkpoint_minutes >= 0:
+            raise ValueError(
+                f"checkpoint_minutes must not be negative, got {self.checkpoint_minutes!r}"
+            )
         for name in ("decay", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
-        natural("seed", self.seed)
         if self.network_dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(
                 f"network_dtype must be 'auto', 'float32' or 'bfloat16', got {self.network_dtype!r}"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from latent_aug.adversarial import LatentAdversarial
+from latent_aug.arguments import natural
 
 Perturbation = Callable[..., Any] | LatentAdversarial | None
 
@@ -74,9 +75,7 @@ class LatentSchedule:
 
     def set_epoch(self, epoch: int) -> None:
         """Go to an epoch, counted from 0, as `DistributedSampler.set_epoch` does."""
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
-            raise ValueError(f"epoch must be an integer of at least 0, got {epoch!r}")
-        self._epoch.fill_(epoch)
+        self._epoch.fill_(natural("epoch", epoch))
 
     def step(self) -> None:
         """One epoch is over, as for a learning rate scheduler."""

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from latent_aug.batches import ImageDraws, StepSampler, cropped, draws_for, flipped, generator_for
 from latent_aug.data import UInt8Images, as_batch, check_sides, digest, images_for
 from latent_aug.flows import Flow
-from latent_aug.flows.base import RUN_NAME, bits_of, dequantized
+from latent_aug.flows.base import RUN_NAME, WEIGHTS_NAME, bits_of, dequantized
 from latent_aug.flows.engine import keep_freed_memory
 from latent_aug.processes import Processes
 from latent_aug.recipe import TrainConfig, learning_rate, resolve_dtype, warmed_up_ema
@@ -196,6 +196,7 @@ class Run:
             batch_sampler=self.sampler,
             num_workers=0 if self.images.kept is not None else self.config.workers,
             collate_fn=as_batch,
+            generator=torch.Generator(),  # nothing is drawn by it, but from the caller's otherwise
         )
         for batch, indices in zip(loader, self.sampler, strict=True):
             yield batch, self.images.classes_at(indices)
@@ -306,6 +307,12 @@ class Run:
 
     def _load(self) -> dict[str, Any] | None:
         if not self.path.exists():
+            if (self.path.parent / WEIGHTS_NAME).exists():
+                raise ValueError(
+                    f"output {self.path.parent} holds a flow and no state of its training, so it "
+                    "would be overwritten; choose another output (to train it further: --init "
+                    f"{self.path.parent})"
+                )
             return None
         saved: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
         for name, own in self.identity.items():

@@ -188,3 +188,30 @@ class TestRefusals:
             LatentCache(
                 samples(), tmp_path, LatentPerturb(flow=Identity(), normalize=([0.5], [0.5]))
             )
+
+
+class Scaled(Identity):
+    """A flow with a setting that is no weight."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.k = k
+
+    def encode(self, x, y=None):
+        return x * self.k
+
+    def decode(self, z, y=None):
+        return z / self.k
+
+
+def test_a_flow_of_another_setting_is_another_flow(tmp_path):
+    LatentCache(samples(), tmp_path, LatentPerturb(flow=Scaled(1.0)))
+    LatentCache(samples(), tmp_path, LatentPerturb(flow=Scaled(1.0)))
+    with pytest.raises(ValueError, match="differs in its flow"):
+        LatentCache(samples(), tmp_path, LatentPerturb(flow=Scaled(2.0)))
+
+
+@pytest.mark.parametrize(("argument", "value"), [("batch_size", 0), ("then", 3)])
+def test_arguments_are_checked_at_the_start(argument, value, tmp_path):
+    with pytest.raises((ValueError, TypeError), match=argument):
+        LatentCache(samples(), tmp_path, LatentPerturb(flow=Identity()), **{argument: value})

@@ -375,7 +375,8 @@ class TestTargets:
         assert torch.equal(check_targets(self.logits, labels), labels)
 
     def test_probabilities_take_the_logits_type(self):
-        assert check_targets(self.logits, torch.rand(3, 4).double()).dtype == torch.float32
+        labels = torch.rand(3, 4).double().softmax(1)
+        assert check_targets(self.logits, labels).dtype == torch.float32
 
     def test_a_label_for_each_pixel(self):
         labels = torch.zeros(3, 8, 8, dtype=torch.long)
@@ -389,6 +390,8 @@ class TestTargets:
             (torch.randn(3, 4), torch.tensor([0.0, 1.0, 2.0]), "labels must be integers"),
             (torch.randn(3, 4), torch.rand(3, 5), "probabilities of the logits' shape"),
             (torch.randn(3, 4), torch.zeros(3, 1).long(), r"class indices \(B,\)"),
+            (torch.randn(3, 4), torch.ones(3, 4).long(), "several labels an image pass loss="),
+            (torch.randn(3, 4), torch.eye(4)[:3] + torch.eye(4)[1], "add up to 2; .* pass loss="),
             (torch.randn(3, 1), torch.zeros(3).long(), "at least 2 classes"),
             (torch.randn(3), torch.zeros(3).long(), "at least 2 classes"),
         ],
@@ -481,3 +484,32 @@ class TestForward:
         with pytest.raises(ValueError, match="no gradient to the images"):
             attack.step(batch)
         assert same_trace(trace_of(model), before)
+
+
+class Caching(nn.Module):
+    """Keeps what follows from its weights in evaluation mode, as LeViT and TinyViT do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.cache, self.bias = convolutional_classifier(), {"kept": None}, None
+        self.seen = self.cache
+
+    def forward(self, x):
+        if self.training:
+            return self.inner(x) + self.inner[6].bias
+        self.cache.setdefault("bias", self.inner[6].bias.detach().clone())
+        if self.bias is None:
+            self.bias = self.inner[6].bias.detach().clone()
+        return self.inner(x) + self.cache["bias"] + self.bias
+
+
+def test_what_a_model_caches_during_an_attack_does_not_stay(batch):
+    model = Caching().train()
+    attack = LatentAdversarial(model, steps=1, flow=Identity())
+    attack(*batch)
+    assert model.seen is model.cache
+    assert (model.cache, model.bias) == ({"kept": None}, None)
+    model.eval()(batch[0])
+    held = model.cache["bias"], model.bias
+    attack(*batch)
+    assert (model.cache["bias"], model.bias) == held

@@ -124,7 +124,7 @@ def test_init_fine_tunes(folder, trained, tmp_path):
         (["torchvision:EMNIST", "--output", "x"], "EMNIST"),
         ([__file__, "--output", "x"], "no readable tar"),
         ([__file__, "--output", "x", "--channels", "0"], "no readable tar"),
-        (["nowhere", "--output", "x", "--steps", "0"], "steps must be above 0"),
+        (["nowhere", "--output", "x", "--steps", "0"], "steps must be an integer of at least 1"),
     ],
 )
 def test_errors_are_one_line(arguments, words, tmp_path, monkeypatch):
@@ -216,3 +216,34 @@ def test_preview_draws(tmp_path):
     result = call("preview", "glow-fashionmnist", tmp_path / "nowhere")
     assert result.exit_code == 1
     assert "error:" in result.output
+
+
+def test_nothing_is_written_among_the_images(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    for arguments in (
+        ["train", ".", "--output", "flow", *SMALL],
+        ["preview", "glow-fashionmnist", "."],
+        ["check", "glow-fashionmnist", ".", "--picture", "check.png"],
+        ["augment", ".", "copies"],
+    ):
+        result = call(*arguments)
+        assert result.exit_code == 1
+        assert "lies among the images of ." in result.output
+    assert {path.name for path in folder.iterdir()} >= {"class0", "class1"}
+    assert not {"flow", "preview.png", "check.png", "copies"} & {p.name for p in folder.iterdir()}
+
+
+def test_a_flow_named_like_a_bundled_one_is_the_one_on_the_card(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(folder, "--output", "glow-fashionmnist", *SMALL)
+    assert result.exit_code == 0, result.output
+    found = check_flow("./glow-fashionmnist", EncodedImages(folder))
+    card = (tmp_path / "glow-fashionmnist" / "README.md").read_text()
+    assert f"Suggested: eps {float(f'{found.eps:.2g}'):g} with" in card
+
+
+@pytest.mark.parametrize("command", ["check", "preview"])
+def test_a_size_that_is_none_is_refused(command, folder):
+    result = call(command, "glow-fashionmnist", folder, "--size", 0)
+    assert result.exit_code == 1
+    assert "error: size must be an integer of at least 1, got 0" in result.output

@@ -119,3 +119,34 @@ def test_encoded_images_that_are_cut_off_are_named(tmp_path):
 )
 def test_data_of_many_kinds_are_the_same_images(dataset):
     assert torch.equal(torch.stack(list(UInt8Images(dataset, 1))), stripes())
+
+
+def test_linked_folders_are_classes_and_hidden_ones_are_not(folder, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("class0", "class1", ".ipynb_checkpoints"):
+        (data / name).symlink_to(folder / "class0")
+    images = EncodedImages(data)
+    assert images.classes == ["class0", "class1"]
+    assert images.labels == [0] * 12 + [1] * 12
+
+
+def test_a_flat_tar_has_no_classes(tmp_path):
+    image = to_pil_image(stripes(1)[0])
+    file = io.BytesIO()
+    image.save(file, "png")
+    images = EncodedImages(tar_of(tmp_path / "flat.tar", {"./0.png": file.getvalue()}))
+    assert (images.names, images.classes, images.labels) == (["0.png"], [], None)
+
+
+@pytest.mark.parametrize("how", ["damaged", "16 bits"])
+def test_every_image_that_cannot_be_read_is_named(how, tmp_path):
+    path = tmp_path / "one.png"
+    if how == "damaged":
+        to_pil_image(stripes(1)[0]).save(path)
+        content = path.read_bytes()
+        path.write_bytes(content.replace(b"IDAT", b"\xffDAT"))
+    else:
+        Image.new("I;16", (8, 8)).save(path)
+    with pytest.raises(OSError, match=r"image one\.png cannot be read"):
+        EncodedImages(tmp_path)[0]

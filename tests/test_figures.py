@@ -163,3 +163,8 @@ def test_a_data_set_is_drawn_as_its_images_are():
     )
     assert len(one) == 3 * 3
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(one, other, strict=True))
+
+
+def test_samples_that_are_mappings_are_refused():
+    with pytest.raises(TypeError, match="tuples that begin with one, got a dict"):
+        preview(LatentPerturb(flow=Identity()), [{"image": torch.rand(3, 8, 8)}])

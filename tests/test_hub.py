@@ -1,5 +1,6 @@
 """Saving, finding and loading flows."""
 
+import copy
 import hashlib
 import json
 import pickle
@@ -249,3 +250,20 @@ def test_a_home_made_flow_can_be_saved_and_loaded(tmp_path):
     flow.save_pretrained(tmp_path)
     x = torch.rand(1, 3, 4, 4)
     assert torch.equal(load_flow(tmp_path).encode(x), flow.encode(x))
+
+
+def test_a_copy_has_the_weights_of_a_file_that_is_another_now(saved):
+    transform = LatentPerturb(flow=saved)
+    kept = transform.flow.state_dict()
+    random_glow(seed=1).save_pretrained(saved)
+    for copied in (copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))):
+        state = copied(transform).flow.state_dict()
+        assert all(torch.equal(state[name], kept[name]) for name in kept)
+
+
+def test_a_directory_named_like_a_bundled_flow_is_mentioned(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    random_glow().save_pretrained("glow-fashionmnist")
+    with pytest.warns(UserWarning, match=r"directory of this name is '\./glow-fashionmnist'"):
+        assert load_flow("glow-fashionmnist").channels == 1
+    assert load_flow("./glow-fashionmnist").channels == 3

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import v2
 
-from latent_aug import images
+from latent_aug import LatentPerturb, images
+
+SMOOTH = torch.linspace(0, 1, 3 * 32 * 32).reshape(1, 3, 32, 32).expand(40, -1, -1, -1)
 
 
 @given(st.integers(0, 255))
@@ -61,3 +63,15 @@ def test_a_nan_sample_does_not_hide_another_s_range():
     images.check_range(x[[0, 2]])
     x[0] = float("inf")  # counted as a fallback later, like NaN
     images.check_range(x[[0, 2]])
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.5, 0.5), (0.45, 0.22), (0.13, 0.31)])
+def test_erased_pixels_pass_where_images_come_normalized(mean, std):
+    attack = LatentPerturb(0.0, flow=Identity(), normalize=(mean, std))
+    erase = v2.RandomErasing(p=1, value="random")
+    x = torch.stack([erase(images.Normalization((mean, std), 3).apply(x)) for x in SMOOTH])
+    assert ((x * std + mean) < images.LOWEST).any()
+    assert torch.isfinite(attack(x)).all()
+    twice = images.Normalization((mean, std), 3).apply(x)
+    with pytest.raises(ValueError, match="another one, or none"):
+        attack(twice)

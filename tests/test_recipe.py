@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from latent_aug import TrainConfig
@@ -33,3 +34,10 @@ def test_learning_rate_rises_stays_and_falls():
 def test_bad_settings_are_named(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         TrainConfig(output="x", **changes)
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "accumulate", "size", "workers", "crop"])
+def test_counts_are_integers(name):
+    with pytest.raises(ValueError, match=f"{name} must be an integer"):
+        TrainConfig(output="x", **{name: 2.0})
+    assert type(getattr(TrainConfig(output="x", **{name: np.int64(2)}), name)) is int

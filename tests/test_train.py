@@ -201,3 +201,17 @@ def test_low_precision_networks_train(tmp_path):
 def test_bad_data_is_named(tmp_path, dataset, words):
     with pytest.raises(ValueError, match=words):
         train_flow(small_flow(), dataset, config(tmp_path), progress=False)
+
+
+def test_a_flow_is_not_overwritten(tmp_path):
+    small_flow().save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="holds a flow and no state of its training"):
+        train_flow(load_flow(tmp_path), stripes(), config(tmp_path), progress=False)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_the_caller_s_random_state_stays(tmp_path):
+    flow, before = small_flow(), torch.get_rng_state()
+    train_flow(flow, stripes(), config(tmp_path, steps=2), progress=False)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -18,6 +18,7 @@ from latent_aug.cli.options import (
     ROOT,
     SIZE,
     Norm,
+    check_apart,
     errors_as_messages,
 )
 from latent_aug.data import open_images
@@ -85,8 +86,7 @@ def augment(
             seed=seed,
             skip_unreadable=skip_unreadable,
         )
-        if Path(data).is_dir() and output.resolve().is_relative_to(Path(data).resolve()):
-            raise ValueError(f"{output} lies among the images of {data}; write elsewhere")
+        check_apart(output, data)
         loaded = load_flow(flow)
         if network_dtype != "float32":
             lower_networks(loaded, network_dtype)

@@ -57,7 +57,7 @@ def check(
         model = None if classifier is None else imported_model(classifier)
         scaling = None if normalize is None else imported("normalize", normalize)
         if picture is not None:
-            check_picture(picture)
+            check_picture(picture, data)
         loaded = load_flow(flow)
         images = images_for(loaded, open_images(data, root=root), size)
         found = check_flow(
@@ -90,7 +90,7 @@ def preview(
 ) -> None:
     """Draw images, what becomes of them at several eps, the differences, and samples."""
     with errors_as_messages():
-        check_picture(picture)
+        check_picture(picture, data)
         loaded = load_flow(flow)
         images = images_for(loaded, open_images(data, root=root), size)
         sizes = eps or ([0.1, 0.25, 0.5] if norm in ("linf", "rms") else [5.0, 10.0, 20.0])

@@ -41,12 +41,24 @@ def errors_as_messages() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def check_picture(picture: Path) -> None:
+def check_apart(target: Path, data: str) -> None:
+    """Refuse to write among the images that are read, where the next run would find it.
+
+    Raises:
+        ValueError: The target lies in the folder of images.
+    """
+    if Path(data).is_dir() and target.resolve().is_relative_to(Path(data).resolve()):
+        raise ValueError(f"{target} lies among the images of {data}; write elsewhere")
+
+
+def check_picture(picture: Path, data: str) -> None:
     """Refuse a picture that cannot be drawn, before long work.
 
     Raises:
-        ValueError: Its ending is no format that matplotlib writes, or its folder is not there.
+        ValueError: Its ending is no format that matplotlib writes, its folder is not there, or it
+            lies among the images.
     """
+    check_apart(picture, data)
     from matplotlib.backend_bases import FigureCanvasBase
 
     formats = FigureCanvasBase.get_supported_filetypes()

@@ -12,7 +12,15 @@ import typer
 
 from latent_aug.card import write_card
 from latent_aug.check import check_flow
-from latent_aug.cli.options import CPU, DATA, NETWORK_DTYPE, ROOT, SIZE, errors_as_messages
+from latent_aug.cli.options import (
+    CPU,
+    DATA,
+    NETWORK_DTYPE,
+    ROOT,
+    SIZE,
+    check_apart,
+    errors_as_messages,
+)
 from latent_aug.data import images_for, open_images, to_uint8
 from latent_aug.flows import ConditionalDenseFlow, Glow
 from latent_aug.hub import load_flow
@@ -108,6 +116,7 @@ def train(
             accumulate=accumulate,
             timeout_minutes=timeout_minutes,
         )
+        check_apart(output, data)
         device = "cpu" if cpu else None
         processes = Processes(device, timeout_minutes=timeout_minutes)
         with processes.one_first():  # it may download
@@ -123,7 +132,7 @@ def train(
             return
         measured = images_for(trained, images if held_out is None else held_out, size)
         typer.echo(f"measuring the flow on {len(measured)} images, for its card and eps", err=True)
-        found = check_flow(output, measured)  # by its directory, which the verdict names
+        found = check_flow(output.resolve(), measured)  # a directory, which the verdict names
         card = write_card(
             trained,
             measured,

@@ -133,6 +133,7 @@ class Flow(nn.Module):
     levels: int = 1
     network_dtype: torch.dtype | None = None
     loaded_from: tuple[str, str | None, Any] | None = None  # name, commit, version when loaded
+    read_from: tuple[Path, int] | None = None  # its weights' file, and when that was written
     card: Path | None = None  # the model card that lay beside the weights when they were loaded
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -188,6 +189,13 @@ class Flow(nn.Module):
         """
         tensors = (*self.parameters(), *self.buffers())
         return tuple((t.data_ptr(), t._version) for t in tensors)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what the latents follow from: class, numbers it holds, weights, precision."""
+        numbers = {k: v for k, v in vars(self).items() if type(v) in (int, float)}
+        about = [type(self).__name__, str(self.network_dtype), numbers]
+        tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        return digest_of({"about": about}, tensors)
 
     @property
     def config(self) -> dict[str, Any]:
