@@ -187,6 +187,10 @@ class Job:
             raise TypeError(f"transform must be a LatentPerturb, got {type(transform).__name__}")
         if not hasattr(dataset, "__len__") or len(dataset) == 0:
             raise ValueError(f"dataset must have a length above 0, got {type(dataset).__name__}")
+        if callable(transform.mask):
+            raise ValueError(
+                "mask must be None or a tensor here, as copies are made of images and labels alone"
+            )
         self.channels = transform.flow.channels
         if self.channels not in (1, 3):
             raise ValueError(f"files are of 1 or 3 channels, the flow's images of {self.channels}")
@@ -317,7 +321,7 @@ class Job:
             ValueError: It is not.
         """
         self.output.mkdir(parents=True, exist_ok=True)
-        if self.config.form == "folder" and not self.classes:
+        if self.config.form == "folder" and not self.is_labelled():
             warnings.warn(
                 "the images have no classes (their outermost folders), so that copies lie in "
                 f"{self.output} itself, where ImageFolder does not look for them",
@@ -337,7 +341,7 @@ class Job:
                 if name in ("data", "labels", "flow")
                 else f"{name} {then.get(name)!r} then, {value!r} now"
                 for name, value in own.items()
-                if then.get(name) != value
+                if not agree(then.get(name), value)
             ]
             if changed:
                 raise ValueError(
@@ -348,6 +352,11 @@ class Job:
             names = "".join(f"{name}\n" for name in self.classes)
             write_whole(self.output / CLASSES_NAME, names.encode())
 
+    def is_labelled(self) -> bool:
+        """Whether the images have classes, by the first one where the data set names none."""
+        first = None if self.classes else self.read(0)
+        return bool(self.classes) or (first is not None and first.label is not None)
+
     def labels_digest(self) -> str:
         """A fingerprint of the classes, and of each file's name and label where they are known."""
         known = self.dataset if isinstance(self.dataset, EncodedImages) else None
@@ -356,6 +365,7 @@ class Job:
 
     def settings(self) -> dict[str, Any]:
         """What decides the shards' content."""
+        mask = self.transform.mask
         free = ("output", "skip_unreadable")  # to be another when the job goes on
         config = {k: v for k, v in asdict(self.config).items() if k not in free}
         read = (self.read(index) for index in spread(self.count, 16))
@@ -363,13 +373,21 @@ class Job:
             **config,
             "transform": repr(self.transform),
             "away": self.transform.away,
+            "mask": digest([mask]) if isinstance(mask, Tensor) else None,
             "flow": self.transform.flow.fingerprint(),
             "network_dtype": str(self.transform.flow.network_dtype or "float32"),
             "images": self.count,
-            "data": digest(item.image for item in read if item is not None),
+            "data": [None if item is None else digest([item.image]) for item in read],
             "labels": self.labels_digest(),
             "shards": self.shards,
         }
+
+
+def agree(then: Any, now: Any) -> bool:
+    """Whether two settings are the same; in a list None is what could not be read."""
+    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        return all(a == b or None in (a, b) for a, b in zip(then, now, strict=True))
+    return bool(then == now)
 
 
 def own_device() -> torch.device:

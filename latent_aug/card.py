@@ -164,7 +164,7 @@ def write_card(
         torch=torch.__version__,
         torchvision=torchvision.__version__,
     )
-    (output / CARD_NAME).write_text(text)
+    (output / CARD_NAME).write_text(text, encoding="utf-8")
     (output / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     return figures
 

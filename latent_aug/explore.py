@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from latent_aug.data import to_uint8
 from latent_aug.flows import Flow
 from latent_aug.functional import Norm
 from latent_aug.hub import shared_flow
+from latent_aug.images import check_mode
 from latent_aug.transforms import LatentPerturb
 
 CLOTHES = Path(__file__).parent / "clothes.safetensors"  # by examples/train_clothes_classifier.py
@@ -164,8 +165,10 @@ def read_upload(path: str | Path, channels: int, side: int) -> Tensor:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"the image has more than {MOST_PIXELS // 10**6} million pixels")
             image.load()
+            check_mode(image)
+            upright = ImageOps.exif_transpose(image)  # as a phone would show it
             # A page to look and try: what a grey flow would lose in colour is let go.
-            pixels = to_uint8(image.convert("L") if channels == 1 else image, channels, side)
+            pixels = to_uint8(upright.convert("L") if channels == 1 else upright, channels, side)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{path.name} is not an image that can be read ({', '.join(FORMATS)})"

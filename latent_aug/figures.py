@@ -86,7 +86,8 @@ def preview(
             f"labels must be a tensor (B,), got a {type(labels).__name__}; sizes are named, eps="
         )
     places = spread(len(images), MOST_IMAGES)
-    chosen = [image_of(images[i]) for i in places]
+    samples = [images[i] for i in places]
+    chosen = [image_of(sample) for sample in samples]
     kinds = {getattr(image, "dtype", torch.uint8) for image in chosen}
     if transform.normalizes and torch.uint8 in kinds:
         raise TypeError("images are 8-bit, so they cannot be normalized: preview normalized floats")
@@ -106,9 +107,11 @@ def preview(
         draw(grid[row, 0], original, "original" if row == 0 else "")
         for column, size in enumerate(sizes):
             label = None if labels is None else labels[places[row]][None]
+            # A mask that is worked out needs the whole sample, and has the label in it.
+            given = (samples[row], None) if callable(transform.mask) else (image, label)
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                perturbed = shown(apply(transform.with_eps(size), image, label), transform)
+                perturbed = shown(apply(transform.with_eps(size), *given), transform)
             difference = (perturbed - original) * amplify + 0.5
             kind = transform.norm if transform._norm_holds else "eps"
             names = (f"{kind} {size:.3g}", f"difference times {amplify:g}")
@@ -156,7 +159,7 @@ def apply(transform: Any, image: Any, label: Tensor | None) -> Any:
     if isinstance(transform, LatentAdversarial):
         x, restore = to_batch(image, transform.flow.channels)
         return restore(transform(x, label))
-    return transform(image) if label is None else transform(image, label)[0]
+    return image_of(transform(image)) if label is None else transform(image, label)[0]
 
 
 def shown(image: Any, transform: Any) -> Tensor:

@@ -72,7 +72,7 @@ def load_flow(
     with torch.inference_mode(False):  # the weights serve outside it
         flow = read_flow(directory).to(device)
     flow.read_from = read_from
-    flow.loaded_from = (*origin, flow.weights_version())
+    flow.loaded_from = (*origin, (flow.weights_version(), flow.fingerprint()))
     card = directory / CARD_NAME
     flow.card = card if card.is_file() else None
     return flow
@@ -278,11 +278,9 @@ class HeldFlow:
         self.flow = flow
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.flow.loaded_from is not None:
-            name, revision, version = self.flow.loaded_from
-            path, when = self.flow.read_from or (Path(), 0)
-            if version == self.flow.weights_version() and written(path) == when:
-                return _held_by_name, (name, revision)
+        path, when = self.flow.read_from or (Path(), 0)
+        if self.flow.loaded_from and written(path) == when and self.flow.is_as_loaded():
+            return _held_by_name, self.flow.loaded_from[:2]
         return HeldFlow, (self.flow,)
 
 

@@ -180,6 +180,11 @@ def fit_to_flow(x: Tensor, flow: Flow) -> Tensor:
     return F.pad(x, (0, right, 0, below), mode="replicate") if below or right else x
 
 
+def in_unit_range(decoded: Tensor) -> Tensor:
+    """Clamped to [0, 1]; what is infinite becomes NaN, so that its sample falls back later."""
+    return torch.where(decoded.isfinite(), decoded.clamp(0, 1), math.nan)
+
+
 def encoded(flow: Flow, x: Tensor, y: Tensor | None) -> Tensor:
     """Latents of images in [0, 1] of a size that the flow maps.
 

@@ -22,6 +22,7 @@ from latent_aug.images import (
     check_range,
     encoded,
     fit_to_flow,
+    in_unit_range,
 )
 from latent_aug.randomness import Draws
 from latent_aug.regions import Levels, Mask, check_levels, check_mask
@@ -150,7 +151,7 @@ class UsesFlow:
 
     def _to_image(self, decoded: Tensor, x: Tensor, pixels: Tensor | None) -> Tensor:
         """What the flow decoded as an image beside x: in the user's units, at most `clip` away."""
-        decoded = decoded[..., : x.shape[-2], : x.shape[-1]].clamp(0, 1)
+        decoded = in_unit_range(decoded[..., : x.shape[-2], : x.shape[-1]])
         if pixels is not None:
             decoded = torch.where(pixels, decoded, x)
         return self._normalization.apply(LF.clip_change(decoded, x, self.clip, self.norm))

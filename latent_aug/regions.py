@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -34,14 +35,14 @@ def check_levels(levels: Any, flow: Flow) -> tuple[int, ...] | None:
     if levels is None:
         return None
     chosen = list(levels) if isinstance(levels, (tuple, list, range)) else [levels]
-    if any(isinstance(level, bool) or not isinstance(level, int) for level in chosen):
+    if any(isinstance(level, bool) or not isinstance(level, Integral) for level in chosen):
         raise TypeError(f"levels must be an integer or a list of integers, got {levels!r}")
     if not chosen or any(not -flow.levels <= level < flow.levels for level in chosen):
         raise ValueError(
             f"levels must be among 0 (finest) to {flow.levels - 1} (coarsest) for this flow, "
             f"got {levels!r}"
         )
-    return tuple(sorted({level % flow.levels for level in chosen}))
+    return tuple(sorted({int(level) % flow.levels for level in chosen}))
 
 
 def pixels_of(mask: Mask, sample: Any, x: Tensor) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from latent_aug.adversarial import LatentAdversarial
 from latent_aug.arguments import natural
+from latent_aug.perturbation import UsesFlow
 
 Perturbation = Callable[..., Any] | LatentAdversarial | None
 
@@ -71,7 +72,8 @@ class LatentSchedule:
     @property
     def fallbacks(self) -> int:
         """Samples that no flow of it could perturb, see `LatentPerturb`."""
-        return sum(getattr(perturbation, "fallbacks", 0) for _, perturbation in self.phases)
+        parts = {id(part): part for part in parts_of(self)}  # one may be in two phases
+        return sum(part.fallbacks for part in parts.values() if isinstance(part, UsesFlow))
 
     def set_epoch(self, epoch: int) -> None:
         """Go to an epoch, counted from 0, as `DistributedSampler.set_epoch` does."""

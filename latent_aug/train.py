@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ from latent_aug.recipe import TrainConfig, learning_rate, resolve_dtype, warmed_
 from latent_aug.report import append_to_log, draw, mean_bits_per_dim
 
 AnyFlow = TypeVar("AnyFlow", bound=Flow)
+# What a flow's runs started from, by their state's path: it is trained in place, so that a call
+# that is given again, as a notebook's cell, comes with other weights.
+STARTS: WeakKeyDictionary[Flow, dict[Path, str]] = WeakKeyDictionary()
 
 
 def train_flow(
@@ -83,7 +87,9 @@ def train_flow(
     processes = Processes(device, timeout_minutes=config.timeout_minutes)
     images = images_for(flow, dataset, config.size)
     held_out = None if validation is None else images_for(flow, validation, config.size)
-    check_sides(images, flow)
+    for pixels in (images, held_out):
+        if pixels is not None:
+            check_sides(pixels, flow)
     run = Run(flow.to(processes.device), config, images, processes)
     resumed = f"resumed at step {run.step}" if run.step else "training"
     hidden = not (progress and processes.is_main)
@@ -297,12 +303,16 @@ class Run:
         """What makes two runs the same: recipe, architecture, images and where they started."""
         some = [as_batch(self.images.__getitems__(self.images.spread(64)))]
         some += [] if self.images.labels is None else [self.images.labels]
-        weights = self.flow.state_dict().values() if self.flow.is_initialized() else ()
+        starts = STARTS.setdefault(self.flow, {})
+        if not (self.path.resolve() in starts and self.processes.from_main(self.path.exists)):
+            # Untrained weights follow from their own seed.
+            weights = self.flow.state_dict().values() if self.flow.is_initialized() else ()
+            starts[self.path.resolve()] = digest(weights)
         return {
             "recipe": self.config.recipe(),
             "architecture": self.flow.config,
             "data": {"count": len(self.images), "digest": digest(some)},
-            "start": {"digest": digest(weights)},  # untrained weights follow from their own seed
+            "start": {"digest": starts[self.path.resolve()]},
         }
 
     def _load(self) -> dict[str, Any] | None:

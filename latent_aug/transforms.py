@@ -17,7 +17,7 @@ from latent_aug import functional as LF
 from latent_aug.arguments import Range, distance, number_range, one_of, positive, probability
 from latent_aug.conditions import condition, labels_in
 from latent_aug.flows import Flow
-from latent_aug.images import add_difference, downscaled, fit_to_flow, to_batch
+from latent_aug.images import add_difference, downscaled, fit_to_flow, in_unit_range, to_batch
 from latent_aug.perturbation import UsesFlow
 from latent_aug.regions import Levels, Mask, movable, pixels_of, shrunk
 from latent_aug.structures import named_images, with_items
@@ -285,7 +285,7 @@ class LatentPerturb(UsesFlow, v2.Transform):
         decoded = self.flow.decode(z + noise, draw.y)
         if small is not x:
             decoded = decoded[..., : small.shape[-2], : small.shape[-1]]
-            decoded = add_difference(x, small, decoded.clamp(0, 1))
+            decoded = add_difference(x, small, in_unit_range(decoded))
         perturbed = self._to_image(decoded, x, draw.pixels)
         return self._restore(perturbed, original, z, draw.pixels)
 

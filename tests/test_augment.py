@@ -379,3 +379,32 @@ def test_shards_can_be_read_back(data, tmp_path):
     labels = EncodedImages(data).labels
     assert shard.labels == [labels[int(name.split("-")[0])] for name in shard.names]
     assert shard.classes == ["0", "1", "2"]
+
+
+def test_masks_are_told_apart(tmp_path):
+    images = [torch.rand(3, 8, 8) for _ in range(4)]
+    mask = torch.zeros(8, 8).bool()
+    mask[:4] = True
+    for index, changed in enumerate((mask, mask, ~mask)):
+        job = LatentPerturb(flow=Identity(), mask=changed), AugmentConfig(output=tmp_path)
+        if index < 2:
+            augment_images(images, *job, progress=False)
+        else:
+            with pytest.raises(ValueError, match="mask"):
+                augment_images(images, *job, progress=False)
+
+
+def test_a_mask_that_is_worked_out_is_refused(tmp_path):
+    transform = LatentPerturb(flow=Identity(), mask=lambda sample: sample)
+    with pytest.raises(ValueError, match="mask must be None or a tensor here"):
+        augment_images([torch.rand(3, 8, 8)], transform, AugmentConfig(output=tmp_path / "out"))
+
+
+def test_an_image_that_was_mended_lets_the_job_go_on(data, tmp_path):
+    path = data / "cat" / "7.png"
+    kept = path.read_bytes()
+    path.write_bytes(b"no image")
+    with pytest.warns(UserWarning, match="left out"):
+        augment(data, tmp_path / "out", copies=1, shard_size=4, skip_unreadable=True)
+    path.write_bytes(kept)
+    assert augment(data, tmp_path / "out", copies=1, shard_size=4).written == 0

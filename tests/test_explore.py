@@ -158,3 +158,17 @@ def test_flows_of_classes_are_refused(monkeypatch):
     monkeypatch.setattr(explore, "shared_flow", lambda name: ByClass())
     with pytest.raises(ValueError, match="without classes"):
         explore.subject_of("by-class", torch.rand(1, 3, 8, 8))
+
+
+def test_uploads_are_upright_and_of_8_bits(tmp_path):
+    turned, deep = tmp_path / "turned.jpg", tmp_path / "deep.png"
+    image = Image.new("L", (32, 32))
+    image.paste(255, (0, 0, 32, 16))  # the upper half
+    exif = Image.Exif()
+    exif[0x0112] = 3  # to be turned by 180 degrees
+    image.save(turned, exif=exif)
+    x = explore.read_upload(turned, 1, 32)[0, 0]
+    assert x[:14].max() < 0.2 < 0.8 < x[18:].min()
+    Image.new("I;16", (32, 32), 40000).save(deep)
+    with pytest.raises(TypeError, match="no fixed range"):
+        explore.read_upload(deep, 1, 32)

@@ -9,6 +9,7 @@ from conftest import ByClass, Identity, random_glow
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from torch import nn
+from torchvision import tv_tensors
 
 from latent_aug import LatentAdversarial, LatentPerturb, preview
 
@@ -168,3 +169,17 @@ def test_a_data_set_is_drawn_as_its_images_are():
 def test_samples_that_are_mappings_are_refused():
     with pytest.raises(TypeError, match="tuples that begin with one, got a dict"):
         preview(LatentPerturb(flow=Identity()), [{"image": torch.rand(3, 8, 8)}])
+
+
+def test_a_mask_that_is_worked_out_sees_the_sample():
+    def left(sample):
+        _, mask = sample
+        return mask
+
+    mask = torch.zeros(1, 8, 8).bool()
+    mask[..., :4] = True
+    data = [(torch.full((3, 8, 8), 0.5), tv_tensors.Mask(mask)) for _ in range(2)]
+    figure = preview(LatentPerturb(0.3, flow=Identity(), mask=left), data, temperatures=())
+    moved = dict(pictures(figure))["linf 0.3"]
+    assert (moved[:, 4:] == 0.5).all()
+    assert (moved[:, :4] != 0.5).any()

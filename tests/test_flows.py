@@ -5,11 +5,11 @@ import pickle
 
 import pytest
 import torch
-from conftest import Identity, images_and_classes, random_glow
+from conftest import Identity, convolutional_classifier, images_and_classes, random_glow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_aug import Flow, Glow
+from latent_aug import Flow, Glow, LatentAdversarial
 
 
 def test_round_trip(any_flow):
@@ -243,3 +243,32 @@ def test_the_base_class_says_what_is_missing():
             getattr(Flow(), call)(torch.rand(1, 3, 4, 4))
     with pytest.raises(NotImplementedError, match="cannot be saved"):
         _ = Identity().config
+
+
+def test_what_a_fused_optimizer_writes_is_used(batch):
+    """Its steps leave no sign on the parameters."""
+    images, _ = batch
+    flow = random_glow()
+    flow.encode(images)
+    optimizer = torch.optim.AdamW(flow.requires_grad_(True).parameters(), lr=0.01, fused=True)
+    flow.log_prob(images).mean().backward()
+    with torch.no_grad():
+        flow.encode(images)
+    optimizer.step()
+    for frozen in (False, True):
+        flow.requires_grad_(not frozen)
+        with torch.no_grad():
+            assert torch.equal(flow.encode(images), copy.deepcopy(flow).encode(images))
+
+
+def test_moved_in_inference_mode_it_still_serves_outside(batch):
+    images, labels = batch
+    flow = random_glow()
+    with torch.inference_mode():
+        flow.double()
+    moved = LatentAdversarial(convolutional_classifier(), flow=flow, steps=1)(images, labels)
+    assert not torch.equal(moved, images)
+
+
+def test_no_images_have_no_bits(glow):
+    assert glow.bits_per_dim(torch.empty(0, 3, 8, 8)).shape == (0,)

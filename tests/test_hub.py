@@ -267,3 +267,13 @@ def test_a_directory_named_like_a_bundled_flow_is_mentioned(tmp_path, monkeypatc
     with pytest.warns(UserWarning, match=r"directory of this name is '\./glow-fashionmnist'"):
         assert load_flow("glow-fashionmnist").channels == 1
     assert load_flow("./glow-fashionmnist").channels == 3
+
+
+def test_a_flow_tuned_by_a_fused_optimizer_is_pickled_with_its_weights(saved):
+    flow = load_flow(saved).requires_grad_(True)
+    optimizer = torch.optim.SGD(flow.parameters(), lr=0.1, fused=True)
+    flow.log_prob(torch.rand(2, 3, 8, 8)).mean().backward()
+    optimizer.step()
+    assert not flow.is_as_loaded()
+    other = pickle.loads(pickle.dumps(LatentPerturb(flow=flow))).flow
+    assert torch.equal(next(other.parameters()), next(flow.parameters()))

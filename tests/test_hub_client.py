@@ -151,10 +151,12 @@ def test_a_card_s_pictures_are_pushed_with_it_until_the_weights_change(hub, monk
     monkeypatch.setenv("HF_TOKEN", hub.token)
     (tmp_path / "flow" / "README.md").write_text("![samples](samples.png)")
     (tmp_path / "flow" / "samples.png").write_bytes(b"a picture")
+    (tmp_path / "flow" / "reconstructions.png").write_bytes(b"training images")
     flow = load_flow(tmp_path / "flow")
     flow.push_to_hub("someone/pictured")
     files = hub.commits["someone/pictured", hub.heads["someone/pictured"]]
     assert files["samples.png"] == b"a picture"
+    assert "reconstructions.png" not in files
     assert files["README.md"] == b"![samples](samples.png)"
     with torch.no_grad():
         next(flow.parameters()).add_(1)

@@ -1,6 +1,7 @@
 """LatentSchedule: whose turn it is, and how it is told."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -93,6 +94,17 @@ def test_fallbacks_are_those_of_all_phases():
         schedule(torch.full((1, 3, 8, 8), float("nan")))
         schedule.step()
     assert schedule.fallbacks == 2
+
+
+def test_fallbacks_are_counted_once_and_inside_a_compose():
+    twice, inside = (LatentPerturb(flow=Identity()) for _ in range(2))
+    pipeline = v2.Compose([inside, v2.Identity()])
+    schedule, bad = LatentSchedule([(1, twice), (1, pipeline), (1, twice)]), torch.zeros(3, 3, 8, 8)
+    bad[:] = math.nan
+    for epoch in range(3):
+        schedule.set_epoch(epoch)
+        schedule(bad)
+    assert (twice.fallbacks, inside.fallbacks, schedule.fallbacks) == (6, 3, 9)
 
 
 def test_pickled_it_keeps_its_epoch():

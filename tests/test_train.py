@@ -215,3 +215,30 @@ def test_the_caller_s_random_state_stays(tmp_path):
     flow, before = small_flow(), torch.get_rng_state()
     train_flow(flow, stripes(), config(tmp_path, steps=2), progress=False)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_validation_images_that_do_not_fit_are_refused_at_the_start(tmp_path):
+    odd = torch.zeros(4, 1, 7, 7, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="sides that divide by 2"):
+        train_flow(small_flow(), stripes(), config(tmp_path), validation=odd, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_notebook_s_cell_goes_on_when_it_is_run_again(tmp_path, monkeypatch):
+    expected = train_flow(small_flow(), stripes(), config(tmp_path / "a"), progress=False)
+    flow, step = small_flow(), Run.train_step
+
+    def stopped(run, *batch):
+        if run.step == 5:
+            run.save()
+            raise KeyboardInterrupt
+        return step(run, *batch)
+
+    monkeypatch.setattr(Run, "train_step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train_flow(flow, stripes(), config(tmp_path / "b"), progress=False)
+    monkeypatch.setattr(Run, "train_step", step)
+    again = train_flow(flow, stripes(), config(tmp_path / "b"), progress=False)
+    assert torch.equal(weights(again), weights(expected))
+    with pytest.raises(ValueError, match="run of another start"):
+        train_flow(again, stripes(), config(tmp_path / "b"), progress=False)

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import math
 import pickle
 
 import numpy as np
@@ -542,3 +543,17 @@ def test_with_eps_gives_a_copy(glow):
     assert (original.eps, original.p) == ((0.1, 0.2), 0.5)
     changed(torch.full((1, 3, 16, 16), float("nan")))
     assert (changed.fallbacks, original.fallbacks) == (1, 0)
+
+
+@pytest.mark.parametrize("resolution", [None, 4])
+def test_what_is_decoded_to_infinity_falls_back(resolution):
+    class Unbounded(Identity):
+        def decode(self, z, y=None):
+            return torch.where(z > 1, math.inf, z)
+
+    transform = LatentPerturb(0.3, flow=Unbounded(), resolution=resolution)
+    x = torch.stack([torch.full((3, 8, 8), 0.3), torch.full((3, 8, 8), 0.95)])
+    out = transform(x)
+    assert transform.fallbacks == 1
+    assert torch.equal(out[1], x[1])
+    assert not torch.equal(out[0], x[0])

@@ -90,7 +90,7 @@ def dequantized(x: Tensor, noise: Tensor) -> Tensor:
 
 def bits_of(log_prob: Tensor, x: Tensor) -> Tensor:
     """Bits per dimension of 8-bit images (B, C, H, W) from their log-density (B,), in nats."""
-    return (math.log(255) - log_prob / x[0].numel()) / math.log(2)
+    return (math.log(255) - log_prob / math.prod(x.shape[1:])) / math.log(2)
 
 
 class Flow(nn.Module):
@@ -185,10 +185,22 @@ class Flow(nn.Module):
     def weights_version(self) -> tuple[Any, ...]:
         """Something that changes when a parameter or buffer is written to, moved or replaced.
 
-        Writing through `.data` is the exception: torch leaves no sign of it.
+        Torch leaves no sign of some ways to write: through `.data`, by a fused optimizer, by a
+        collective such as `broadcast`. A flow that was frozen meanwhile is moved afterwards, as by
+        ``flow.to(device)``, for its new weights to be seen.
         """
         tensors = (*self.parameters(), *self.buffers())
         return tuple((t.data_ptr(), t._version) for t in tensors)
+
+    def is_as_loaded(self) -> bool:
+        """Whether it came from `load_flow`, and nothing of it has changed since."""
+        then = self.loaded_from and self.loaded_from[2]
+        return then is not None and then == (self.weights_version(), self.fingerprint())
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Flow:
+        with torch.inference_mode(False):  # the weights serve outside it
+            super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
 
     def fingerprint(self) -> str:
         """SHA-256 of what the latents follow from: class, numbers it holds, weights, precision."""
@@ -244,10 +256,13 @@ class Flow(nn.Module):
         return str(commit.commit_url)
 
     def _write_card(self, directory: Path, repo_id: str) -> None:
-        """Of what is pushed."""
-        if self.card and self.loaded_from and self.loaded_from[2] == self.weights_version():
-            for path in (self.card, *self.card.parent.glob("*.png")):
-                shutil.copy(path, directory)
+        """Of what is pushed, with its pictures: others may show training images."""
+        if self.card and self.is_as_loaded():
+            shutil.copy(self.card, directory)
+            text = self.card.read_text(encoding="utf-8", errors="replace")
+            for path in self.card.parent.glob("*.png"):
+                if f"]({path.name})" in text:
+                    shutil.copy(path, directory)
             return
         text = SHORT_CARD.format(repo_id=repo_id, kind=type(self).__name__, config=self.config)
-        (directory / CARD_NAME).write_text(text)
+        (directory / CARD_NAME).write_text(text, encoding="utf-8")

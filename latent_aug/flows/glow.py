@@ -259,11 +259,13 @@ class Glow(Flow):
     def _levels(self, t: Tensor, *, inverse: bool) -> tuple[engine.Level, ...]:
         """The parameters as the engine reads them, on t's device and in its dtype.
 
-        Weights that want gradients are read anew; others come from a cache that notices every
-        in-place change of a parameter (its version counter) at no cost on the device.
+        Weights in training are read anew, as a fused optimizer's step leaves no sign on them;
+        frozen ones come from a cache that notices every in-place change of a parameter that torch
+        counts (its version counter) at no cost on the device.
         """
-        if self._weights_want_gradients():
-            return self._read(t, inverse=inverse, frozen=False, networks={})
+        if any(p.requires_grad for p in self._tensors()):
+            self._prepared.clear()
+            return self._read(t, inverse=inverse, frozen=not torch.is_grad_enabled(), networks={})
         prepared = self._prepared_for(t)
         if inverse not in prepared.levels:
             # Tensors made in inference mode could not serve a later attack's backward pass.
@@ -315,7 +317,7 @@ class Glow(Flow):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Glow:
         self._prepared.clear()
-        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._apply(*args, **kwargs)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
