@@ -63,7 +63,8 @@ class Glow(Flow):
             stays in the input's precision, but with torch.bfloat16 decoding undoes encoding only
             about, and faster (docs/speed.md).
         compiled: Have torch.compile fuse each step, where no gradient is wanted. Every new shape
-            of input is compiled, which takes seconds.
+            of input is compiled, a time a level, which takes seconds; torch gives up after eight
+            (`torch._dynamo.config.recompile_limit`), so it is for one or two batch sizes.
 
     Raises:
         ValueError: An argument is out of range; an image does not fit; the flow is untrained.
