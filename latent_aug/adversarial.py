@@ -22,7 +22,7 @@ from latent_aug.flows import Flow
 from latent_aug.images import is_tv_tensor, to_float
 from latent_aug.perturbation import UsesFlow
 from latent_aug.regions import Levels, Mask, movable, pixels_of
-from latent_aug.structures import LABEL_KEYS, image_key, rows, with_images
+from latent_aug.structures import LABEL_KEYS, image_key, rows, rows_of_labels, with_images
 
 Forward = Callable[[nn.Module, Any], Tensor]
 Loss = Callable[[Tensor, Any], Tensor]
@@ -205,7 +205,7 @@ class LatentAdversarial(UsesFlow):
             chosen = order[:count]
             picked = self._attack(
                 images[chosen].contiguous(memory_format=layout_of(images)),
-                rows(labels, chosen, len(images)),
+                rows_of_labels(labels, chosen, len(images)),
                 pixels[chosen] if pixels is not None and len(pixels) > 1 else pixels,
                 batch if self.forward is None else rows(batch, chosen, len(images)),
                 key,

@@ -67,14 +67,14 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         for name in ("copies", "shard_size", "batch_size", "quality"):
-            positive(name, getattr(self, name))
+            object.__setattr__(self, name, positive(name, getattr(self, name)))
         if self.size is not None:
-            positive("size", self.size)
+            object.__setattr__(self, "size", positive("size", self.size))
         if self.quality > 100:
             raise ValueError(f"quality must lie in 1 to 100, got {self.quality!r}")
         one_of("form", self.form, ("shards", "folder"))
         one_of("image_format", self.image_format, ("png", "jpeg"))
-        natural("seed", self.seed)
+        object.__setattr__(self, "seed", natural("seed", self.seed))
 
 
 @dataclass(frozen=True)

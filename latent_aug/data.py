@@ -82,6 +82,10 @@ class EncodedImages(Dataset[Image.Image]):
 def images_in(folder: Path) -> Iterator[Path]:
     """Image files of a folder tree, through links, as ImageFolder; nothing hidden."""
     for root, folders, names in os.walk(folder, followlinks=True):
+        real = Path(root).resolve()
+        if any(above.resolve() == real for above in Path(root).parents):
+            folders.clear()  # a link to a folder that it lies in
+            continue
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(root) / name for name in names if is_image(name))
 

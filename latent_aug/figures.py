@@ -107,8 +107,9 @@ def preview(
         draw(grid[row, 0], original, "original" if row == 0 else "")
         for column, size in enumerate(sizes):
             label = None if labels is None else labels[places[row]][None]
-            # A mask that is worked out needs the whole sample, and has the label in it.
-            given = (samples[row], None) if callable(transform.mask) else (image, label)
+            given = (image, label)
+            if callable(transform.mask) and isinstance(samples[row], (tuple, list)):
+                given = (samples[row], None)  # it works with the whole sample, its label included
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 perturbed = shown(apply(transform.with_eps(size), *given), transform)

@@ -79,7 +79,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for check, names in ((positive, COUNTS), (natural, NATURAL)):
-            for name in names:  # plain integers: they are saved with the run
+            for name in names:  # plain numbers: they are saved with the run
                 object.__setattr__(self, name, check(name, getattr(self, name)))
         if self.size is not None:
             object.__setattr__(self, "size", positive("size", self.size))
@@ -93,6 +93,8 @@ class TrainConfig:
         for name in ("decay", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
+        for name in (*POSITIVE, "checkpoint_minutes", "decay", "ema"):
+            object.__setattr__(self, name, float(getattr(self, name)))
         if self.network_dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(
                 f"network_dtype must be 'auto', 'float32' or 'bfloat16', got {self.network_dtype!r}"

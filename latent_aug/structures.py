@@ -93,6 +93,18 @@ def rows(batch: Any, chosen: Tensor, count: int) -> Any:
     return rows_of(batch, chosen, count)
 
 
+def rows_of_labels(labels: Any, chosen: Tensor, count: int) -> Any:
+    """The same for labels, where a list of `count` holds one a sample, as detection targets are.
+
+    A list or tuple of batched tensors alone is a structure here too, such as a pair of targets.
+    """
+    if isinstance(labels, (tuple, list)):
+        shapes = [getattr(value, "shape", None) for value in labels]
+        if all(shape is not None and len(shape) and shape[0] == count for shape in shapes):
+            return rows(labels, chosen, count)
+    return rows_of(labels, chosen, count)
+
+
 def rows_of(value: Any, chosen: Tensor, count: int) -> Any:
     """The same for one entry of a batch."""
     shape = getattr(value, "shape", None)  # of tensors and arrays

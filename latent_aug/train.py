@@ -27,9 +27,9 @@ from latent_aug.recipe import TrainConfig, learning_rate, resolve_dtype, warmed_
 from latent_aug.report import append_to_log, draw, mean_bits_per_dim
 
 AnyFlow = TypeVar("AnyFlow", bound=Flow)
-# What a flow's runs started from, by their state's path: it is trained in place, so that a call
-# that is given again, as a notebook's cell, comes with other weights.
-STARTS: WeakKeyDictionary[Flow, dict[Path, str]] = WeakKeyDictionary()
+# Weights that a flow's runs started from and left in it, by their state's path: it is trained in
+# place, so that a call that is given again, as a notebook's cell, comes with those it left.
+STARTS: WeakKeyDictionary[Flow, dict[Path, tuple[str, str]]] = WeakKeyDictionary()
 
 
 def train_flow(
@@ -95,17 +95,20 @@ def train_flow(
     hidden = not (progress and processes.is_main)
     bar = tqdm(total=config.steps, initial=run.step, unit="step", desc=resumed, disable=hidden)
     last_save, loss = time.monotonic(), None
-    for batch, y in run.batches():
-        started = time.monotonic()
-        loss = run.train_step(batch, y)
-        run.seconds += time.monotonic() - started
-        bar.update()
-        bar.set_postfix_str(
-            f"{loss:.3f} bits/dim, {run.batch_size / (time.monotonic() - started):.0f} images/s"
-        )
-        if time.monotonic() - last_save > 60 * config.checkpoint_minutes:
-            run.checkpoint(held_out, loss)
-            last_save = time.monotonic()
+    try:
+        for batch, y in run.batches():
+            started = time.monotonic()
+            loss = run.train_step(batch, y)
+            run.seconds += time.monotonic() - started
+            bar.update()
+            bar.set_postfix_str(
+                f"{loss:.3f} bits/dim, {run.batch_size / (time.monotonic() - started):.0f} images/s"
+            )
+            if time.monotonic() - last_save > 60 * config.checkpoint_minutes:
+                run.checkpoint(held_out, loss)
+                last_save = time.monotonic()
+    finally:
+        run.remember_start()
     bar.close()
     if loss is not None:
         run.checkpoint(held_out, loss)
@@ -303,17 +306,23 @@ class Run:
         """What makes two runs the same: recipe, architecture, images and where they started."""
         some = [as_batch(self.images.__getitems__(self.images.spread(64)))]
         some += [] if self.images.labels is None else [self.images.labels]
-        starts = STARTS.setdefault(self.flow, {})
-        if not (self.path.resolve() in starts and self.processes.from_main(self.path.exists)):
-            # Untrained weights follow from their own seed.
-            weights = self.flow.state_dict().values() if self.flow.is_initialized() else ()
-            starts[self.path.resolve()] = digest(weights)
+        # Untrained weights follow from their own seed.
+        weights = self.flow.state_dict().values() if self.flow.is_initialized() else ()
+        self.start = digest(weights)
+        before, end = STARTS.get(self.flow, {}).get(self.path.resolve(), ("", ""))
+        if end == self.start and self.processes.from_main(self.path.exists):
+            self.start = before
         return {
             "recipe": self.config.recipe(),
             "architecture": self.flow.config,
             "data": {"count": len(self.images), "digest": digest(some)},
-            "start": {"digest": starts[self.path.resolve()]},
+            "start": {"digest": self.start},
         }
+
+    def remember_start(self) -> None:
+        """What the flow started from, with the weights that it is left with."""
+        left = digest(self.flow.state_dict().values())
+        STARTS.setdefault(self.flow, {})[self.path.resolve()] = self.start, left
 
     def _load(self) -> dict[str, Any] | None:
         if not self.path.exists():

@@ -391,7 +391,7 @@ class TestTargets:
             (torch.randn(3, 4), torch.rand(3, 5), "probabilities of the logits' shape"),
             (torch.randn(3, 4), torch.zeros(3, 1).long(), r"class indices \(B,\)"),
             (torch.randn(3, 4), torch.ones(3, 4).long(), "several labels an image pass loss="),
-            (torch.randn(3, 4), torch.eye(4)[:3] + torch.eye(4)[1], "add up to 2; .* pass loss="),
+            (torch.randn(3, 4), torch.eye(4)[:3] + torch.eye(4)[1], "several are 1; .* pass loss="),
             (torch.randn(3, 1), torch.zeros(3).long(), "at least 2 classes"),
             (torch.randn(3), torch.zeros(3).long(), "at least 2 classes"),
         ],
@@ -513,3 +513,49 @@ def test_what_a_model_caches_during_an_attack_does_not_stay(batch):
     held = model.cache["bias"], model.bias
     attack(*batch)
     assert (model.cache["bias"], model.bias) == held
+
+
+def test_a_cache_and_what_it_is_of_stay_together(batch):
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.size, self.mask, self.head = convolutional_classifier(), (), None, 4
+
+        def forward(self, x):
+            if x.shape[2:] != self.size:
+                self.size, self.mask = x.shape[2:], torch.ones(x.shape[2:])
+            if self.head == 4:  # its width, until it is there
+                del self.head
+                self.head = nn.Linear(4, 4)
+            return self.head(self.inner(x * self.mask))
+
+    model, (images, labels) = Sized(), batch
+    attack = LatentAdversarial(model, steps=1, flow=Identity())
+    attack(images, labels)
+    head = model.head.weight
+    assert model(images).shape == (6, 4)
+    attack(images[..., :8], labels)
+    assert model(images).shape == (6, 4)
+    assert model.head.weight is head
+
+
+def test_targets_of_each_sample_follow_it(batch):
+    """With p below 1: a list of targets is one a sample, a tuple of batched tensors is not."""
+    seen, images = [], batch[0]
+
+    def loss(logits, targets):
+        seen.append((len(logits), targets))
+        return logits.square().sum()
+
+    attack = LatentAdversarial(
+        convolutional_classifier(), p=0.5, steps=1, flow=Identity(), loss=loss
+    )
+    values = images.mean((1, 2, 3))
+    moved = attack(images, [{"value": value} for value in values])
+    count, targets = seen.pop()
+    attacked = (moved != images).flatten(1).any(1)
+    assert count == len(targets) == 3
+    assert sorted(t["value"].item() for t in targets) == sorted(values[attacked].tolist())
+    attack(images, (values, values + 1))
+    count, (first, second) = seen.pop()
+    assert count == len(first) == len(second) == 3

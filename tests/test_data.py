@@ -150,3 +150,12 @@ def test_every_image_that_cannot_be_read_is_named(how, tmp_path):
         Image.new("I;16", (8, 8)).save(path)
     with pytest.raises(OSError, match=r"image one\.png cannot be read"):
         EncodedImages(tmp_path)[0]
+
+
+def test_a_link_to_a_folder_around_it_ends(folder, tmp_path):
+    data = tmp_path / "data"
+    for name in ("a", "b"):
+        (data / name).mkdir(parents=True)
+        (data / name / "loop").symlink_to(data)
+        to_pil_image(stripes(1)[0]).save(data / name / "0.png")
+    assert EncodedImages(data).names == ["a/0.png", "b/0.png"]

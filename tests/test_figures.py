@@ -183,3 +183,12 @@ def test_a_mask_that_is_worked_out_sees_the_sample():
     moved = dict(pictures(figure))["linf 0.3"]
     assert (moved[:, 4:] == 0.5).all()
     assert (moved[:, :4] != 0.5).any()
+
+
+def test_an_attack_whose_mask_is_worked_out():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    attack = LatentAdversarial(
+        model, steps=1, flow=Identity(), mask=lambda batch: torch.ones(8, 8).bool()
+    )
+    figure = preview(attack, torch.rand(2, 3, 8, 8), torch.tensor([0, 1]), temperatures=())
+    assert len(pictures(figure)) > 2

@@ -3,13 +3,14 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from conftest import Identity, convolutional_classifier, images_and_classes, random_glow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_aug import Flow, Glow, LatentAdversarial
+from latent_aug import Flow, Glow, LatentAdversarial, load_flow
 
 
 def test_round_trip(any_flow):
@@ -245,15 +246,20 @@ def test_the_base_class_says_what_is_missing():
         _ = Identity().config
 
 
-def test_what_a_fused_optimizer_writes_is_used(batch):
+@pytest.mark.parametrize("training", [False, True])
+def test_what_a_fused_optimizer_writes_is_used(batch, training):
     """Its steps leave no sign on the parameters."""
     images, _ = batch
     flow = random_glow()
     flow.encode(images)
-    optimizer = torch.optim.AdamW(flow.requires_grad_(True).parameters(), lr=0.01, fused=True)
-    flow.log_prob(images).mean().backward()
+    flow.train(training).requires_grad_(True)
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=0.01, fused=True)
     with torch.no_grad():
         flow.encode(images)
+    flow.log_prob(images).mean().backward()
+    if training:
+        with torch.no_grad():
+            flow.encode(images)
     optimizer.step()
     for frozen in (False, True):
         flow.requires_grad_(not frozen)
@@ -272,3 +278,22 @@ def test_moved_in_inference_mode_it_still_serves_outside(batch):
 
 def test_no_images_have_no_bits(glow):
     assert glow.bits_per_dim(torch.empty(0, 3, 8, 8)).shape == (0,)
+
+
+def test_sizes_may_be_numpy_s(tmp_path):
+    flow = Glow(np.int64(1), levels=np.int64(1), steps=np.int64(1), hidden=np.int64(4))
+    flow.save_pretrained(tmp_path)
+    assert load_flow(tmp_path).config == flow.config
+
+
+def test_in_evaluation_mode_weights_are_read_once(batch, monkeypatch):
+    flow, reads = random_glow().requires_grad_(True), []
+    read = Glow._read
+    monkeypatch.setattr(Glow, "_read", lambda *a, **k: reads.append(1) or read(*a, **k))
+    for mode, expected in ((False, 1), (True, 2)):
+        flow.train(mode)
+        reads.clear()
+        for _ in range(2):
+            with torch.no_grad():
+                flow.encode(batch[0])
+        assert len(reads) == expected

@@ -41,3 +41,8 @@ def test_counts_are_integers(name):
     with pytest.raises(ValueError, match=f"{name} must be an integer"):
         TrainConfig(output="x", **{name: 2.0})
     assert type(getattr(TrainConfig(output="x", **{name: np.int64(2)}), name)) is int
+
+
+def test_numbers_are_plain():
+    config = TrainConfig(output="x", lr=np.float64(0.1), ema=np.float32(0.5))
+    assert (type(config.lr), type(config.ema)) == (float, float)

@@ -186,8 +186,8 @@ class Flow(nn.Module):
         """Something that changes when a parameter or buffer is written to, moved or replaced.
 
         Torch leaves no sign of some ways to write: through `.data`, by a fused optimizer, by a
-        collective such as `broadcast`. A flow that was frozen meanwhile is moved afterwards, as by
-        ``flow.to(device)``, for its new weights to be seen.
+        collective such as `broadcast`. A flow that was in evaluation mode meanwhile has its new
+        weights seen after ``flow.eval()``.
         """
         tensors = (*self.parameters(), *self.buffers())
         return tuple((t.data_ptr(), t._version) for t in tensors)

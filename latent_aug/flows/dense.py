@@ -118,8 +118,9 @@ class ConditionalDenseFlow(Flow):
         super().__init__()
         sizes = {"channels": channels, "height": height, "width": width}
         sizes |= {"num_classes": num_classes, "steps": steps, "hidden": hidden}
-        for name, value in sizes.items():
-            positive(name, value)
+        channels, height, width, num_classes, steps, hidden = (
+            positive(name, n) for name, n in sizes.items()
+        )
         dims = channels * height * width
         if dims < 2:
             raise ValueError("an image must have at least two values to be split, got 1")

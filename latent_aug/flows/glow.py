@@ -93,8 +93,7 @@ class Glow(Flow):
     ) -> None:
         super().__init__()
         sizes = {"channels": channels, "levels": levels, "steps": steps, "hidden": hidden}
-        for name, value in sizes.items():
-            positive(name, value)
+        channels, levels, steps, hidden = (positive(name, n) for name, n in sizes.items())
         if not 0 < log_scale_bound <= 8:
             raise ValueError(f"log_scale_bound must lie in (0, 8], got {log_scale_bound!r}")
         self.channels, self.levels, self.steps, self.hidden = channels, levels, steps, hidden
@@ -260,13 +259,14 @@ class Glow(Flow):
     def _levels(self, t: Tensor, *, inverse: bool) -> tuple[engine.Level, ...]:
         """The parameters as the engine reads them, on t's device and in its dtype.
 
-        Weights in training are read anew, as a fused optimizer's step leaves no sign on them;
-        frozen ones come from a cache that notices every in-place change of a parameter that torch
-        counts (its version counter) at no cost on the device.
+        In training mode weights that require gradients are read anew, as a fused optimizer's step
+        leaves no sign on them; others come from a cache that notices every in-place change of a
+        parameter that torch counts (its version counter) at no cost on the device.
         """
-        if any(p.requires_grad for p in self._tensors()):
+        wanted = self._weights_want_gradients()
+        if wanted or (self.training and any(p.requires_grad for p in self._tensors())):
             self._prepared.clear()
-            return self._read(t, inverse=inverse, frozen=not torch.is_grad_enabled(), networks={})
+            return self._read(t, inverse=inverse, frozen=not wanted, networks={})
         prepared = self._prepared_for(t)
         if inverse not in prepared.levels:
             # Tensors made in inference mode could not serve a later attack's backward pass.
@@ -315,6 +315,11 @@ class Glow(Flow):
             networks=networks,
             compiled=self.compiled and frozen,
         )
+
+    def train(self, mode: bool = True) -> Glow:
+        """Training or evaluation mode; what was read of the weights is read anew."""
+        self._prepared.clear()
+        return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Glow:
         self._prepared.clear()
