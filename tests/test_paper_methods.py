@@ -287,10 +287,12 @@ class Canvas:
     def __init__(self, drawn):
         self.errorbar = lambda *points, **options: drawn.extend((points, options))
 
+        self.xaxis = self
+
     def subplots(self):
         return self
 
     def ignored(self, *arguments, **options):
         pass
 
-    set = legend = savefig = ignored
+    set = set_xticks = set_minor_formatter = legend = savefig = ignored

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 ROOT = Path(__file__).parents[2]
 RECIPES = Path(__file__).parent / "recipes"
@@ -93,16 +94,20 @@ def table(runs: dict[str, list[dict[str, Any]]], paper: dict[str, float]) -> lis
 
 def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Accuracy against minutes of training, a point a method."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, own in runs.items():
+    for number, (name, own) in enumerate(runs.items()):
         time = statistics.mean(minutes(own))
         accuracies = [r["accuracy"] for r in own]
         error = statistics.stdev(accuracies) if len(own) > 1 else 0
         mean = statistics.mean(accuracies)
-        axes.errorbar(time, mean, yerr=error, fmt="o", capsize=2)
-        axes.annotate(name, (time, mean), (4, 4), textcoords="offset points", fontsize=7)
+        marker = "osD"[number // 10 % 3]  # as there are ten colours
+        axes.errorbar(time, mean, yerr=error, fmt=marker, capsize=2, label=name)
+    figure.legend(loc="outside right upper", fontsize=7)
     axes.set(xscale="log", xlabel="minutes of training a run", ylabel="accuracy (%)")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     figure.savefig(path, dpi=120)
 
 
@@ -147,6 +152,9 @@ def curve(name: str) -> list[str]:
         errors = [statistics.stdev(v) if len(v) > 1 else 0 for v in sizes.values()]
         axes.errorbar(list(sizes), means, yerr=errors, fmt="o-", capsize=2, label=method)
     axes.set(xscale="log", xlabel="labelled images", ylabel="accuracy (%)")
+    images = sorted({size for sizes in found.values() for size in sizes})
+    axes.set_xticks(images, [f"{size:,}" for size in images])
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend(fontsize=7)
     path = PICTURES / f"{name}.png"
     figure.savefig(path, dpi=120)
