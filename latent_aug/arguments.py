@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
 Range = float | tuple[float, float]
+
+
+def store(config: Any, check: Callable[[str, Any], Any], *names: str) -> None:
+    """Check fields of a frozen dataclass, and keep what the check gives: plain numbers."""
+    for name in names:
+        object.__setattr__(config, name, check(name, getattr(config, name)))
 
 
 def number_range(name: str, value: Any) -> tuple[float, float]:

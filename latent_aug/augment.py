@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
-from latent_aug.arguments import natural, one_of, positive
+from latent_aug.arguments import natural, one_of, positive, store
 from latent_aug.data import EncodedImages, digest, image_of, spread, to_uint8
 from latent_aug.files import replaced, write_json, write_whole
 from latent_aug.images import GREY_MODES
@@ -66,15 +66,14 @@ class AugmentConfig:
     skip_unreadable: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("copies", "shard_size", "batch_size", "quality"):
-            object.__setattr__(self, name, positive(name, getattr(self, name)))
+        store(self, positive, "copies", "shard_size", "batch_size", "quality")
         if self.size is not None:
-            object.__setattr__(self, "size", positive("size", self.size))
+            store(self, positive, "size")
         if self.quality > 100:
             raise ValueError(f"quality must lie in 1 to 100, got {self.quality!r}")
         one_of("form", self.form, ("shards", "folder"))
         one_of("image_format", self.image_format, ("png", "jpeg"))
-        object.__setattr__(self, "seed", natural("seed", self.seed))
+        store(self, natural, "seed")
 
 
 @dataclass(frozen=True)

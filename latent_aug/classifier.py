@@ -12,9 +12,8 @@ from torch import Tensor, nn
 Wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 IGNORED = -100  # F.cross_entropy gives such labels no loss
-SEVERAL_LABELS = (
-    "for several labels an image pass loss=, e.g. one from F.binary_cross_entropy_with_logits"
-)
+OWN_LOSS = "pass loss=, e.g. one from F.binary_cross_entropy_with_logits"
+SEVERAL_LABELS = f"for several labels an image {OWN_LOSS}"
 
 
 @contextmanager
@@ -160,21 +159,26 @@ def classes_of(logits: Tensor, advice: str) -> int:
     return classes
 
 
+def are_several(labels: Tensor) -> bool:
+    """Whether floating labels (B, K, ...) are no probabilities: of some several are 1, others 0."""
+    binary = ((labels == 0) | (labels == 1)).all(1)
+    return bool((binary & (labels.sum(1) > 1)).any())
+
+
 def check_targets(logits: Tensor, labels: Tensor) -> Tensor:
     """Labels as `F.cross_entropy` takes them beside these logits.
 
     Raises:
         ValueError: They are neither indices of the logits' classes nor probabilities of them.
     """
-    classes = classes_of(logits, "pass loss=, e.g. one from F.binary_cross_entropy_with_logits")
+    classes = classes_of(logits, OWN_LOSS)
     if labels.is_floating_point():
         if labels.shape != logits.shape:
             raise ValueError(
                 f"labels must be integers (B,), or probabilities of the logits' shape "
                 f"{tuple(logits.shape)}, got {labels.dtype} of shape {tuple(labels.shape)}"
             )
-        binary = ((labels == 0) | (labels == 1)).all(1)
-        if labels.is_cpu and bool((binary & (labels.sum(1) > 1)).any()):
+        if labels.is_cpu and are_several(labels):  # elsewhere a check is a sync
             raise ValueError(
                 "labels that are floating point are probabilities of classes, and in some several "
                 f"are 1; {SEVERAL_LABELS}"

@@ -9,6 +9,7 @@ import posixpath
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,14 @@ class EncodedImages(Dataset[Image.Image]):
 
 def images_in(folder: Path) -> Iterator[Path]:
     """Image files of a folder tree, through links, as ImageFolder; nothing hidden."""
+    resolved = cache(Path.resolve)
     for root, folders, names in os.walk(folder, followlinks=True):
-        real = Path(root).resolve()
-        if any(above.resolve() == real for above in Path(root).parents):
+        place = Path(root)
+        if any(resolved(above) == resolved(place) for above in place.parents):
             folders.clear()  # a link to a folder that it lies in
             continue
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(root) / name for name in names if is_image(name))
+        yield from (place / name for name in names if is_image(name))
 
 
 def is_image(name: str) -> bool:

@@ -105,11 +105,10 @@ def preview(
     for row, image in enumerate(chosen):
         original = shown(image, transform)
         draw(grid[row, 0], original, "original" if row == 0 else "")
+        given = (image, None if labels is None else labels[places[row]][None])
+        if callable(transform.mask) and isinstance(samples[row], (tuple, list)):
+            given = (samples[row], None)  # it works with the whole sample, its label included
         for column, size in enumerate(sizes):
-            label = None if labels is None else labels[places[row]][None]
-            given = (image, label)
-            if callable(transform.mask) and isinstance(samples[row], (tuple, list)):
-                given = (samples[row], None)  # it works with the whole sample, its label included
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 perturbed = shown(apply(transform.with_eps(size), *given), transform)

@@ -70,9 +70,11 @@ def load_flow(
         raise OSError(f"{directory / WEIGHTS_NAME} was changed; install latent-aug again")
     read_from = directory / WEIGHTS_NAME, written(directory / WEIGHTS_NAME)
     with torch.inference_mode(False):  # the weights serve outside it
-        flow = read_flow(directory).to(device)
+        flow = read_flow(directory)
+        fingerprint = flow.fingerprint()  # here, as the weights would have to come back for it
+        flow = flow.to(device)
     flow.read_from = read_from
-    flow.loaded_from = (*origin, (flow.weights_version(), flow.fingerprint()))
+    flow.loaded_from = (*origin, (flow.weights_version(), fingerprint))
     card = directory / CARD_NAME
     flow.card = card if card.is_file() else None
     return flow

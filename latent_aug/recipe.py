@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from latent_aug.arguments import natural, positive
+from latent_aug.arguments import natural, positive, store
 from latent_aug.flows import Flow, Glow
 
 COUNTS = ("steps", "batch_size", "validation_images", "accumulate")
@@ -78,11 +78,10 @@ class TrainConfig:
     timeout_minutes: float = 10.0
 
     def __post_init__(self) -> None:
-        for check, names in ((positive, COUNTS), (natural, NATURAL)):
-            for name in names:  # plain numbers: they are saved with the run
-                object.__setattr__(self, name, check(name, getattr(self, name)))
+        store(self, positive, *COUNTS)
+        store(self, natural, *NATURAL)
         if self.size is not None:
-            object.__setattr__(self, "size", positive("size", self.size))
+            store(self, positive, "size")
         for name in POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
@@ -93,8 +92,7 @@ class TrainConfig:
         for name in ("decay", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
-        for name in (*POSITIVE, "checkpoint_minutes", "decay", "ema"):
-            object.__setattr__(self, name, float(getattr(self, name)))
+        store(self, lambda _, n: float(n), *POSITIVE, "checkpoint_minutes", "decay", "ema")
         if self.network_dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(
                 f"network_dtype must be 'auto', 'float32' or 'bfloat16', got {self.network_dtype!r}"

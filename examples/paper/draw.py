@@ -53,12 +53,12 @@ def runs_of(recipe: str, kind: str) -> dict[str, list[dict[str, Any]]]:
     for path in sorted((RUNS / recipe / kind).glob("*.json")):
         entry = json.loads(path.read_text())
         found[entry["method"]].append(entry)
-    return {name: found[name] for name in methods_of(recipe) if name in found}
+    return {name: found[name] for name in described(recipe)["methods"] if name in found}
 
 
-def methods_of(recipe: str) -> dict[str, Any]:
-    """A recipe's methods, by name."""
-    return json.loads((RECIPES / f"{recipe}.json").read_text())["methods"]
+def described(recipe: str) -> dict[str, Any]:
+    """What a recipe says."""
+    return json.loads((RECIPES / f"{recipe}.json").read_text())
 
 
 def spread(values: list[float], digits: int = 1) -> str:
@@ -113,8 +113,8 @@ def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def section(recipe: str) -> list[str]:
     """Text, table and plot of a recipe."""
-    described = json.loads((RECIPES / f"{recipe}.json").read_text())
-    lines = [f"\n## {described['title']}\n", described["text"]]
+    says = described(recipe)
+    lines = [f"\n## {says['title']}\n", says["text"]]
     for kind in ("test", "validation"):
         runs = runs_of(recipe, kind)
         if not runs:
@@ -125,7 +125,7 @@ def section(recipe: str) -> list[str]:
             f"Trained on {some['train_images']:,} images for {some['protocol']['epochs']} epochs, "
             f"evaluated on {some['evaluated_on']}; {some['device']}, {some['threads']} thread(s).",
             "",
-            *table(runs, described.get("paper", {}) if kind == "test" else {}),
+            *table(runs, says.get("paper", {}) if kind == "test" else {}),
         ]
         if kind == "test":
             picture = PICTURES / f"{recipe}.png"
@@ -137,7 +137,7 @@ def section(recipe: str) -> list[str]:
 def curve(name: str) -> list[str]:
     """Accuracy against labelled images, a line for each method that all of its recipes have."""
     title, recipes = CURVES[name]
-    shared = set.intersection(*(set(methods_of(recipe)) for recipe in recipes))
+    shared = set.intersection(*(set(described(recipe)["methods"]) for recipe in recipes))
     found: dict[str, dict[int, list[float]]] = defaultdict(dict)
     for recipe in recipes:
         for method, own in runs_of(recipe, "test").items():
@@ -181,8 +181,7 @@ def main() -> None:
     curves = [line for name in CURVES for line in curve(name)]
     lines = [HEAD, *curves, *(line for recipe in recipes for line in section(recipe))]
     OUTPUT.write_text("\n".join(lines) + "\n")
-    first = json.loads((RECIPES / f"{FIRST}.json").read_text())
-    into_readme(table(runs_of(FIRST, "test"), first["paper"]))
+    into_readme(table(runs_of(FIRST, "test"), described(FIRST)["paper"]))
 
 
 if __name__ == "__main__":

@@ -194,8 +194,10 @@ class Flow(nn.Module):
 
     def is_as_loaded(self) -> bool:
         """Whether it came from `load_flow`, and nothing of it has changed since."""
-        then = self.loaded_from and self.loaded_from[2]
-        return then is not None and then == (self.weights_version(), self.fingerprint())
+        if self.loaded_from is None:
+            return False
+        version, fingerprint = self.loaded_from[2]
+        return bool(version == self.weights_version() and fingerprint == self.fingerprint())
 
     def _apply(self, *args: Any, **kwargs: Any) -> Flow:
         with torch.inference_mode(False):  # the weights serve outside it
