@@ -219,8 +219,9 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=Training.epochs)
     parser.add_argument("--beta", type=float, default=Training.beta)
+    parser.add_argument("--decay", type=float, default=Training.decay, help="of the rate, an epoch")
     args = parser.parse_args()
-    how = dataclasses.replace(Training(), epochs=args.epochs, beta=args.beta)
+    how = dataclasses.replace(Training(), epochs=args.epochs, beta=args.beta, decay=args.decay)
     images = UInt8Images(open_images(args.images), args.channels, num_classes=args.classes)
     assert images.kept is not None
     assert images.labels is not None
