@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from latent_aug.adversarial import LatentAdversarial
-from latent_aug.arguments import natural
+from latent_aug.arguments import natural, positive
 from latent_aug.perturbation import UsesFlow
 
 Perturbation = Callable[..., Any] | LatentAdversarial | None
@@ -105,14 +105,9 @@ def check_phase(phase: Any) -> tuple[int, Perturbation]:
     if not isinstance(phase, (tuple, list)) or len(phase) != 2:
         raise TypeError(f"phases must hold (epochs, perturbation) pairs, got {phase!r}")
     epochs, perturbation = phase
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(
-            "a phase is (epochs, perturbation) with epochs an integer of at least 1, "
-            f"got {epochs!r} epochs"
-        )
     if perturbation is not None and not callable(perturbation):
         raise TypeError(f"a phase holds a transform, a hook or None, got {perturbation!r}")
-    return epochs, perturbation
+    return positive("the epochs of a phase (epochs, perturbation)", epochs), perturbation
 
 
 def parts_of(transform: Any) -> Iterator[Any]:

@@ -129,7 +129,7 @@ def test_repr():
     ("phases", "error", "words"),
     [
         ([], ValueError, "at least one"),
-        ([(0, None)], ValueError, "at least 1, got 0 epochs"),
+        ([(0, None)], ValueError, "epochs of a phase .* at least 1, got 0"),
         ([(1.5, None)], ValueError, "integer"),
         ([(1, 0.25)], TypeError, "a transform, a hook or None, got 0.25"),
         ([transform(0.1)], TypeError, "pairs"),
