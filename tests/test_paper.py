@@ -9,6 +9,8 @@ import torch
 from conftest import random_glow
 from torchvision.transforms.v2.functional import to_pil_image
 
+from latent_aug import load_flow
+
 EXAMPLES = Path(__file__).parents[1] / "examples" / "paper"
 METHODS = {
     "none": {"pixels": "none", "seeds": [0]},
@@ -60,6 +62,10 @@ def test_every_run_leaves_its_figures_and_is_not_repeated(place, monkeypatch):
     assert 0 <= entry["accuracy"] <= 100
     assert entry["seed"] == 1
     assert entry["command"].startswith("python examples/paper/run.py")
+    entry = json.loads((place / "results/shapes/validation/attack 0.json").read_text())
+    flow = load_flow(place / "flows" / "tiny")
+    flow.network_dtype = torch.bfloat16
+    assert entry["flows"] == {"tiny": flow.fingerprint()}
     entry = json.loads((place / "results/shapes/validation/latent 0.json").read_text())
     assert entry["settings"]["latent"] == {"eps": 0.25, "flow": "tiny", "network_dtype": "bfloat16"}
     before = [file.stat().st_mtime_ns for file in files]
@@ -117,8 +123,40 @@ def test_minutes_are_what_was_computed_where_that_is_known(monkeypatch):
     import draw
 
     by_clock, known = {"seconds": 600.0}, {"seconds": 900.0, "cpu_seconds": 120.0}
-    assert draw.minutes([by_clock, known]) == [2.0]
-    assert draw.minutes([by_clock, by_clock]) == [10.0, 10.0]
+    assert draw.minutes([by_clock, known]) == 2.0
+    assert draw.minutes([by_clock, by_clock]) is None
+
+
+def test_bold_is_what_the_best_is_not_clearly_above(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import draw
+
+    best = {"a": [70.0, 71.0, 72.0], "b": [70.5], "c": [69.9]}
+    assert draw.best_of(best) == {"a", "b"}
+    assert draw.best_of({**best, "d": [74.0]}) == set()
+
+
+def test_runs_of_two_precisions_do_not_meet_in_a_table(place, monkeypatch):
+    drive(place, monkeypatch, "--only", "none", "--precision", "float32")
+    with pytest.raises(SystemExit, match=r"none 0\.json was run in float32: give --precision"):
+        drive(place, monkeypatch, "--only", "none")
+
+
+def test_cutout_is_a_square_about_any_pixel(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import methods
+
+    image, colour = torch.zeros(3, 32, 32, dtype=torch.uint8), torch.tensor([[[9]], [[8]], [[7]]])
+    cut = torch.stack([methods.cutout(image, colour.byte()) for _ in range(500)])
+    assert image.max() == 0
+    hole = cut[:, 0] == 9
+    assert ((cut[:, 2] == 7) == hole).all()
+    assert hole.any(dim=0).all()
+    sizes = hole.flatten(1).sum(dim=1)
+    assert sizes.max() == 16 * 16
+    assert sizes.min() < 100
+    # a side is 14 on average, as the centre may be at the border
+    assert sizes.float().mean() == pytest.approx(14**2, rel=0.05)
 
 
 def test_the_readme_and_the_results_are_those_of_the_runs(monkeypatch, tmp_path):

@@ -58,7 +58,7 @@ def test_grey_images_with_every_kind_of_perturbation(grey, network, monkeypatch)
 
     random_dense(1, 28, classes=2).save_pretrained(grey / "flows" / "dense")
     images, folder = grey / "data" / "grey" / "train", grey / "flows" / "vae-gan"
-    command = ["vae_gan.py", images, folder, "--classes", 2, "--dims", 3, "--hidden", 4]
+    command = ["vae_gan.py", images, folder, "--dims", 3, "--hidden", 4]
     monkeypatch.setattr(sys, "argv", [str(c) for c in (*command, "--epochs", 1)])
     vae_gan.main()
     attack = {"eps": 0.05, "alpha": 0.01, "steps": 2, "norm": "linf"}
@@ -107,7 +107,7 @@ def test_classes_that_are_trained_are_not_trained_again(grey, monkeypatch):
     import vae_gan
 
     images, folder = grey / "data" / "grey" / "train", grey / "flows" / "vae-gan"
-    command = ["vae_gan.py", images, folder, "--classes", 2, "--hidden", 4, "--epochs", 1]
+    command = ["vae_gan.py", images, folder, "--hidden", 4, "--epochs", 1]
     monkeypatch.setattr(sys, "argv", [str(c) for c in command])
     vae_gan.main()
     first = (folder / "model.safetensors").read_bytes()
@@ -116,6 +116,22 @@ def test_classes_that_are_trained_are_not_trained_again(grey, monkeypatch):
     vae_gan.main()
     assert (folder / "class-0.pt").stat().st_mtime_ns == kept
     assert (folder / "model.safetensors").read_bytes() == first
+
+
+def test_a_vae_gan_sees_the_labelled_images(grey, monkeypatch):
+    import vae_gan
+    from protocol import Protocol, labelled, read_images
+
+    seen = []
+    monkeypatch.setattr(vae_gan, "train_class", lambda *a: seen.append(a[3]) or 0.0)
+    images = grey / "data" / "grey" / "train"
+    command = ["vae_gan.py", images, grey / "out", "--hidden", 4, "--per-class", 3]
+    monkeypatch.setattr(sys, "argv", [str(c) for c in command])
+    vae_gan.main()
+    own = labelled(read_images(images, channels=1), Protocol(per_class=3))
+    assert [len(pixels) for pixels in seen] == [3, 3]
+    for label, pixels in enumerate(seen):
+        assert torch.equal(pixels, own.pixels[own.labels == label])
 
 
 class TestVaeGan:

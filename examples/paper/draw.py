@@ -4,7 +4,7 @@
 
 A section for each recipe of which there are runs: a table of its methods, mean ± standard deviation
 over seeds, beside the paper's figure where a recipe names one, and accuracy against training time.
-Validation runs, by which settings were chosen, stand below the test figures.
+Validation runs, by which the best of the peers was chosen, stand below the test figures.
 """
 
 import json
@@ -40,10 +40,11 @@ HEAD = """\
 Drawn by `python examples/paper/draw.py` from the runs in
 [examples/results/paper](examples/results/paper): one JSON a run, with its command, settings,
 versions, time and figures. Accuracies are in per cent, mean ± standard deviation over seeds;
-every method of a table has the same images, network and epochs, seeds count up from 0, and nothing
-was chosen by test accuracy. Minutes are of one CPU core: what the runs computed that recorded it,
-or, where no run of a method did, by the clock, with other work on the machine at times. Machines
-differed between tables, so compare minutes within a table only.
+every method of a table has the same images, network and epochs, and seeds count up from 0. A seed
+is of the training: the labelled images of a table are one draw from the training set, the same for
+all seeds. Nothing was chosen by test accuracy. Bold are the best mean and those within its standard
+deviation, if it has three seeds or more. Minutes are of one CPU core, computing; the first runs did
+not record them. Machines were of one kind, releases of torch two: each run's JSON names its own.
 """
 
 
@@ -67,37 +68,49 @@ def spread(values: list[float], digits: int = 1) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def minutes(runs: list[dict[str, Any]]) -> list[float]:
-    """What runs of a method took of a CPU core: of those that recorded it, else by the clock."""
-    computed = [r["cpu_seconds"] for r in runs if "cpu_seconds" in r]
-    return [seconds / 60 for seconds in computed or [r["seconds"] for r in runs]]
+def minutes(runs: list[dict[str, Any]]) -> float | None:
+    """What a run of a method took of a CPU core, on average over those that recorded it."""
+    computed = [r["cpu_seconds"] / 60 for r in runs if "cpu_seconds" in r]
+    return statistics.mean(computed) if computed else None
+
+
+def best_of(accuracies: dict[str, list[float]]) -> set[str]:
+    """The method of the best mean, and those within its standard deviation; see `HEAD`."""
+    means = {name: statistics.mean(own) for name, own in accuracies.items()}
+    best = max(means, key=lambda name: means[name])
+    if len(accuracies[best]) < 3:
+        return set()
+    least = means[best] - statistics.stdev(accuracies[best])
+    return {name for name, mean in means.items() if mean >= least}
 
 
 def table(runs: dict[str, list[dict[str, Any]]], paper: dict[str, float]) -> list[str]:
-    """A row for each method; the best mean in bold."""
-    means = {name: statistics.mean(r["accuracy"] for r in own) for name, own in runs.items()}
+    """A row for each method."""
+    best = best_of({name: [r["accuracy"] for r in own] for name, own in runs.items()})
     columns = ["method", "accuracy", "seeds", "train accuracy", "minutes a run"]
     lines = [columns + ["the paper"] * bool(paper)]
     lines.append(["---"] * len(lines[0]))
     for name, own in runs.items():
-        accuracy = spread([r["accuracy"] for r in own])
+        accuracy, took = spread([r["accuracy"] for r in own]), minutes(own)
         row = [
             name,
-            f"**{accuracy}**" if means[name] == max(means.values()) else accuracy,
+            f"**{accuracy}**" if name in best else accuracy,
             str(len(own)),
             spread([r["train_accuracy"] for r in own]),
-            spread(minutes(own)),
+            "" if took is None else f"{took:.1f}",
         ]
         lines.append(row + ([f"{paper[name]:.1f}" if name in paper else ""] if paper else []))
     return [f"| {' | '.join(row)} |" for row in lines]
 
 
 def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Accuracy against minutes of training, a point a method."""
+    """Accuracy against minutes of training, a point a method of which they are known."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, (name, own) in enumerate(runs.items()):
-        time = statistics.mean(minutes(own))
+        time = minutes(own)
+        if time is None:
+            continue
         accuracies = [r["accuracy"] for r in own]
         error = statistics.stdev(accuracies) if len(own) > 1 else 0
         mean = statistics.mean(accuracies)
@@ -123,11 +136,12 @@ def section(recipe: str) -> list[str]:
         lines += [
             "",
             f"Trained on {some['train_images']:,} images for {some['protocol']['epochs']} epochs, "
-            f"evaluated on {some['evaluated_on']}; {some['device']}, {some['threads']} thread(s).",
+            f"evaluated on {some['evaluated_on']}; {some['device']}, {some['threads']} thread(s), "
+            f"{some['protocol'].get('precision', 'bfloat16')}.",
             "",
             *table(runs, says.get("paper", {}) if kind == "test" else {}),
         ]
-        if kind == "test":
+        if kind == "test" and len(runs) > 1:
             picture = PICTURES / f"{recipe}.png"
             plot(runs, picture)
             lines += ["", f"![accuracy against time]({picture.relative_to(ROOT)})"]

@@ -22,12 +22,14 @@ Augment = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Method = Callable[[nn.Module, int], Augment]
 """From the classifier and the number of classes."""
 
-PEERS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
-    # On one 8-bit image, after crop and flip. Cutout's hole is 16 x 16, as in the paper.
-    "cutout": lambda: v2.RandomErasing(p=1.0, scale=(0.25, 0.25), ratio=(1.0, 1.0)),
-    "randaugment": lambda: v2.RandAugment(),
-    "trivialaugment": lambda: v2.TrivialAugmentWide(),
-    "augmix": lambda: v2.AugMix(),
+PEERS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
+    # From the classifier, which knows the images' mean; on one 8-bit image, after crop and flip.
+    "cutout": lambda model: partial(cutout, colour=(255 * model.mean[0]).byte().cpu()),
+    # Always whole, and black.
+    "erasing": lambda _: v2.RandomErasing(p=1.0, scale=(0.25, 0.25), ratio=(1.0, 1.0)),
+    "randaugment": lambda _: v2.RandAugment(),
+    "trivialaugment": lambda _: v2.TrivialAugmentWide(),
+    "augmix": lambda _: v2.AugMix(),
 }
 MIXES = {"mixup": v2.MixUp, "cutmix": v2.CutMix}
 PRESETS = {
@@ -61,7 +63,7 @@ def build(settings: dict[str, Any], flows: Path | None, model: nn.Module, classe
     if pixels in MIXES:
         mix = MIXES[pixels](alpha=1.0, num_classes=classes)
     elif pixels in PEERS:
-        peer = PEERS[pixels]()
+        peer = PEERS[pixels](model)
     elif pixels not in ("none", "common"):
         raise ValueError(f"pixels must be none, common, {[*PEERS, *MIXES]}, got {pixels!r}")
 
@@ -121,6 +123,14 @@ class Pixels(Flow):
     def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """The image."""
         return z
+
+
+def cutout(image: Tensor, colour: Tensor) -> Tensor:
+    """16 x 16 about any pixel, cut off at the border, become one colour (DeVries, Taylor 2017)."""
+    y, x = (int(torch.randint(size, ())) for size in image.shape[1:])
+    image = image.clone()
+    image[:, max(y - 8, 0) : y + 8, max(x - 8, 0) : x + 8] = colour
+    return image
 
 
 def cropped_and_flipped(x: Tensor, flip: bool) -> Tensor:

@@ -6,16 +6,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
-from methods import Method
 from networks import NETWORKS
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 
 from latent_aug.data import to_uint8
+
+if TYPE_CHECKING:
+    from methods import Method
 
 VALIDATION_SHARE = 0.2  # of the labelled images, while settings are chosen
 

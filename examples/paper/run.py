@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torchvision
-from methods import method_of
+from methods import arguments_of, method_of
 from protocol import Protocol, read_images, run, split
 from tqdm import tqdm
 
@@ -39,15 +39,38 @@ def wanted(recipe: dict[str, Any], only: list[str] | None) -> Iterator[tuple[str
                 yield name, method["seeds"][round_]
 
 
+def parts_of(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Its perturbations of the latent, in all its phases."""
+    for holder in (settings, *(phase for _, phase in settings.get("phases", []))):
+        yield from (holder[part] for part in ("latent", "attack") if part in holder)
+
+
 def settings_of(recipe: dict[str, Any], name: str, precision: str) -> dict[str, Any]:
     """A method's, with the recipe's flow where it names none."""
     settings = copy.deepcopy({k: v for k, v in recipe["methods"][name].items() if k != "seeds"})
-    for holder in (settings, *(phase for _, phase in settings.get("phases", []))):
-        for part in {"latent", "attack"} & set(holder):
-            holder[part] = {**recipe.get("flow", {}), **holder[part]}
-            if precision == "float32":
-                holder[part].pop("network_dtype", None)
+    for part in parts_of(settings):
+        part.update({**recipe.get("flow", {}), **part})
+        if precision == "float32":
+            part.pop("network_dtype", None)
     return settings
+
+
+def flows_of(settings: dict[str, Any], folder: Path | None, channels: int) -> dict[str, str]:
+    """The fingerprint of each flow of a method: a flow that is trained again is another."""
+    return {
+        part["flow"]: arguments_of(part, folder, channels)["flow"].fingerprint()
+        for part in parts_of(settings)
+    }
+
+
+def check_precision(path: Path, precision: str) -> None:
+    """Refuse to go on in another precision than that of a run that is there.
+
+    The first runs do not name theirs, bfloat16.
+    """
+    found = json.loads(path.read_text())["protocol"].get("precision", "bfloat16")
+    if found != precision:
+        raise SystemExit(f"{path} was run in {found}: give --precision {found}, not {precision}")
 
 
 def command_of(recipe: str, method: str, args: argparse.Namespace) -> str:
@@ -77,6 +100,7 @@ def main() -> None:
     for name, seed in wanted(recipe, args.only):
         path = args.results / args.recipe.stem / kind / f"{name} {seed}.json"
         if path.exists():
+            check_precision(path, args.precision)
             continue
         if data is None:
             how = (protocol.size, protocol.channels)
@@ -95,6 +119,7 @@ def main() -> None:
             "recipe": args.recipe.stem,
             "method": name,
             "settings": settings,
+            "flows": flows_of(settings, args.flows, protocol.channels),
             "seed": seed,
             "protocol": vars(protocol),
             "train_images": len(data[0].labels),
