@@ -122,8 +122,9 @@ def augment_images(
     order of the labels.
 
     Args:
-        dataset: Images, or (image, label, ...): PIL, uint8, or float in [0, 1]. PIL images are
-            converted to the flow's channels; grey ones come back grey. Labels are class indices.
+        dataset: Images, or (image, label, ...): PIL, uint8, or float in [0, 1]. A flow of 3
+            channels takes grey PIL images too, which come back grey; one of 1 channel refuses
+            colours. Labels are class indices.
         transform: How to perturb; its generator is not used.
         config: What to write, and where.
         device: Where to perturb; by default an accelerator if there is one, shared in turn by the

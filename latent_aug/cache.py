@@ -33,14 +33,14 @@ class LatentCache(Dataset[Any]):
     """A data set whose images were encoded once and come out perturbed, another way each time.
 
     For pipelines whose flow comes first: nothing random may happen to an image before it, so no
-    crops and no flips (put them into `then`, after the flow). What is saved is the encoding, half
-    of the flow's work, and reading the image. Images come out as uint8 tensors (C, H, W), and a
-    `DataLoader` has its batches decoded whole.
+    crops and no flips (put them into `then`, after the flow). It saves reading and encoding the
+    images; encoding is half of the flow's work. Images come out as uint8 tensors (C, H, W); a
+    `DataLoader` has a whole batch decoded at once.
 
     The directory keeps latents (float32), images and labels as safetensors, five bytes a value.
-    An encoding that was stopped goes on where it was; it is used again by the next run, and
-    refused where the flow, the count or one of 16 samples are others. Delete the directory where
-    some images or labels have been corrected.
+    A stopped encoding goes on where it was. The next run uses the cache again; it is refused if
+    the flow, its precision, `resolution`, the number of samples or one of 16 compared samples has
+    changed. If you corrected images or labels, delete the directory: the comparison may miss them.
 
     Args:
         dataset: Samples (image, label, ...) or images, of one size, uint8 or PIL. Labels that

@@ -71,12 +71,13 @@ with torch {torch} and torchvision {torchvision}. Licence of the weights: {licen
 On {images:,} images, {measured_on}:
 
 - {bits_per_dim:.3f} bits per dimension.
-- Round trip in float32: greatest error {round_trip_max_error:.1e} of [0, 1];
+- Round trip in float32: greatest error {round_trip_max_error:.1e}, on pixels in [0, 1];
   {uint8_identical:,} of {images:,} images come back byte for byte as uint8.
-- Standard deviation of the latents, finest level first: {latent_std}. The prior's is 1; images
-  are encoded at the middle of their bins, without dequantization noise, which lowers it.
+- Standard deviation of the latents, finest level first: {latent_std}. The prior's is 1; encoding
+  images at the middle of their bins, without dequantization noise, lowers it.
 
-Random perturbations:
+Random perturbations (*fall back*: images that the flow cannot perturb and returns unchanged; *out of
+range*: pixel values that leave [0, 1] by more than one grey level):
 
 {table}
 

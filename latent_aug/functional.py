@@ -22,8 +22,7 @@ Size = float | Tensor
 FARTHEST_LATENT = 5.0
 """Root mean square of a latent above which an image stops coming back exactly.
 
-It is 1 under the prior and reached 2.3 on traffic signs under a flow of CIFAR-10; measured by
-examples/benchmarks/off_data.py."""
+It is 1 under the prior; measured by examples/benchmarks/off_data.py."""
 
 
 def l2_norm(t: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ class LatentCollate:
         device: Where to perturb and leave the batch; None leaves it where it is.
 
     Raises:
-        TypeError: `transform` is or holds an attack hook, which belongs into the training step.
+        TypeError: `transform` is or holds a `LatentAdversarial`, which belongs in the training
+            step.
         RuntimeError: The device is a GPU and the call comes from a worker.
 
     Example:
@@ -76,13 +77,13 @@ class LatentLoader:
     give the loader ``pin_memory=True`` then. On a CPU it happens when the batch is asked for: a
     thread beside the training step would take the cores that the step is using.
 
-    What the wrapped loader has (`dataset`, `sampler`, `batch_size`, ...) is to be had here too.
+    The wrapped loader's attributes (`dataset`, `sampler`, `batch_size`, ...) are available here too.
 
     Each epoch draws from its own seed: one number from torch's global generator where the epoch
     begins, as `DataLoader` takes one for its workers, or the `seed` and the number of the epoch.
     The global generators stay as they are otherwise, and the draws do not depend on the number
-    of workers. Ranks of distributed training differ. A `generator` of the transform's own goes
-    on as it is instead.
+    of workers. Ranks of distributed training differ. A transform with a `generator` of its own
+    keeps drawing from that instead.
 
     Args:
         loader: Gives batches (images, labels, ...), or mappings with images under
@@ -92,8 +93,8 @@ class LatentLoader:
         seed: Of the draws of all epochs; by default every epoch takes one from torch.
 
     Raises:
-        TypeError: `transform` is or holds an attack hook: an attack one batch ahead would see
-            weights that are out of date.
+        TypeError: `transform` is or holds a `LatentAdversarial`: an attack one batch ahead would
+            see weights that are out of date.
 
     Example:
         >>> import torch

@@ -51,8 +51,8 @@ class TrainConfig:
         workers: Loader processes for images that do not fit into memory.
         accumulate: Parts in which each process takes its share of a batch: less memory, and the
             same result.
-        timeout_minutes: A process that waits longer than this for another one gives up; beyond
-            the time that a checkpoint takes.
+        timeout_minutes: A process that waits longer than this for another one gives up; it must
+            exceed the time that a checkpoint takes.
 
     Raises:
         ValueError: A number is out of range.

@@ -20,12 +20,11 @@ Perturbation = Callable[..., Any] | LatentAdversarial | None
 class LatentSchedule:
     """One perturbation after another: "multi-step training", usually from strong to weak.
 
-    Call it as you would call what is in it: on images or samples where it holds transforms, on
-    batches (images, labels) or mappings where it holds a hook. Then a hook's `step` is called,
-    and either gives back the structure that came in, so that a hook and a transform may follow
-    each other.
+    Call it as you would call its parts: a transform on images or samples, a `LatentAdversarial`
+    (its `step`) on batches (images, labels) or mappings. Both return the structure they were
+    given, so they may follow each other.
 
-    It stays in its first phase until it is told of epochs, by `set_epoch` or `step`.
+    It stays in its first phase until `set_epoch` or `step` is called.
 
     The epoch is kept in shared memory: `set_epoch` and `step` in the main process are seen by
     loader workers too, persistent ones included. Set it between epochs, as batches are
@@ -33,7 +32,7 @@ class LatentSchedule:
 
     Args:
         phases: (epochs, perturbation) pairs. A perturbation is a transform, a
-            `LatentAdversarial`, or None for none. After the last phase's epochs it stays.
+            `LatentAdversarial`, or None for none. The last phase goes on beyond its epochs.
 
     Raises:
         TypeError, ValueError: The phases are not as described.
@@ -61,7 +60,7 @@ class LatentSchedule:
 
     @property
     def epoch(self) -> int:
-        """Epochs that are over, counted from 0."""
+        """The current epoch, counted from 0."""
         return int(self._epoch)
 
     @property
@@ -106,7 +105,9 @@ def check_phase(phase: Any) -> tuple[int, Perturbation]:
         raise TypeError(f"phases must hold (epochs, perturbation) pairs, got {phase!r}")
     epochs, perturbation = phase
     if perturbation is not None and not callable(perturbation):
-        raise TypeError(f"a phase holds a transform, a hook or None, got {perturbation!r}")
+        raise TypeError(
+            f"a phase holds a transform, a LatentAdversarial or None, got {perturbation!r}"
+        )
     return positive("the epochs of a phase (epochs, perturbation)", epochs), perturbation
 
 

@@ -131,7 +131,7 @@ def test_repr():
         ([], ValueError, "at least one"),
         ([(0, None)], ValueError, "epochs of a phase .* at least 1, got 0"),
         ([(1.5, None)], ValueError, "integer"),
-        ([(1, 0.25)], TypeError, "a transform, a hook or None, got 0.25"),
+        ([(1, 0.25)], TypeError, "a transform, a LatentAdversarial or None, got 0.25"),
         ([transform(0.1)], TypeError, "pairs"),
     ],
 )

@@ -96,8 +96,9 @@ def bits_of(log_prob: Tensor, x: Tensor) -> Tensor:
 class Flow(nn.Module):
     """An invertible map between images and latents of the same shape, with an N(0, I) prior.
 
-    Subclass it, set the attributes, write `encode`, `decode` and `log_prob`, and every transform
-    and hook of the package works with it. Add `config` and `from_config` to save and load it.
+    Subclass it, set the attributes and write `encode` and `decode`: every transform and attack of
+    the package then works with it. `log_prob` is for training and for bits/dim. Add `config` and
+    `from_config` to save and load it.
 
     Attributes:
         channels: Channels of the images it maps.
