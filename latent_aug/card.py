@@ -76,8 +76,8 @@ On {images:,} images, {measured_on}:
 - Standard deviation of the latents, finest level first: {latent_std}. The prior's is 1; encoding
   images at the middle of their bins, without dequantization noise, lowers it.
 
-Random perturbations (*fall back*: images that the flow cannot perturb and returns unchanged; *out of
-range*: pixel values that leave [0, 1] by more than one grey level):
+Random perturbations (*fall back*: images that the flow cannot perturb and returns unchanged;
+*out of range*: pixel values that leave [0, 1] by more than one grey level):
 
 {table}
 

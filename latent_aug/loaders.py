@@ -77,7 +77,7 @@ class LatentLoader:
     give the loader ``pin_memory=True`` then. On a CPU it happens when the batch is asked for: a
     thread beside the training step would take the cores that the step is using.
 
-    The wrapped loader's attributes (`dataset`, `sampler`, `batch_size`, ...) are available here too.
+    The wrapped loader's attributes (`dataset`, `sampler`, `batch_size`, ...) are available too.
 
     Each epoch draws from its own seed: one number from torch's global generator where the epoch
     begins, as `DataLoader` takes one for its workers, or the `seed` and the number of the epoch.
