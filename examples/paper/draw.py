@@ -10,6 +10,7 @@ Validation runs, by which the best of the peers was chosen, stand below the test
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,21 @@ OUTPUT = ROOT / "RESULTS.md"
 README = ROOT / "README.md"
 MARKS = ("<!-- drawn by examples/paper/draw.py -->", "<!-- until here -->")
 FIRST = "cifar10-low-data"  # its table is the README's
-CURVES = {  # of each picture: title and recipes, from few images to many
+IMAGES, MINUTES = "labelled images", "minutes of training a run"
+CURVES = {  # of each picture: title, what is on the other axis, recipes from little to much of that
+    "cifar10-time": (
+        "CIFAR-10, 5 % of the labels, by the time of training",
+        MINUTES,
+        [FIRST, "cifar10-longer", "cifar10-160-epochs", "cifar10-320-epochs"],
+    ),
     "cifar10-shares": (
         "CIFAR-10, by the share of labels",
+        IMAGES,
         ["cifar10-1-percent", FIRST, "cifar10-20-percent"],
     ),
     "figure2": (
         "The paper's Figure 2",
+        IMAGES,
         ["figure2-600", "figure2-2400", "figure2-6000", "figure2-50000"],
     ),
 }
@@ -117,11 +126,19 @@ def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
         marker = "osD"[number // 10 % 3]  # as there are ten colours
         axes.errorbar(time, mean, yerr=error, fmt=marker, capsize=2, label=name)
     figure.legend(loc="outside right upper", fontsize=7)
-    axes.set(xscale="log", xlabel="minutes of training a run", ylabel="accuracy (%)")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    against(MINUTES, axes)
     figure.savefig(path, dpi=120)
+
+
+def against(axis: str, axes: Any, ticks: Iterable[int] = ()) -> None:
+    """Label the axes of accuracies drawn against minutes or images."""
+    axes.set(xscale="log", xlabel=axis, ylabel="accuracy (%)")
+    if axis == MINUTES:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        axes.xaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def section(recipe: str) -> list[str]:
@@ -149,31 +166,29 @@ def section(recipe: str) -> list[str]:
 
 
 def curve(name: str) -> list[str]:
-    """Accuracy against labelled images, a line for each method that all of its recipes have."""
-    title, recipes = CURVES[name]
-    shared = set.intersection(*(set(described(recipe)["methods"]) for recipe in recipes))
-    found: dict[str, dict[int, list[float]]] = defaultdict(dict)
+    """Accuracy against images or minutes, a line for each method of several recipes."""
+    title, axis, recipes = CURVES[name]
+    found: dict[str, dict[Any, list[float]]] = defaultdict(dict)
     for recipe in recipes:
         for method, own in runs_of(recipe, "test").items():
-            if method in shared:
-                found[method][own[0]["train_images"]] = [r["accuracy"] for r in own]
-    if all(len(sizes) < 2 for sizes in found.values()):
+            place = minutes(own) if axis == MINUTES else own[0]["train_images"]
+            if place is not None:
+                found[method][place] = [r["accuracy"] for r in own]
+    found = {method: points for method, points in found.items() if len(points) > 1}
+    if not found:
         return []
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for method, sizes in found.items():
-        means = [statistics.mean(values) for values in sizes.values()]
-        errors = [statistics.stdev(v) if len(v) > 1 else 0 for v in sizes.values()]
-        axes.errorbar(list(sizes), means, yerr=errors, fmt="o-", capsize=2, label=method)
-    axes.set(xscale="log", xlabel="labelled images", ylabel="accuracy (%)")
-    images = sorted({size for sizes in found.values() for size in sizes})
-    axes.set_xticks(images, [f"{size:,}" for size in images])
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    for method, points in found.items():
+        means = [statistics.mean(values) for values in points.values()]
+        errors = [statistics.stdev(v) if len(v) > 1 else 0 for v in points.values()]
+        axes.errorbar(list(points), means, yerr=errors, fmt="o-", capsize=2, label=method)
+    against(axis, axes, sorted({place for points in found.values() for place in points}))
     axes.legend(fontsize=7)
     path = PICTURES / f"{name}.png"
     figure.savefig(path, dpi=120)
-    text = "Of the runs below. A method without runs at a size has no point there."
-    return [f"\n## {title}\n", text, "", f"![accuracy against images]({path.relative_to(ROOT)})"]
+    text = "Of the runs below, of one seed or several: a point without a bar is one run's."
+    return [f"\n## {title}\n", text, "", f"![{title}]({path.relative_to(ROOT)})"]
 
 
 def in_order(name: str) -> tuple[bool, str, int]:
