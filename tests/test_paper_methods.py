@@ -270,11 +270,10 @@ def test_recipes_are_well_formed(recipe):
         settings = run.settings_of(described, name, "float32")
         unknown = set(settings) - {"pixels", "flip", "latent", "latent first", "attack", "phases"}
         assert not unknown
-        for _, phase in settings.get("phases", [[1, settings]]):
-            for part in {"latent", "attack"} & set(phase):
-                phase[part]["flow"] = "pixels"  # theirs may not be here
-                phase[part].pop("levels", None)
-                phase[part].pop("resolution", None)
+        for part in run.parts_of(settings):
+            part["flow"] = "pixels"  # theirs may not be here
+            part.pop("levels", None)
+            part.pop("resolution", None)
         assert isinstance(methods.perturbation_of(settings, None, model), LatentSchedule)
 
 

@@ -71,6 +71,16 @@ def described(recipe: str) -> dict[str, Any]:
     return json.loads((RECIPES / f"{recipe}.json").read_text())
 
 
+def accuracies(runs: list[dict[str, Any]]) -> list[float]:
+    """Of each run."""
+    return [run["accuracy"] for run in runs]
+
+
+def deviation(values: list[float]) -> float:
+    """The standard deviation, 0 of one value."""
+    return statistics.stdev(values) if len(values) > 1 else 0
+
+
 def spread(values: list[float], digits: int = 1) -> str:
     """Mean ± standard deviation, or the one value."""
     mean = f"{statistics.mean(values):.{digits}f}"
@@ -83,24 +93,24 @@ def minutes(runs: list[dict[str, Any]]) -> float | None:
     return statistics.mean(computed) if computed else None
 
 
-def best_of(accuracies: dict[str, list[float]]) -> set[str]:
-    """The method of the best mean, and those within its standard deviation; see `HEAD`."""
-    means = {name: statistics.mean(own) for name, own in accuracies.items()}
+def best_of(methods: dict[str, list[float]]) -> set[str]:
+    """The method of the best mean accuracy, and those within its deviation; see `HEAD`."""
+    means = {name: statistics.mean(own) for name, own in methods.items()}
     best = max(means, key=lambda name: means[name])
-    if len(accuracies[best]) < 3:
+    if len(methods[best]) < 3:
         return set()
-    least = means[best] - statistics.stdev(accuracies[best])
+    least = means[best] - statistics.stdev(methods[best])
     return {name for name, mean in means.items() if mean >= least}
 
 
 def table(runs: dict[str, list[dict[str, Any]]], paper: dict[str, float]) -> list[str]:
     """A row for each method."""
-    best = best_of({name: [r["accuracy"] for r in own] for name, own in runs.items()})
+    best = best_of({name: accuracies(own) for name, own in runs.items()})
     columns = ["method", "accuracy", "seeds", "train accuracy", "minutes a run"]
     lines = [columns + ["the paper"] * bool(paper)]
     lines.append(["---"] * len(lines[0]))
     for name, own in runs.items():
-        accuracy, took = spread([r["accuracy"] for r in own]), minutes(own)
+        accuracy, took = spread(accuracies(own)), minutes(own)
         row = [
             name,
             f"**{accuracy}**" if name in best else accuracy,
@@ -120,9 +130,7 @@ def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
         time = minutes(own)
         if time is None:
             continue
-        accuracies = [r["accuracy"] for r in own]
-        error = statistics.stdev(accuracies) if len(own) > 1 else 0
-        mean = statistics.mean(accuracies)
+        mean, error = statistics.mean(accuracies(own)), deviation(accuracies(own))
         marker = "osD"[number // 10 % 3]  # as there are ten colours
         axes.errorbar(time, mean, yerr=error, fmt=marker, capsize=2, label=name)
     figure.legend(loc="outside right upper", fontsize=7)
@@ -173,7 +181,7 @@ def curve(name: str) -> list[str]:
         for method, own in runs_of(recipe, "test").items():
             place = minutes(own) if axis == MINUTES else own[0]["train_images"]
             if place is not None:
-                found[method][place] = [r["accuracy"] for r in own]
+                found[method][place] = accuracies(own)
     found = {method: points for method, points in found.items() if len(points) > 1}
     if not found:
         return []
@@ -181,7 +189,7 @@ def curve(name: str) -> list[str]:
     axes = figure.subplots()
     for method, points in found.items():
         means = [statistics.mean(values) for values in points.values()]
-        errors = [statistics.stdev(v) if len(v) > 1 else 0 for v in points.values()]
+        errors = [deviation(values) for values in points.values()]
         axes.errorbar(list(points), means, yerr=errors, fmt="o-", capsize=2, label=method)
     against(axis, axes, sorted({place for points in found.values() for place in points}))
     axes.legend(fontsize=7)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +147,14 @@ def arguments_of(given: dict[str, Any], flows: Path | None, channels: int) -> di
     name = arguments.pop("flow", "glow-cifar10")
     if name == "pixels":
         return {**arguments, "flow": Pixels(channels)}
+    return {**arguments, "flow": flow_of(name, flows, dtype)}
+
+
+@cache
+def flow_of(name: str, flows: Path | None, dtype: str | None) -> Flow:
+    """Read once, so that the flow a run names is the one that it trained with."""
     flow = load_flow(flows / name if flows and (flows / name).is_dir() else name)
     if torch.cuda.is_available():
         flow = flow.to("cuda")
     flow.network_dtype = dtype and getattr(torch, dtype)
-    return {**arguments, "flow": flow}
+    return flow
