@@ -259,7 +259,7 @@ def test_recipes_are_well_formed(recipe):
     from protocol import Protocol
 
     described = json.loads((EXAMPLES / "recipes" / recipe).read_text())
-    protocol = Protocol(**described.get("protocol", {}))
+    protocol = Protocol(**described["protocol"])
     assert described["title"]
     assert described["text"]
     assert set(described.get("paper", {})) <= set(described["methods"])
@@ -275,6 +275,8 @@ def test_recipes_are_well_formed(recipe):
             part.pop("levels", None)
             part.pop("resolution", None)
         assert isinstance(methods.perturbation_of(settings, None, model), LatentSchedule)
+    for path in (run.RESULTS / Path(recipe).stem).rglob("*.json"):
+        run.check_precision(path, protocol.precision)
 
 
 def test_accuracy_is_drawn_against_images(tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ what of the protocol differs from its defaults, the flow, and for each method it
 seeds. Without --test, runs are evaluated on a part of the labelled training images, to choose
 settings; the test images are read with --test only. Stop it at any time; the same command goes
 on with what is missing. Runs of one recipe may share out its methods by --only, on several
-machines.
+machines. On a processor that is slow in a recipe's bfloat16, give --precision float32, and another
+folder as --results if there are runs in bfloat16 already.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import platform
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +72,17 @@ def check_precision(path: Path, precision: str) -> None:
     """
     found = json.loads(path.read_text())["protocol"].get("precision", "bfloat16")
     if found != precision:
-        raise SystemExit(f"{path} was run in {found}: give --precision {found}, not {precision}")
+        raise SystemExit(
+            f"{path} was run in {found}: give --precision {found}, or another folder as --results"
+        )
 
 
 def command_of(recipe: str, method: str, args: argparse.Namespace) -> str:
     """What repeats a method's runs; DATA and FOLDER stand for those of data sets and flows."""
     command = ["python", "examples/paper/run.py", f"examples/paper/recipes/{recipe}.json", "DATA"]
     command += [*["--test"] * args.test, *["--flows", "FOLDER"] * bool(args.flows)]
-    return shlex.join([*command, "--precision", args.precision, "--only", method])
+    command += ["--precision", args.precision] * bool(args.precision)
+    return shlex.join([*command, "--only", method])
 
 
 def main() -> None:
@@ -88,25 +93,27 @@ def main() -> None:
     parser.add_argument("--test", action="store_true", help="evaluate on the test images")
     parser.add_argument("--only", nargs="+", help="these methods of the recipe")
     parser.add_argument("--flows", type=Path, help="a folder of flows that are not bundled")
-    precisions = ("bfloat16", "float32")
-    parser.add_argument("--precision", choices=precisions, default="bfloat16")
+    choices = ("bfloat16", "float32")
+    parser.add_argument("--precision", choices=choices, help="in place of the recipe's")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     recipe = json.loads(args.recipe.read_text())
-    protocol = Protocol(**recipe.get("protocol", {}), test=args.test, precision=args.precision)
+    protocol = Protocol(**recipe["protocol"], test=args.test)
+    if args.precision:
+        protocol = replace(protocol, precision=args.precision)
     folder = args.data / recipe["data"]
     data = None
     kind = "test" if args.test else "validation"
     for name, seed in wanted(recipe, args.only):
         path = args.results / args.recipe.stem / kind / f"{name} {seed}.json"
         if path.exists():
-            check_precision(path, args.precision)
+            check_precision(path, protocol.precision)
             continue
         if data is None:
             how = (protocol.size, protocol.channels)
             test = read_images(folder / "test", *how) if args.test else None
             data = split(read_images(folder / "train", *how), test, protocol)
-        settings = settings_of(recipe, name, args.precision)
+        settings = settings_of(recipe, name, protocol.precision)
         with tqdm(total=protocol.epochs, unit="epoch", desc=f"{name}, seed {seed}") as bar:
 
             def advance(loss: float, bar: Any = bar) -> None:
