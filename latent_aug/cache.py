@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from latent_aug.arguments import positive
 from latent_aug.conditions import labels_in
+from latent_aug.data import spread
 from latent_aug.files import write_json, write_whole
 from latent_aug.flows import Flow
 from latent_aug.images import from_float, to_batch
@@ -142,7 +143,7 @@ def index_of(dataset: Any, flow: Flow, resolution: int | None) -> dict[str, Any]
     order, and not the odd image that was replaced.
     """
     images, labels = hashlib.sha256(), hashlib.sha256()
-    for index in torch.linspace(0, len(dataset) - 1, 16).long().tolist():
+    for index in spread(len(dataset), 16):
         pixels, label = sample_of(dataset[index], flow.channels)
         images.update(f"{tuple(pixels.shape)}".encode() + pixels.numpy().tobytes())
         labels.update(repr(None if label is None else label.tolist()).encode())
