@@ -15,14 +15,22 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from latent_aug import functional as LF
-from latent_aug.arguments import Range, distance, number_range, one_of, positive, probability
+from latent_aug.arguments import (
+    Range,
+    distance,
+    number_range,
+    one_of,
+    positive,
+    probability,
+    real,
+)
 from latent_aug.classifier import check_targets, classes_of, lent, samples_meet, scaled_up
 from latent_aug.conditions import condition, labels_in
 from latent_aug.flows import Flow
-from latent_aug.images import is_tv_tensor, to_float
+from latent_aug.images import decoded, is_tv_tensor, to_float
 from latent_aug.perturbation import UsesFlow
 from latent_aug.regions import Levels, Mask, movable, pixels_of
-from latent_aug.structures import LABEL_KEYS, image_key, rows, rows_of_labels, with_images
+from latent_aug.structures import LABEL_KEYS, image_key, rows, rows_of, with_images
 
 Forward = Callable[[nn.Module, Any], Tensor]
 Loss = Callable[[Tensor, Any], Tensor]
@@ -177,7 +185,7 @@ class LatentAdversarial(UsesFlow):
 
     def with_eps(self, eps: float) -> LatentAdversarial:
         """A copy that perturbs every sample by this eps, alpha in proportion; counts of its own."""
-        result = super().with_eps(eps)
+        result = super().with_eps(real("eps", eps))
         share = eps / self.eps[1] if self.eps[1] else 1.0
         result.alpha = (share * self.alpha[0], share * self.alpha[1])
         return result
@@ -205,7 +213,7 @@ class LatentAdversarial(UsesFlow):
             chosen = order[:count]
             picked = self._attack(
                 images[chosen].contiguous(memory_format=layout_of(images)),
-                rows_of_labels(labels, chosen, len(images)),
+                rows_of(labels, chosen, len(images)),
                 pixels[chosen] if pixels is not None and len(pixels) > 1 else pixels,
                 batch if self.forward is None else rows(batch, chosen, len(images)),
                 key,
@@ -255,9 +263,11 @@ class LatentAdversarial(UsesFlow):
     def _how_many(self, count: int) -> int:
         """The share p of a batch; a fraction of a sample is rounded at random, right on average."""
         share = self.p * count
-        if share == int(share):
-            return int(share)
-        return int(share + float(self._draws.uniform((), torch.empty(()))))
+        if share != int(share):
+            share += float(self._draws.uniform((), torch.empty(())))
+        if int(share) == 1 and self.model_mode == "unchanged" and samples_meet(self.model):
+            return min(2, count)  # BatchNorm may have no statistics of a single sample
+        return int(share)
 
     def _attack(
         self, original: Tensor, labels: Any, pixels: Tensor | None, batch: Any, key: Any
@@ -274,10 +284,10 @@ class LatentAdversarial(UsesFlow):
         decode = self._decode()
 
         def images_at(delta: Tensor) -> Tensor:
-            decoded = decode(z + delta, y)
-            if delta.requires_grad and not decoded.requires_grad:
+            moved = decoded(decode, z + delta, y)
+            if delta.requires_grad and not moved.requires_grad:
                 raise ValueError(f"{type(self.flow).__name__}.decode detaches: it has no gradient")
-            images = self._to_image(decoded, x, pixels).to(original.dtype)
+            images = self._to_image(moved, x, pixels).to(original.dtype)
             return images.contiguous(memory_format=layout_of(original))
 
         with lent(self.model, self.model_mode) as model, torch.enable_grad():

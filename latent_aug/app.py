@@ -23,7 +23,6 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from latent_aug import explore as ex
-from latent_aug.hub import shared_flow
 from latent_aug.images import from_float
 
 HOST = "127.0.0.1"
@@ -116,7 +115,7 @@ def strip(subject: ex.Subject | None, eps: float, norm: str, *controls: Any) -> 
 
 def draw_samples(flow: str, seed: float) -> str:
     """Rows of samples, a column for each temperature."""
-    drawn = ex.samples(shared_flow(flow), count=4, seed=int(seed))
+    drawn = ex.samples(ex.flow_of(flow), count=4, seed=int(seed))
     columns = [torch.cat(list(column), dim=1)[None] for column in drawn]
     captions = [f"temperature {t:g}" for t in ex.TEMPERATURES]
     return pictures(*zip(columns, captions, strict=True))
@@ -151,14 +150,14 @@ def original(subject: ex.Subject) -> str:
 
 def levels_of(flow: str) -> list[str]:
     """Choices of a level."""
-    count = shared_flow(flow).levels
+    count = ex.flow_of(flow).levels
     ends = {0: " (finest)", count - 1: " (coarsest)"} if count > 1 else {}
     return ["all", *(f"{level}{ends.get(level, '')}" for level in range(count))]
 
 
 def open_flow(flow: str) -> tuple[Any, ...]:
     """Examples, the first of them, and the levels of a flow."""
-    images, labels = ex.examples_of(shared_flow(flow))
+    images, labels = ex.examples_of(ex.flow_of(flow))
     items = [to_pil_image(from_float(x, torch.uint8)) for x in images]
     subject = ex.subject_of(flow, images[:1], labels[0])
     gallery = gr.Gallery(items, selected_index=None)
@@ -167,7 +166,7 @@ def open_flow(flow: str) -> tuple[Any, ...]:
 
 def choose(flow: str, event: gr.SelectData) -> ex.Subject:
     """The example that was clicked."""
-    images, labels = ex.examples_of(shared_flow(flow))
+    images, labels = ex.examples_of(ex.flow_of(flow))
     return ex.subject_of(flow, images[event.index][None], labels[event.index])
 
 
@@ -175,7 +174,7 @@ def upload(flow: str, path: str | None, side: float) -> Any:
     """A file of the user's; nothing where there is none."""
     if path is None:
         return gr.skip()
-    return ex.subject_of(flow, ex.read_upload(path, shared_flow(flow).channels, int(side)))
+    return ex.subject_of(flow, ex.read_upload(path, ex.flow_of(flow).channels, int(side)))
 
 
 def page(flows: Sequence[str]) -> gr.Blocks:
@@ -283,7 +282,7 @@ def serve(flows: Sequence[str], *, port: int | None, browser: bool) -> tuple[gr.
         The page, which `block_thread` keeps until it is interrupted, and its address.
     """
     for flow in flows:
-        shared_flow(flow)  # an error now rather than on the page
+        ex.flow_of(flow)  # an error now rather than on the page
     app = page(flows)
     _, address, _ = app.launch(
         server_name=HOST,

@@ -16,6 +16,13 @@ def store(config: Any, check: Callable[[str, Any], Any], *names: str) -> None:
         object.__setattr__(config, name, check(name, getattr(config, name)))
 
 
+def real(name: str, value: Any) -> float:
+    """A number, also one of NumPy."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
 def number_range(name: str, value: Any) -> tuple[float, float]:
     """A finite number of at least 0, or a (low, high) pair of such, as a pair."""
     low, high = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
@@ -31,11 +38,9 @@ def number_range(name: str, value: Any) -> tuple[float, float]:
 
 def probability(name: str, value: Any) -> float:
     """A number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number in [0, 1], got {value!r}")
-    if not 0 <= float(value) <= 1:
+    if not 0 <= (number := real(name, value)) <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
-    return float(value)
+    return number
 
 
 def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
@@ -49,9 +54,7 @@ def distance(name: str, value: Any, norm: str | None) -> float | None:
     """None, or a finite number of at least 0: of [0, 1] images, so a pixel's is at most 1."""
     if value is None:
         return None
-    if isinstance(value, (tuple, list)):
-        raise TypeError(f"{name} must be one number or None, got {value!r}")
-    found = number_range(name, value)[0]
+    found = number_range(name, real(name, value))[0]
     if found > 1 and norm in ("linf", None):
         raise ValueError(
             f"{name} must be at most 1 with norm={norm!r}, as images lie in [0, 1], got {value!r}; "

@@ -101,20 +101,9 @@ def draws_for(
     return ImageDraws(mirrored, corners.T, noise)
 
 
-def random_flip(batch: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror each image of (B, C, H, W) with probability ½."""
-    return flipped(batch, torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5)
-
-
 def flipped(batch: Tensor, mirrored: Tensor) -> Tensor:
     """The images of (B, C, H, W) mirrored where (B, 1, 1, 1) says so."""
     return torch.where(mirrored.to(batch.device), batch.flip(3), batch)
-
-
-def random_crop(batch: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Zero-pad (B, C, H, W) and cut a window of the old size out of each image at random."""
-    corners = torch.randint(0, 2 * padding + 1, (2, len(batch)), generator=generator)
-    return cropped(batch, padding, corners)
 
 
 def cropped(batch: Tensor, padding: int, corners: Tensor) -> Tensor:

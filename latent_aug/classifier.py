@@ -76,7 +76,8 @@ def restore_attribute(module: nn.Module, name: str, value: Any, content: Any) ->
 
     What has become a submodule, a parameter or a buffer meanwhile is one.
     """
-    if name in {*module._modules, *module._parameters, *module._buffers}:
+    tables = (module._modules, module._parameters, module._buffers)
+    if any(name in table for table in tables):  # not iterated over: TorchScript's cannot be
         return
     if vars(module).get(name) is not value:
         vars(module)[name] = value

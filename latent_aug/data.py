@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from latent_aug.arguments import positive
 from latent_aug.flows import Flow
-from latent_aug.images import check_mode, check_range, from_float, has_colour
+from latent_aug.images import check_mode, check_range, from_float, has_colour, pil_to_uint8
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -169,7 +169,8 @@ def image_of(sample: Any) -> Any:
 
 def spread(length: int, count: int) -> list[int]:
     """Up to `count` indices of so many, evenly spread from the first to the last."""
-    return torch.linspace(0, length - 1, min(count, length)).long().tolist()
+    count = min(count, length)
+    return [i * (length - 1) // max(count - 1, 1) for i in range(count)]
 
 
 def to_uint8(sample: Any, channels: int, size: int | None = None) -> Tensor:
@@ -192,7 +193,7 @@ def to_uint8(sample: Any, channels: int, size: int | None = None) -> Tensor:
                 "the images have colours, and the flow maps grey ones, of 1 channel: use a flow of "
                 "3 channels, such as glow-cifar10-small, or convert the images to grey before"
             )
-        image = tvf.pil_to_tensor(image.convert({1: "L", 3: "RGB"}.get(channels, image.mode)))
+        image = pil_to_uint8(image, {1: "L", 3: "RGB"}.get(channels, image.mode))
     if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != channels:
         found = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
         raise ValueError(f"a dataset of {channels}-channel images is needed, got {found}")

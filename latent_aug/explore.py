@@ -130,6 +130,18 @@ def load_clothes() -> Clothes:
     return Clothes(model.eval(), images, labels, about)
 
 
+def flow_of(name: str) -> Flow:
+    """The flow of this name.
+
+    Raises:
+        ValueError: It needs labels, which the page does not have.
+    """
+    flow = shared_flow(name)
+    if flow.num_classes:
+        raise ValueError(f"this page is for flows without classes, {name} has {flow.num_classes}")
+    return flow
+
+
 def examples_of(flow: Flow) -> tuple[Tensor, list[int | None]]:
     """Images (N, C, H, W) to begin with, and their labels: clothes, or samples of the flow."""
     if flow.channels == 1 and not flow.num_classes:
@@ -180,10 +192,8 @@ def subject_of(flow: str, x: Tensor, label: int | None = None) -> Subject:
     """Encode an image, once; moving a slider then costs one decode.
 
     Raises:
-        ValueError: The flow needs labels, or does not map images of this size.
+        ValueError: The flow does not map images of this size.
     """
-    if shared_flow(flow).num_classes:
-        raise ValueError("this page is for flows without classes")
     return Subject(flow, x, LatentPerturb(flow=flow).to_latents(x), label)
 
 

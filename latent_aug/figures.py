@@ -32,7 +32,7 @@ def preview(
     *,
     eps: Sequence[float] | float | None = None,
     amplify: float = 4.0,
-    temperatures: Sequence[float] = TEMPERATURES,
+    temperatures: float | Sequence[float] = TEMPERATURES,
     seed: int = 0,
 ) -> Figure:
     """Draw what a perturbation does, to choose its eps by eye.
@@ -93,6 +93,7 @@ def preview(
         raise TypeError("images are 8-bit, so they cannot be normalized: preview normalized floats")
     asked = [eps] if isinstance(eps, (int, float)) else eps
     sizes = around(transform.eps) if asked is None else [number_range("eps", e)[0] for e in asked]
+    temperatures = [temperatures] if isinstance(temperatures, (int, float)) else temperatures
     columns, rows = 1 + 2 * len(sizes), len(chosen)
     height = 1.3 * (rows + bool(temperatures)) + 0.5
     width = max(1.3 * columns, 1.8 * len(temperatures))

@@ -8,6 +8,7 @@ here draws unless it says so, and what draws takes a `generator`.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -38,7 +39,7 @@ def root_mean_square(t: Tensor) -> Tensor:
 def dimensions(t: Tensor, mask: Tensor | None = None) -> Size:
     """Components of each sample that may move, at least 1: a number, or (B, 1, 1, 1)."""
     if mask is None:
-        return max(t[0].numel(), 1)
+        return max(math.prod(t.shape[1:]), 1)
     return mask.expand_as(t).flatten(1).sum(dim=1, dtype=t.dtype).clamp(min=1)[:, None, None, None]
 
 
@@ -185,10 +186,13 @@ def perturb_latent(flow: Flow, x: Tensor, noise: Tensor, *, y: Tensor | None = N
         >>> torch.allclose(same, x, atol=1e-4)
         True
     """
-    return flow.decode(flow.encode(x, y) + noise, y)
+    with torch.autocast(x.device.type, enabled=False):
+        return flow.decode(flow.encode(x, y) + noise, y)
 
 
-def restore_unusable(perturbed: Tensor, original: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+def restore_unusable(
+    perturbed: Tensor, original: Tensor, z: Tensor, *, counted: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Replace samples that the flow could not perturb by their original; count them.
 
     These are samples that are not finite, or came from such, or whose latent lies so far off the
@@ -199,12 +203,14 @@ def restore_unusable(perturbed: Tensor, original: Tensor, z: Tensor) -> tuple[Te
         perturbed: Results (B, C, H, W).
         original: What they came from, of the same shape.
         z: The originals' latents (B, C, H', W').
+        counted: Which samples (B,) to count; all by default.
 
     Returns:
         The samples, and a 0-d tensor on their device, so that nothing waits for it.
     """
     failed = unusable(perturbed, original, z)
-    return torch.where(failed[:, None, None, None], original, perturbed), failed.sum()
+    count = (failed if counted is None else failed & counted).sum()
+    return torch.where(failed[:, None, None, None], original, perturbed), count
 
 
 def unusable(perturbed: Tensor, original: Tensor, z: Tensor) -> Tensor:

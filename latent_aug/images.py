@@ -86,9 +86,7 @@ def pil_to_batch(image: Image.Image, channels: int) -> tuple[Tensor, Callable[[T
         )
     transparent = own in ("LA", "PA", "RGBA") or (own == "P" and "transparency" in image.info)
     alpha = image.convert("RGBA").getchannel("A") if transparent else None
-    if transparent:
-        image = image.convert("RGBA")  # a palette with transparency has no direct way to RGB
-    pixels = tvf.pil_to_tensor(image.convert(mode))
+    pixels = pil_to_uint8(image, mode)
 
     def restore(batch: Tensor) -> Image.Image:
         result: Image.Image = tvf.to_pil_image(from_float(batch[0], torch.uint8))
@@ -99,6 +97,13 @@ def pil_to_batch(image: Image.Image, channels: int) -> tuple[Tensor, Callable[[T
         return result
 
     return to_float(pixels)[None], restore
+
+
+def pil_to_uint8(image: Image.Image, mode: str) -> Tensor:
+    """A PIL image in another mode, as uint8 (C, H, W); alpha is left out."""
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # it has no direct way to RGB
+    return tvf.pil_to_tensor(image.convert(mode))
 
 
 def check_mode(image: Image.Image) -> None:
@@ -186,12 +191,14 @@ def in_unit_range(decoded: Tensor) -> Tensor:
 
 
 def encoded(flow: Flow, x: Tensor, y: Tensor | None) -> Tensor:
-    """Latents of images in [0, 1] of a size that the flow maps.
+    """Latents of images in [0, 1] of a size that the flow maps, whatever autocast is on.
 
     Raises:
         TypeError, ValueError: What the flow gives is no tensor of the images' shape.
     """
-    z, name = flow.encode(x, y), f"{type(flow).__name__}.encode"
+    name = f"{type(flow).__name__}.encode"
+    with torch.autocast(x.device.type, enabled=False):  # in bfloat16 a flow is no inverse
+        z = flow.encode(x, y)
     if not isinstance(z, Tensor):
         raise TypeError(f"{name} must return a tensor, got {type(z).__name__}")
     if z.shape != x.shape:
@@ -200,6 +207,12 @@ def encoded(flow: Flow, x: Tensor, y: Tensor | None) -> Tensor:
             f"{tuple(z.shape)}"
         )
     return z
+
+
+def decoded(decode: Callable[..., Tensor], z: Tensor, y: Tensor | None) -> Tensor:
+    """Images by a flow's `decode`, whatever autocast is on."""
+    with torch.autocast(z.device.type, enabled=False):
+        return decode(z, y)
 
 
 def downscaled(x: Tensor, resolution: int | None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 from torchvision import tv_tensors
 
+from latent_aug.arguments import natural
 from latent_aug.images import is_tv_tensor
 from latent_aug.randomness import mixed, rank
 from latent_aug.schedules import hooks_in, parts_of
@@ -116,13 +117,12 @@ class LatentLoader:
     ) -> None:
         if not hasattr(loader, "__iter__"):
             raise TypeError(f"loader must be iterable, as a DataLoader is, got {loader!r}")
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-            raise TypeError(f"seed must be an integer or None, got {seed!r}")
+        self.seed = None if seed is None else natural("seed", seed)
         self.transform = check_transform(transform, "LatentLoader")
         perturbs = [p for p in parts_of(transform) if isinstance(p, LatentPerturb)]
         if seed is not None and any(p.has_generator for p in perturbs):
             raise ValueError("seed and the transform's generator= are two sources: give one")
-        self.loader, self.seed = loader, seed
+        self.loader = loader
         self.device = None if device is None else torch.device(device)
         self._epoch = -1
 

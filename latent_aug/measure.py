@@ -126,7 +126,7 @@ def mean_change(moved: Tensor, x: Tensor) -> Tensor:
 def std(sums: Tensor) -> float:
     """Standard deviation from count, sum and sum of squares."""
     count, total, squares = sums.tolist()
-    return float((squares / count - (total / count) ** 2) ** 0.5)
+    return float(max(squares / count - (total / count) ** 2, 0) ** 0.5)
 
 
 def rows(figures: dict[str, Any]) -> Iterator[str]:

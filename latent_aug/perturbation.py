@@ -157,10 +157,18 @@ class UsesFlow:
         return self._normalization.apply(LF.clip_change(decoded, x, self.clip, self.norm))
 
     def _restore(
-        self, perturbed: Tensor, original: Tensor, z: Tensor, pixels: Tensor | None
+        self,
+        perturbed: Tensor,
+        original: Tensor,
+        z: Tensor,
+        pixels: Tensor | None,
+        chosen: Tensor | None = None,
     ) -> Tensor:
-        """Put the original back where the flow failed, and count it, and outside the mask."""
-        result, count = LF.restore_unusable(perturbed, original, z)
+        """Put the original back where the flow failed, and count it, and outside the mask.
+
+        Of samples that are not `chosen` (B,) nothing is wanted, so they do not count.
+        """
+        result, count = LF.restore_unusable(perturbed, original, z, counted=chosen)
         self._fallbacks.add(count)
         if self._tried is not None and count.is_cpu:  # elsewhere a look is a sync
             self._warn_if_useless(len(z))

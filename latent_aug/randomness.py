@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -59,6 +60,34 @@ def mixed(*numbers: int) -> int:
     return seed
 
 
+class Shared:
+    """A user's generator; those of several `Draws` are one also where they are copied together.
+
+    Pickling writes the generator's state as bytes, as torch's own way fails between spawned
+    processes; once for all `Draws` of it, as it is this object that they refer to.
+    """
+
+    _of: ClassVar[WeakValueDictionary[int, Shared]] = WeakValueDictionary()
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+        self._of[id(generator)] = self  # which stays its id as long as this lives
+
+    @classmethod
+    def of(cls, generator: torch.Generator) -> Shared:
+        """The one there is, or a new one."""
+        return cls._of.get(id(generator)) or cls(generator)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.generator.get_state().numpy().tobytes()
+        return {"device": str(self.generator.device), "state": state}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        generator = torch.Generator(state["device"])
+        generator.set_state(torch.frombuffer(bytearray(state["state"]), dtype=torch.uint8))
+        Shared.__init__(self, generator)
+
+
 class Draws:
     """Random tensors from a user's generator, or from torch's global one.
 
@@ -77,8 +106,13 @@ class Draws:
             raise TypeError(
                 f"generator must be a torch.Generator or None, got {type(generator).__name__}"
             )
-        self.generator = generator
+        self._shared = None if generator is None else Shared.of(generator)
         self._sender: int | None = None  # the rank of the process that sent it to this worker
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """The user's generator."""
+        return None if self._shared is None else self._shared.generator
 
     def normal(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """N(0, I) draws on like's device and in its dtype."""
@@ -113,14 +147,4 @@ class Draws:
         return self.generator
 
     def __getstate__(self) -> dict[str, Any]:
-        """A generator as bytes: torch's own pickling fails between spawned processes."""
-        if self.generator is None:
-            return {"device": None, "rank": rank()}
-        state = self.generator.get_state().numpy().tobytes()
-        return {"device": str(self.generator.device), "state": state, "rank": rank()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.generator, self._sender = None, state["rank"]
-        if state["device"] is not None:
-            self.generator = torch.Generator(state["device"])
-            self.generator.set_state(torch.frombuffer(bytearray(state["state"]), dtype=torch.uint8))
+        return {"_shared": self._shared, "_sender": rank()}

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from latent_aug.arguments import natural, positive, store
+from latent_aug.arguments import natural, positive, probability, real, store
 from latent_aug.flows import Flow, Glow
 
 COUNTS = ("steps", "batch_size", "validation_images", "accumulate")
@@ -82,6 +82,8 @@ class TrainConfig:
         store(self, natural, *NATURAL)
         if self.size is not None:
             store(self, positive, "size")
+        store(self, real, *POSITIVE, "checkpoint_minutes")
+        store(self, probability, "decay", "ema")
         for name in POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
@@ -89,10 +91,6 @@ class TrainConfig:
             raise ValueError(
                 f"checkpoint_minutes must not be negative, got {self.checkpoint_minutes!r}"
             )
-        for name in ("decay", "ema"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
-        store(self, lambda _, n: float(n), *POSITIVE, "checkpoint_minutes", "decay", "ema")
         if self.network_dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(
                 f"network_dtype must be 'auto', 'float32' or 'bfloat16', got {self.network_dtype!r}"

@@ -52,6 +52,8 @@ class LatentSchedule:
     """
 
     def __init__(self, phases: Iterable[tuple[int, Perturbation]]) -> None:
+        if not isinstance(phases, Iterable):
+            raise TypeError(f"phases must be (epochs, perturbation) pairs, got {phases!r}")
         self.phases = [check_phase(phase) for phase in phases]
         if not self.phases:
             raise ValueError("phases must hold at least one (epochs, perturbation), got none")

@@ -45,6 +45,15 @@ def write_files(output: Path, samples: Iterable[Sample], suffix: str, classes: l
 
 
 def folder_of(label: int, classes: list[str]) -> str:
-    """A class's folder: its name, or its number where the names' order would be another one."""
+    """A class's folder: its name, or its number where the names' order would be another one.
+
+    Raises:
+        ValueError: The label is negative, as of unlabelled images.
+    """
+    if label < 0:
+        raise ValueError(
+            f"a folder for each class needs labels of at least 0, got {label}: leave unlabelled "
+            "images out, or write shards (form='shards'), which keep every label"
+        )
     usable = classes == sorted(classes) and not any("/" in c or c.startswith(".") for c in classes)
     return classes[label] if usable and label < len(classes) else f"{label:05}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -67,51 +67,66 @@ def over_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def with_items(mapping: Any, items: Mapping[Any, Any]) -> Any:
-    """A mapping of the type of another, with these items in place of its own."""
+    """A mapping of the type of another, with these items in place of its own.
+
+    One that cannot be written to gives a dict.
+
+    Raises:
+        TypeError: A copy of it shares its items with it, so they cannot be replaced in one only.
+    """
+    if not isinstance(mapping, MutableMapping):
+        return {**mapping, **items}
+    before = {key: mapping[key] for key in items if key in mapping}
     result = copy.copy(mapping)
     for key, value in items.items():
         result[key] = value
+    changed = [key for key in before if mapping[key] is items[key] is not before[key]]
+    if changed:
+        for key in changed:
+            mapping[key] = before[key]
+        raise TypeError(
+            f"copy.copy of a {type(mapping).__name__} shares its items with it: give it a "
+            "__copy__ that copies them too, or pass a dict"
+        )
     return result
+
+
+def is_one_each(value: Any, count: int) -> bool:
+    """Whether it holds `count` things or rows, one for each sample."""
+    shape = getattr(value, "shape", None)  # of tensors and arrays
+    if shape is not None:
+        return len(shape) > 0 and shape[0] == count
+    return isinstance(value, (tuple, list)) and len(value) == count
 
 
 def rows(batch: Any, chosen: Tensor, count: int) -> Any:
     """The chosen samples of a batch of `count`.
 
     Tensors and arrays of so many rows lose the others. So do lists and tuples of so many things,
-    a thing for each sample, but for the batch itself, which is a structure. What is left as it
-    is: everything of another length.
+    a thing for each sample, but for the batch itself, and for those of tensors with so many rows
+    each, such as a pair of targets: these are structures. What is left as it is: everything of
+    another length.
 
     Args:
         batch: Tensors, arrays and lists in a tuple, list or mapping.
         chosen: Indices (n,).
         count: Samples in the batch.
     """
+    if not isinstance(batch, (tuple, list)) and is_one_each(batch, count):
+        return rows_of(batch, chosen, count)  # also of a mapping: a TensorDict has rows
     if isinstance(batch, Mapping):
         return with_items(batch, {k: rows_of(v, chosen, count) for k, v in batch.items()})
     if isinstance(batch, (tuple, list)):
         return like_sequence(batch, [rows_of(value, chosen, count) for value in batch])
-    return rows_of(batch, chosen, count)
-
-
-def rows_of_labels(labels: Any, chosen: Tensor, count: int) -> Any:
-    """The same for labels, where a list of `count` holds one a sample, as detection targets are.
-
-    A list or tuple of batched tensors alone is a structure here too, such as a pair of targets.
-    """
-    if isinstance(labels, (tuple, list)):
-        shapes = [getattr(value, "shape", None) for value in labels]
-        if all(shape is not None and len(shape) and shape[0] == count for shape in shapes):
-            return rows(labels, chosen, count)
-    return rows_of(labels, chosen, count)
+    return batch
 
 
 def rows_of(value: Any, chosen: Tensor, count: int) -> Any:
-    """The same for one entry of a batch."""
-    shape = getattr(value, "shape", None)  # of tensors and arrays
-    if shape is not None:
-        if not len(shape) or shape[0] != count:
-            return value
-        return value[chosen.to(value.device) if isinstance(value, Tensor) else chosen.cpu().numpy()]
-    if isinstance(value, (tuple, list)) and len(value) == count:
+    """The same for one entry of a batch, such as its labels."""
+    if not is_one_each(value, count):
+        return rows(value, chosen, count) if isinstance(value, (Mapping, tuple, list)) else value
+    if isinstance(value, (tuple, list)):
+        if all(hasattr(part, "shape") and is_one_each(part, count) for part in value):
+            return rows(value, chosen, count)
         return like_sequence(value, [value[i] for i in chosen.tolist()])
-    return rows(value, chosen, count) if isinstance(value, (Mapping, tuple, list)) else value
+    return value[chosen.to(value.device) if isinstance(value, Tensor) else chosen.cpu().numpy()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +17,17 @@ from latent_aug import functional as LF
 from latent_aug.arguments import Range, distance, number_range, one_of, positive, probability
 from latent_aug.conditions import condition, labels_in
 from latent_aug.flows import Flow
-from latent_aug.images import add_difference, downscaled, fit_to_flow, in_unit_range, to_batch
+from latent_aug.images import (
+    add_difference,
+    decoded,
+    downscaled,
+    fit_to_flow,
+    in_unit_range,
+    to_batch,
+)
 from latent_aug.perturbation import UsesFlow
 from latent_aug.regions import Levels, Mask, movable, pixels_of, shrunk
-from latent_aug.structures import named_images, with_items
+from latent_aug.structures import is_one_each, like_sequence, named_images, with_items
 
 
 class Draw(NamedTuple):
@@ -156,16 +163,18 @@ class LatentPerturb(UsesFlow, v2.Transform):
         ]
         return tree_unflatten(results, spec)
 
-    def _listed(self, samples: Mapping[Any, Any], key: Any) -> list[Any]:
-        """Each image of a mapping of lists, as Hugging Face passes samples, with its own draw."""
-        count = len(samples[key])
-        lists = {
-            name: values
-            for name, values in samples.items()
-            if isinstance(values, (list, tuple, Tensor)) and len(values) == count
-        }
-        each = ({name: values[i] for name, values in lists.items()} for i in range(count))
-        return [self.forward(sample)[key] for sample in each]
+    def _listed(self, samples: Mapping[Any, Any], key: Any) -> Any:
+        """Each image of a mapping of lists, as Hugging Face passes samples, with its own draw.
+
+        What is not as many is of all of them, as the label of several views is.
+        """
+        images, count = samples[key], len(samples[key])
+        several = {name for name, values in samples.items() if is_one_each(values, count)}
+        each = (
+            {name: values[i] if name in several else values for name, values in samples.items()}
+            for i in range(count)
+        )
+        return like_sequence(images, [self.forward(sample)[key] for sample in each])
 
     def make_params(self, flat_inputs: list[Any], sample: Any = None) -> dict[str, Any]:
         """Draw for each shape of image in the sample; images of one shape share the draw."""
@@ -208,15 +217,7 @@ class LatentPerturb(UsesFlow, v2.Transform):
         if not x.numel():
             return inpt
         draw: Draw = params["draws"][kind(x, inpt)]
-        if x.is_cpu:  # there, a look at the draw costs nothing and may save the flow's work
-            if not bool(draw.chosen.any()):
-                return restore(x)
-            if not bool(draw.chosen.all()):
-                result = x.clone()
-                result[draw.chosen] = self._perturb(x[draw.chosen], draw.of_chosen())
-                return restore(result)
-        perturbed = self._perturb(x, draw)
-        return restore(torch.where(draw.chosen[:, None, None, None], perturbed, x))
+        return restore(on_chosen(x, draw, lambda at, draw: self._perturb(x[at], draw)))
 
     @torch.no_grad()
     def to_latents(self, x: Tensor, labels: Any = None) -> Tensor:
@@ -242,9 +243,12 @@ class LatentPerturb(UsesFlow, v2.Transform):
             ValueError: The transform has `normalize`.
         """
         self._refuse_normalized()
-        draw = self._draw(x, 1, sample)
-        perturbed = self._perturb_from(z, downscaled(x, self.resolution), x, x, draw)
-        return torch.where(draw.chosen[:, None, None, None], perturbed, x)
+
+        def perturb(at: Any, draw: Draw) -> Tensor:
+            own = x[at]
+            return self._perturb_from(z[at], downscaled(own, self.resolution), own, own, draw)
+
+        return on_chosen(x, self._draw(x, 1, sample), perturb)
 
     def _refuse_normalized(self) -> None:
         if self.normalizes:
@@ -282,16 +286,34 @@ class LatentPerturb(UsesFlow, v2.Transform):
     ) -> Tensor:
         """The same from latents that are known, of x or of its downscaled copy."""
         noise = LF.away_from_origin(draw.noise, z) if self.away else draw.noise
-        decoded = self.flow.decode(z + noise, draw.y)
+        moved = decoded(self.flow.decode, z + noise, draw.y)
         if small is not x:
-            decoded = decoded[..., : small.shape[-2], : small.shape[-1]]
-            decoded = add_difference(x, small, in_unit_range(decoded))
-        perturbed = self._to_image(decoded, x, draw.pixels)
-        return self._restore(perturbed, original, z, draw.pixels)
+            moved = moved[..., : small.shape[-2], : small.shape[-1]]
+            moved = add_difference(x, small, in_unit_range(moved))
+        perturbed = self._to_image(moved, x, draw.pixels)
+        return self._restore(perturbed, original, z, draw.pixels, draw.chosen)
 
     def extra_repr(self) -> str:
         """The arguments that matter, for `print`."""
         return self._describe()
+
+
+def on_chosen(x: Tensor, draw: Draw, perturb: Callable[[Any, Draw], Tensor]) -> Tensor:
+    """A batch with its chosen images replaced.
+
+    Args:
+        x: Images (B, C, H, W).
+        draw: For them.
+        perturb: From an index of images and their draw to what replaces them.
+    """
+    if x.is_cpu:  # there, a look at the draw costs nothing and may save the flow's work
+        if not bool(draw.chosen.any()):
+            return x
+        if not bool(draw.chosen.all()):
+            result = x.clone()
+            result[draw.chosen] = perturb(draw.chosen, draw.of_chosen())
+            return result
+    return torch.where(draw.chosen[:, None, None, None], perturb(slice(None), draw), x)
 
 
 def checked_noise(noise: Any, draws: Tensor, name: str) -> Tensor:

@@ -201,6 +201,15 @@ def test_eps_and_alpha_are_drawn_for_each_sample(norm):
         assert size.max() == pytest.approx(0.2, abs=0.01)
 
 
+def test_a_share_that_batch_normalization_can_take():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    attack = LatentAdversarial(model, flow=Identity(), p=0.5, model_mode="unchanged")
+    images = 0.4 + 0.2 * torch.rand(2, 3, 8, 8)  # of one alone it has no statistics
+    assert not torch.equal(attack(images, torch.tensor([0, 1])), images)
+    changed = LatentAdversarial(model, flow=Identity(), p=0.5)(images, torch.tensor([0, 1]))
+    assert (changed != images).flatten(1).any(1).sum() == 1
+
+
 @pytest.mark.parametrize("p", [1.0, 0.5])
 def test_a_channels_last_batch_stays_one(model, batch, p):
     seen = []

@@ -408,3 +408,21 @@ def test_an_image_that_was_mended_lets_the_job_go_on(data, tmp_path):
         augment(data, tmp_path / "out", copies=1, shard_size=4, skip_unreadable=True)
     path.write_bytes(kept)
     assert augment(data, tmp_path / "out", copies=1, shard_size=4).written == 0
+
+
+@pytest.mark.parametrize("form", ["shards", "folder"])
+def test_unlabelled_images_do_not_become_some_class_s(tmp_path, form):
+    images = [(torch.full((3, 8, 8), 0.5), label) for label in (0, -1)]
+    images = Named(images)
+    if form == "folder":
+        with pytest.raises(ValueError, match=r"labels of at least 0, got -1.*form='shards'"):
+            augment(images, tmp_path / "out", form=form)
+    else:
+        augment(images, tmp_path / "out", form=form)
+    assert not list((tmp_path / "out").glob("cat/*"))
+
+
+class Named(list):
+    """Samples of a data set that names its classes."""
+
+    classes = ("bird", "cat")

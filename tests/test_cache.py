@@ -113,6 +113,15 @@ def test_p_leaves_some_as_they_are(tmp_path):
     assert 8 < sum(changed) < 32
 
 
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_only_what_was_to_be_perturbed_can_fall_back(tmp_path, p, recwarn):
+    transform = LatentPerturb(0.1, flow=Scaled(100.0), p=p)  # its latents are far off the prior
+    cached = LatentCache(samples(40), tmp_path, transform)
+    cached.__getitems__(range(40))
+    assert transform.fallbacks == 0 if p == 0 else 8 < transform.fallbacks < 32
+    assert bool(recwarn) == (p > 0)  # that none could be perturbed
+
+
 class Counting(list):
     """A data set that counts how often it is read."""
 

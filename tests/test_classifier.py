@@ -435,22 +435,51 @@ class TestForward:
             return model(batch[0])
 
         attack = LatentAdversarial(model, flow=Identity(), p=0.5, forward=forward, steps=1)
-        names, boxes = list("abcdef"), [torch.full((6, 4), i) for i in range(6)]
+        names, boxes = list("abcdef"), [torch.full((3, 4), i) for i in range(6)]
         extra = {"n": torch.arange(6), "array": torch.arange(6).numpy(), "weights": torch.ones(4)}
-        out = attack.step((images, labels, names, boxes, extra, 2.0))
+        columns = [torch.arange(6) for _ in range(6)]  # by chance as many as images
+        out = attack.step((images, labels, names, boxes, extra, 2.0, columns))
         changed = (out[0] != images).flatten(1).any(1).nonzero().flatten()
-        x, y, letters, corners, extra, scale = seen[-1]
+        x, y, letters, corners, extra, scale, columns = seen[-1]
         order = extra["n"]
         assert torch.equal(order.sort().values, changed)
         assert torch.equal(y, labels[order])
         assert letters == [names[i] for i in order]
         assert len(x) == 3
         assert [int(c[0, 0]) for c in corners] == order.tolist()
-        assert all(c.shape == (6, 4) for c in corners)
+        assert all(c.shape == (3, 4) for c in corners)
+        assert len(columns) == 6
+        assert all(torch.equal(column, order) for column in columns)
         assert extra["array"].tolist() == order.tolist()
         assert len(extra["weights"]) == 4
         assert scale == 2.0
         assert out[2] is names
+
+    def test_of_a_share_of_a_mapping_that_has_rows(self, model, batch):
+        class Table(dict):  # as TensorDict is
+            shape = property(lambda self: self["image"].shape[:1])
+
+            def __setitem__(self, key, value):
+                if self and len(value) != len(self["image"]):
+                    raise ValueError("other rows")
+                super().__setitem__(key, value)
+
+            def __getitem__(self, key):
+                if isinstance(key, str):
+                    return super().__getitem__(key)
+                return Table({name: value[key] for name, value in self.items()})
+
+        seen = []
+
+        def forward(model, batch):
+            seen.append(batch)
+            return model(batch["image"])
+
+        attack = LatentAdversarial(model, flow=Identity(), p=0.5, forward=forward, steps=1)
+        given = Table(image=batch[0], label=batch[1], number=torch.arange(6))
+        changed = (attack.step(given)["image"] != batch[0]).flatten(1).any(1).nonzero().flatten()
+        assert type(seen[-1]) is Table
+        assert torch.equal(seen[-1]["number"].sort().values, changed)
 
     def test_predicted_labels_come_through_it(self, model, batch):
         attack = LatentAdversarial(
@@ -559,3 +588,13 @@ def test_targets_of_each_sample_follow_it(batch):
     attack(images, (values, values + 1))
     count, (first, second) = seen.pop()
     assert count == len(first) == len(second) == 3
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("mode", ["eval", "unchanged"])
+def test_a_torchscript_model_is_left_as_it_was(model, batch, glow, mode):
+    model = torch.jit.script(model)
+    before = trace_of(model)
+    out = LatentAdversarial(model, flow=glow, model_mode=mode)(*batch)
+    assert not torch.equal(out, batch[0])
+    assert same_trace(trace_of(model), before)

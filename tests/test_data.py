@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from torchvision import datasets
 from torchvision.transforms.v2.functional import to_pil_image
 
-from latent_aug.data import EncodedImages, UInt8Images, open_images
+from latent_aug.data import EncodedImages, UInt8Images, open_images, spread
 
 
 @pytest.fixture(params=["w", "w:gz"])
@@ -92,6 +92,20 @@ def test_colours_are_not_dropped_for_a_grey_flow():
     with pytest.raises(ValueError, match="have colours, and the flow maps grey ones"):
         UInt8Images([to_pil_image(colours)], 1)
     assert UInt8Images([to_pil_image(colours)], 3)[0].equal(colours)
+
+
+def test_a_palette_with_transparency_loses_it(recwarn):
+    image = Image.new("P", (8, 8))
+    image.info["transparency"] = bytes([0, 255])
+    assert UInt8Images([image], 3)[0].shape == (3, 8, 8)
+    assert not recwarn
+
+
+def test_indices_are_spread_from_the_first_to_the_last():
+    assert spread(3, 16) == [0, 1, 2]
+    assert spread(1, 1) == spread(5, 1) == [0]
+    assert spread(101, 5) == [0, 25, 50, 75, 100]
+    assert spread(2**24 + 4, 16)[-1] == 2**24 + 3  # more than float32 can count
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])

@@ -80,6 +80,25 @@ def test_gradients_to_the_latents_equal_normflows():
     torch.testing.assert_close(back, weights, atol=1e-8, rtol=0)
 
 
+@pytest.mark.parametrize("part", ["flows.2.s", "param_map.net.4", "q0.0.loc"])
+def test_gradients_reach_the_only_weights_that_want_them(part):
+    flow = random_glow(dtype=torch.float64)
+    for name, parameter in flow.named_parameters():
+        parameter.requires_grad_(part in name)
+    x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    for result in (flow.encode(x), flow.decode(x), flow.log_prob(x)):
+        result.square().sum().backward()
+    found = {name: p.grad for name, p in flow.named_parameters() if part in name}
+    for parameter in flow.parameters():
+        parameter.requires_grad_(True).grad = None
+    for result in (flow.encode(x), flow.decode(x), flow.log_prob(x)):
+        result.square().sum().backward()
+    assert found
+    for name, parameter in flow.named_parameters():
+        if part in name:
+            torch.testing.assert_close(found[name], parameter.grad)
+
+
 def test_log_determinant_equals_that_of_the_jacobian():
     flow = random_glow(1, levels=1, dtype=torch.float64)
     x = torch.rand(1, 1, 4, 4, dtype=torch.float64)

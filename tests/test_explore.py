@@ -157,7 +157,7 @@ def test_examples_and_samples():
 def test_flows_of_classes_are_refused(monkeypatch):
     monkeypatch.setattr(explore, "shared_flow", lambda name: ByClass())
     with pytest.raises(ValueError, match="without classes"):
-        explore.subject_of("by-class", torch.rand(1, 3, 8, 8))
+        explore.flow_of("by-class")
 
 
 def test_uploads_are_upright_and_of_8_bits(tmp_path):

@@ -10,7 +10,7 @@ from conftest import Identity, convolutional_classifier, images_and_classes, ran
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_aug import Flow, Glow, LatentAdversarial, load_flow
+from latent_aug import Flow, Glow, LatentAdversarial, LatentPerturb, functional, load_flow
 
 
 def test_round_trip(any_flow):
@@ -45,6 +45,34 @@ def test_precision_is_that_of_the_input_also_under_autocast(any_flow, dtype, err
         z = any_flow.encode(x, y)
         assert z.dtype == dtype
         assert (any_flow.decode(z, y) - x).abs().max() < error
+
+
+class Turned(Identity):
+    """A flow of a convolution, which autocast would run in bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        matrix, _ = torch.linalg.qr(torch.randn(3, 3))
+        self.register_buffer("matrix", matrix[:, :, None, None])
+
+    def encode(self, x, y=None):
+        return torch.nn.functional.conv2d(x, self.matrix)
+
+    def decode(self, z, y=None):
+        return torch.nn.functional.conv2d(z, self.matrix.transpose(0, 1))
+
+
+def test_a_flow_of_one_s_own_does_not_see_the_user_s_autocast(model):
+    x, y, flow = 0.3 + 0.4 * torch.rand(2, 3, 8, 8), torch.tensor([0, 1]), Turned()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (flow.decode(flow.encode(x)) - x).abs().max() > 1e-3  # alone it does
+        attack = LatentAdversarial(model, eps=1e-5, alpha=1e-5, steps=1, flow=flow)
+        for same in (
+            LatentPerturb(0.0, flow=flow)(x),
+            attack(x, y),
+            functional.perturb_latent(flow, x, torch.zeros_like(x)),
+        ):
+            torch.testing.assert_close(same, x, atol=2e-5, rtol=0)
 
 
 def test_gradients_reach_the_latents(any_flow):
@@ -244,6 +272,34 @@ def test_the_base_class_says_what_is_missing():
             getattr(Flow(), call)(torch.rand(1, 3, 4, 4))
     with pytest.raises(NotImplementedError, match="cannot be saved"):
         _ = Identity().config
+
+
+class Tinted(Identity):
+    """A flow whose settings are no weights: a colour, and a part with a number of its own."""
+
+    def __init__(self, colour=(0.1, 0.2, 0.3), slope=0.5):
+        super().__init__()
+        self.colour, self.part = colour, torch.nn.LeakyReLU(slope)
+
+
+class Savable(Tinted):
+    """The same with a config."""
+
+    @property
+    def config(self):
+        return {"colour": list(self.colour)}
+
+
+@pytest.mark.parametrize("kind", [Tinted, Savable])
+def test_settings_that_are_no_weights_count_in_the_fingerprint(kind):
+    assert kind().fingerprint() == kind().fingerprint()
+    assert kind((0.2, 0.2, 0.3)).fingerprint() != kind().fingerprint()
+
+
+def test_so_do_those_of_submodules_where_there_is_no_config():
+    assert Tinted(slope=0.4).fingerprint() != Tinted().fingerprint()
+    flow = Tinted()
+    assert flow.train().fingerprint() == flow.eval().fingerprint()
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -131,6 +131,17 @@ def test_perturbation_is_added_in_the_latent():
     assert torch.equal(LF.perturb_latent(Identity(), x, noise), x + noise)
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2", "rms"])
+def test_an_empty_batch_stays_one(norm):
+    empty = torch.empty(0, 3, 4, 4)
+    noise = LF.noise_of_norm(empty, 1.0, norm)
+    start = LF.random_start(empty, 1.0, norm)
+    moved = LF.ascent_step(start, empty, 0.5, 1.0, norm)
+    result, count = LF.restore_unusable(moved, empty, empty)
+    assert {t.shape for t in (noise, start, moved, result)} == {empty.shape}
+    assert count == 0
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_samples_fall_back_alone(bad):
     original, perturbed = torch.rand(3, 1, 2, 2), torch.rand(3, 1, 2, 2)

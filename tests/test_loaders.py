@@ -257,7 +257,7 @@ class TestBadInput:
         [
             (lambda: LatentLoader(3, perturb()), TypeError, "loader must be iterable"),
             (lambda: LatentLoader([], 0.25), TypeError, "transform must be callable"),
-            (lambda: LatentLoader([], perturb(), seed=0.5), TypeError, "seed must be an integer"),
+            (lambda: LatentLoader([], perturb(), seed=0.5), ValueError, "seed must be an integer"),
             (
                 lambda: LatentLoader([], perturb(generator=torch.Generator()), seed=1),
                 ValueError,

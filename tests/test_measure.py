@@ -33,6 +33,12 @@ def test_figures_are_those_of_the_flow(glow):
     assert perturbation["mean_change"] == pytest.approx(change, rel=0.05)
 
 
+def test_latents_that_are_all_the_same_have_no_spread():
+    same = torch.full((30, 3, 8, 8), 100, dtype=torch.uint8)
+    figures = measure_flow(Identity(), UInt8Images(same, 3), batch_size=10)
+    assert figures["latent_std"] == [pytest.approx(0, abs=1e-3)]
+
+
 def test_a_broken_flow_shows(monkeypatch):
     flow = random_glow()
     decode = flow.decode

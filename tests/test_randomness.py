@@ -1,12 +1,15 @@
 """Generators: of a seed, of a user, of each loader worker."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from conftest import Grey, Identity
 from torch.utils.data import DataLoader
 
 from latent_aug import LatentPerturb
-from latent_aug.randomness import mixed
+from latent_aug.randomness import Draws, Shared, mixed
 
 
 def test_mixed_seeds_are_all_different():
@@ -54,6 +57,14 @@ class TestWorkers:
         for one, other in DataLoader(TwoViews(*views), 1, num_workers=2):
             assert not torch.equal(one, other)
 
+    @pytest.mark.parametrize("method", ["fork", "spawn"])
+    def test_two_transforms_of_one_generator_do_in_every_kind(self, method):
+        shared = torch.Generator().manual_seed(1)
+        views = [LatentPerturb(0.3, flow=Identity(), generator=shared) for _ in range(2)]
+        loader = DataLoader(TwoViews(*views), 1, num_workers=1, multiprocessing_context=method)
+        for one, other in loader:
+            assert not torch.equal(one, other)
+
     def test_a_generator_s_seed_still_counts(self):
         images = []
         for seed in (1, 1, 2):
@@ -63,3 +74,21 @@ class TestWorkers:
             images.append(torch.cat(list(DataLoader(Grey(transform), 2, num_workers=2))))
         assert torch.equal(images[0], images[1])
         assert not torch.equal(images[0], images[2])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
+def test_copies_of_two_that_share_a_generator_share_one(copied):
+    shared, image = torch.Generator().manual_seed(1), torch.full((3, 8, 8), 0.5)
+    views = [LatentPerturb(0.3, flow=Identity(), generator=shared) for _ in range(2)]
+    others = copied(views)
+    drawn = [view(image) for view in (*views, *others)]
+    assert torch.equal(torch.stack(drawn[:2]), torch.stack(drawn[2:]))
+    assert not torch.equal(*drawn[:2])
+
+
+def test_a_generator_goes_with_those_who_draw_from_it():
+    held = len(Shared._of)
+    draws = Draws(torch.Generator())
+    assert len(Shared._of) == held + 1
+    del draws
+    assert len(Shared._of) == held

@@ -36,6 +36,12 @@ def test_bad_settings_are_named(changes):
         TrainConfig(output="x", **changes)
 
 
+@pytest.mark.parametrize("name", ["lr", "decay", "checkpoint_minutes"])
+def test_numbers_are_no_text(name):
+    with pytest.raises(TypeError, match=f"{name} must be a number, got '1e-3'"):
+        TrainConfig(output="x", **{name: "1e-3"})
+
+
 @pytest.mark.parametrize("name", ["steps", "batch_size", "accumulate", "size", "workers", "crop"])
 def test_counts_are_integers(name):
     with pytest.raises(ValueError, match=f"{name} must be an integer"):

@@ -129,6 +129,7 @@ def test_repr():
     ("phases", "error", "words"),
     [
         ([], ValueError, "at least one"),
+        (None, TypeError, "phases must be .* pairs, got None"),
         ([(0, None)], ValueError, "epochs of a phase .* at least 1, got 0"),
         ([(1.5, None)], ValueError, "integer"),
         ([(1, 0.25)], TypeError, "a transform, a LatentAdversarial or None, got 0.25"),

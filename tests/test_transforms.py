@@ -4,11 +4,13 @@ import collections
 import copy
 import math
 import pickle
+from collections.abc import MutableMapping
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 import torch
-from conftest import Identity, images_and_classes, length, random_glow
+from conftest import ByClass, Identity, images_and_classes, length, random_glow
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -243,6 +245,7 @@ class TestBadInput:
             ({"p": 1.1}, ValueError, r"p must lie in \[0, 1\]"),
             ({"p": float("nan")}, ValueError, "p must lie"),
             ({"clip": -1}, ValueError, "clip"),
+            ({"clip": "8"}, TypeError, "clip must be a number, got '8'"),
             ({"normalize": 3}, TypeError, "normalize"),
             ({"normalize": ([0.5] * 2, [0.5] * 2)}, ValueError, "normalize"),
             ({"normalize": ([0.5] * 3, [0.0] * 3)}, ValueError, "std above 0"),
@@ -423,6 +426,62 @@ def test_a_mapping_of_lists_holds_several_samples(glow, kind):
     arrays = [as_array(perturbed) for perturbed in out["image"]]
     assert all(type(perturbed) is type(image) for perturbed in out["image"])
     assert len({float(array.sum()) for array in [*arrays, as_array(image)]}) == 4
+
+
+def test_views_of_one_image_share_what_is_said_once():
+    image, half = torch.full((3, 8, 8), 0.5), torch.zeros(8, 8)
+    half[:4] = 1
+    given = {"image": (image, image), "label": torch.tensor(2), "mask": half, "each": (1, 2)}
+    transform = LatentPerturb(0.01, flow=ByClass(), mask=lambda sample: sample["mask"])
+    out = transform(given)
+    assert isinstance(out["image"], tuple)
+    assert not torch.equal(*out["image"])
+    for view in out["image"]:
+        moved = (view - image).abs()
+        assert moved[:, 4:].max() == 0
+        assert moved.max() == pytest.approx(0.04, rel=0.01)  # of class 2
+    assert out["each"] is given["each"]
+    labelled = transform({**given, "label": np.array([0, 3])})["image"]
+    assert [float((view - image).abs().max()) for view in labelled] == pytest.approx(
+        [0.01, 0.08], rel=0.01
+    )
+
+
+class Inside(MutableMapping):
+    """A mapping whose copies share its items."""
+
+    def __init__(self, **items):
+        self.items_ = items
+
+    def __getitem__(self, key):
+        return self.items_[key]
+
+    def __setitem__(self, key, value):
+        self.items_[key] = value
+
+    def __delitem__(self, key):
+        del self.items_[key]
+
+    def __iter__(self):
+        return iter(self.items_)
+
+    def __len__(self):
+        return len(self.items_)
+
+
+def test_a_mapping_whose_copies_share_its_items_is_refused_and_left_alone():
+    image = torch.rand(4, 3, 8, 8)
+    given = Inside(image=image, label=torch.arange(4))
+    with pytest.raises(TypeError, match="copy of a Inside shares its items with it"):
+        LatentPerturb(0.3, flow=Identity())(given)
+    assert given["image"] is image
+
+
+def test_a_mapping_that_cannot_be_written_to_gives_a_dict():
+    given = MappingProxyType({"image": torch.rand(4, 3, 8, 8), "label": torch.arange(4)})
+    out = LatentPerturb(0.3, flow=Identity())(given)
+    assert type(out) is dict
+    assert out["label"] is given["label"]
 
 
 @pytest.mark.parametrize(

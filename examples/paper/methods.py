@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from latent_aug import Flow, LatentAdversarial, LatentPerturb, LatentSchedule, load_flow
-from latent_aug.batches import random_crop, random_flip
+from latent_aug.batches import cropped, flipped
 from latent_aug.images import from_float
 
 Augment = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -136,7 +136,9 @@ def cutout(image: Tensor, colour: Tensor) -> Tensor:
 def cropped_and_flipped(x: Tensor, flip: bool) -> Tensor:
     """Zero-padded by 4, cropped back, mirrored with probability 1/2: the paper's A.2."""
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
-    return random_crop(random_flip(x, generator) if flip else x, 4, generator)
+    if flip:
+        x = flipped(x, torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5)
+    return cropped(x, 4, torch.randint(0, 2 * 4 + 1, (2, len(x)), generator=generator))
 
 
 def arguments_of(given: dict[str, Any], flows: Path | None, channels: int) -> dict[str, Any]:

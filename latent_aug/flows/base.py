@@ -51,6 +51,15 @@ def digest_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def is_setting(name: str, value: Any) -> bool:
+    """Whether an attribute of a module is plain and its own: a number, text, or a tuple of such."""
+    if name.startswith("_") or name in ("training", "loaded_from"):
+        return False
+    if isinstance(value, (tuple, list)):
+        return all(is_setting(name, part) for part in value)
+    return type(value) in (int, float, str, bool)
+
+
 def check_config(config: dict[str, Any], largest: dict[str, int], number: str) -> None:
     """Refuse a config from outside that does not hold a constructor's arguments.
 
@@ -206,9 +215,18 @@ class Flow(nn.Module):
         return self
 
     def fingerprint(self) -> str:
-        """SHA-256 of what the latents follow from: class, numbers it holds, weights, precision."""
-        numbers = {k: v for k, v in vars(self).items() if type(v) in (int, float)}
-        about = [type(self).__name__, str(self.network_dtype), numbers]
+        """SHA-256 of what the latents follow from: class, precision, settings and weights.
+
+        Settings are the numbers it holds and its `config`; where it has no `config`, all plain
+        attributes of it and its submodules.
+        """
+        settings = {k: v for k, v in vars(self).items() if type(v) in (int, float)}
+        try:
+            settings |= self.config
+        except NotImplementedError:
+            for place, module in self.named_modules():
+                settings |= {f"{place}.{k}": v for k, v in vars(module).items() if is_setting(k, v)}
+        about = [type(self).__name__, str(self.network_dtype), settings]
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         return digest_of({"about": about}, tensors)
 

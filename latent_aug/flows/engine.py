@@ -80,12 +80,14 @@ class Activations(NamedTuple):
 class Level:
     """One scale: its steps in the order of use and its prior's mean and log-scale (1, C, 1, 1).
 
-    `compiled` says whether its steps are run by torch.compile where nobody wants gradients.
+    `frozen` says that no gradient goes to its weights, `compiled` whether its steps are run by
+    torch.compile where nobody wants gradients.
     """
 
     steps: tuple[Step, ...]
     loc: Tensor
     log_scale: Tensor
+    frozen: bool = True
     compiled: bool = False
 
 
@@ -125,7 +127,8 @@ def read_levels(
                 networks[block] = read_network(block, like, network_dtype, frozen=frozen)
             mix = read_mix(block, like, inverse=inverse, frozen=frozen)
             steps.append(Step(*mix, networks[block], bound))
-        levels.append(Level(tuple(steps), *read_prior(base, like, frozen=frozen), compiled))
+        prior = read_prior(base, like, frozen=frozen)
+        levels.append(Level(tuple(steps), *prior, frozen=frozen, compiled=compiled))
     return tuple(levels)
 
 
@@ -404,8 +407,7 @@ def decode(
 
 def wants_gradients(z: Tensor, level: Level) -> bool:
     """Whether autograd is to see what happens to z."""
-    weights_do = level.steps[0].network[0].weight.requires_grad
-    return torch.is_grad_enabled() and (z.requires_grad or weights_do)
+    return torch.is_grad_enabled() and (z.requires_grad or not level.frozen)
 
 
 _PRECISION_LOCK = threading.Lock()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latent_aug.arguments import one_of, positive
+from latent_aug.arguments import one_of, positive, real
 from latent_aug.flows import engine, latent_gradient
 from latent_aug.flows.base import Flow, check_config, check_parameters
 from latent_aug.flows.latent_gradient import Gradient
@@ -94,7 +94,7 @@ class Glow(Flow):
         super().__init__()
         sizes = {"channels": channels, "levels": levels, "steps": steps, "hidden": hidden}
         channels, levels, steps, hidden = (positive(name, n) for name, n in sizes.items())
-        if not 0 < log_scale_bound <= 8:
+        if not 0 < real("log_scale_bound", log_scale_bound) <= 8:
             raise ValueError(f"log_scale_bound must lie in (0, 8], got {log_scale_bound!r}")
         self.channels, self.levels, self.steps, self.hidden = channels, levels, steps, hidden
         self.multiple = 2**levels
