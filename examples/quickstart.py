@@ -84,7 +84,7 @@ def train_classifier(
     torch.manual_seed(seed)
     model = table_4_cnn()
     augment = method(model)
-    batches = len(images) // 100
+    batches = max(1, len(images) // 100)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=epochs * batches)
     for _ in range(epochs):

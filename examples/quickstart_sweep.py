@@ -86,6 +86,8 @@ def main() -> None:
         for settings in CHOICES[name][1]:
             if args.eps is None or settings.get("eps") in (None, *args.eps):
                 wanted.append({"method": name, **settings, "epochs": epochs, "seed": seed})
+    if not wanted:
+        parser.error(f"--only {' '.join(args.only)} has no settings with that --eps")
     done = [
         {k: v for k, v in run.items() if k in wanted[0] or k in ("eps", "alpha", "steps", "p")}
         for run in runs

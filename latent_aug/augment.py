@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from latent_aug.arguments import natural, one_of, positive, store
 from latent_aug.data import EncodedImages, digest, image_of, spread, to_uint8
-from latent_aug.files import replaced, write_json, write_whole
+from latent_aug.files import read_json, replaced, write_json, write_whole
 from latent_aug.images import GREY_MODES
 from latent_aug.randomness import mixed, rank_and_count
 from latent_aug.shards import Sample, write_files, write_tar
@@ -335,7 +335,7 @@ class Job:
         if not path.exists():
             write_json(path, own)
         else:
-            then = json.loads(path.read_text())
+            then = read_json(path)
             changed = [
                 f"{name} other ones"
                 if name in ("data", "labels", "flow")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch.utils.data import Dataset
 from latent_aug.arguments import positive
 from latent_aug.conditions import labels_in
 from latent_aug.data import spread
-from latent_aug.files import write_json, write_whole
+from latent_aug.files import read_json, write_json, write_whole
 from latent_aug.flows import Flow
 from latent_aug.images import from_float, to_batch
 from latent_aug.structures import image_key
@@ -163,10 +162,9 @@ def check_index(path: Path, index: dict[str, Any]) -> None:
             raise ValueError(f"{path.parent} holds safetensors and no {path.name}: not a cache")
         write_json(path, index)
         return
-    try:
-        found = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not the index of a cache: {error}") from error
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not the index of a cache: it holds {type(found).__name__}")
     other = [name for name in index if found.get(name) != index[name]]
     if other:
         raise ValueError(

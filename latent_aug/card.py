@@ -24,16 +24,16 @@ TEMPERATURE = 0.7  # of them
 
 TEMPLATE = """\
 ---
-license: {licence}
+license: {quoted_licence}
 library_name: latent-aug
 pipeline_tag: unconditional-image-generation
 tags: [normalizing-flow, {tag}, data-augmentation, image-classification]
 {datasets}metrics: [bits-per-dimension]
 model-index:
-- name: {name}
+- name: {quoted_name}
   results:
   - task: {{type: unconditional-image-generation}}
-    dataset: {{name: "{measured_on}", type: image-folder}}
+    dataset: {{name: {quoted_images}, type: image-folder}}
     metrics:
     - {{type: bits-per-dimension, value: {bits_per_dim:.3f}}}
     - {{type: round-trip-max-error, value: {round_trip_max_error:.1e}}}
@@ -144,6 +144,8 @@ def write_card(
     text = TEMPLATE.format(
         **figures,
         name=output.resolve().name,
+        quoted_name=json.dumps(output.resolve().name),
+        quoted_images=json.dumps(measured_on),
         kind="Glow" if isinstance(flow, Glow) else "class-conditional",
         tag="glow" if isinstance(flow, Glow) else "conditional",
         architecture=kind.format(**sizes),
@@ -159,9 +161,10 @@ def write_card(
         images_seen=images_seen,
         minutes=minutes,
         licence=licence,
+        quoted_licence=json.dumps(licence),
         eps=eps,
         note=f"\n{note}\n" if note else "",
-        datasets=f"datasets: [{dataset}]\n" if dataset else "",
+        datasets=f"datasets: [{json.dumps(dataset)}]\n" if dataset else "",
         torch=torch.__version__,
         torchvision=torchvision.__version__,
     )

@@ -74,15 +74,18 @@ class FlowCheck:
             f"latents' mean a level, finest first: {f['latent_mean']}",
             f"latents' standard deviation (the prior's is 1): {f['latent_std']}",
             *rows(f),
-            f"suggested for LatentPerturb: norm={self.norm!r}, eps={self.eps:.3g}"
-            + (
-                ""
-                if self.by_flips is None
-                else f" (by change {self.by_change:.3g}, by label flips {self.by_flips:.3g})"
-            ),
+            *([] if self.eps >= HIGHEST else [self.suggestion]),
             self.verdict,
         ]
         return "\n".join(lines)
+
+    @property
+    def suggestion(self) -> str:
+        """The suggested eps, and what it follows from."""
+        line = f"suggested for LatentPerturb: norm={self.norm!r}, eps={self.eps:.3g}"
+        if self.by_flips is None:
+            return line
+        return f"{line} (by change {self.by_change:.3g}, by label flips {self.by_flips:.3g})"
 
     @property
     def verdict(self) -> str:

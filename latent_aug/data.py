@@ -35,8 +35,8 @@ class EncodedImages(Dataset[Image.Image]):
 
     Attributes:
         names: Of the images, in the folder or the tar.
-        classes: The outermost folders in there, sorted, or numbers in a tar with ``.cls`` members
-            as WebDataset has them; empty where an image lies in no folder.
+        classes: The outermost folders that differ, sorted, or numbers in a tar with ``.cls``
+            members as WebDataset has them; empty where an image lies in no folder.
         labels: Index of each image's class; None without classes.
 
     Raises:
@@ -146,6 +146,7 @@ def open_images(source: str | Path, *, root: str | Path = "data", train: bool = 
     Raises:
         ValueError: torchvision has no such data set.
         FileNotFoundError: The path does not exist, or holds no image.
+        OSError: The data set cannot be downloaded.
     """
     kind, _, name = str(source).partition(":")
     if kind != "torchvision" or not name:
@@ -160,6 +161,8 @@ def open_images(source: str | Path, *, root: str | Path = "data", train: bool = 
         return builder(root, download=True, **split)
     except TypeError as error:
         raise ValueError(f"torchvision's {name} needs more than a root folder: {error}") from error
+    except RuntimeError as error:
+        raise OSError(f"torchvision's {name} cannot be downloaded to {root}: {error}") from error
 
 
 def image_of(sample: Any) -> Any:
@@ -183,7 +186,7 @@ def to_uint8(sample: Any, channels: int, size: int | None = None) -> Tensor:
 
     Raises:
         ValueError: The image has other channels, colours for 1 channel, or is out of range.
-        TypeError: Its PIL mode has no fixed range.
+        TypeError: Its PIL mode or dtype has no fixed range.
     """
     image = image_of(sample)
     if isinstance(image, Image.Image):
@@ -197,6 +200,11 @@ def to_uint8(sample: Any, channels: int, size: int | None = None) -> Tensor:
     if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != channels:
         found = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
         raise ValueError(f"a dataset of {channels}-channel images is needed, got {found}")
+    if not image.is_floating_point() and image.dtype != torch.uint8:
+        raise TypeError(
+            f"images must be uint8, or float in [0, 1], got {image.dtype}: scale their values to "
+            "8 bits and convert them with .to(torch.uint8)"
+        )
     if size is not None:
         image = tvf.center_crop(tvf.resize(image, [size], antialias=True), [size])
     if not image.is_floating_point():
@@ -292,8 +300,15 @@ def classes_in(dataset: Any, num_classes: int) -> Tensor:
     """The classes (N,) of a dataset: its `targets` or `labels`, or what is second in its samples.
 
     Raises:
-        ValueError: A sample has no class, or it is not in 0 to num_classes - 1.
+        ValueError: A sample has no class, it is not in 0 to num_classes - 1, or the dataset names
+            other than so many classes.
     """
+    names = getattr(dataset, "classes", None) or []
+    if names and len(names) != num_classes:
+        raise ValueError(
+            f"the images are of {len(names)} classes ({', '.join(map(str, names[:5]))}, ...), the "
+            f"flow has {num_classes}: as classes are numbered in their order, all must be there"
+        )
     found = getattr(dataset, "targets", getattr(dataset, "labels", None))
     try:
         labels = torch.as_tensor(

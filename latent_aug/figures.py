@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from latent_aug.arguments import number_range
 from latent_aug.data import image_of, spread
 from latent_aug.flows import Flow
 from latent_aug.images import downscaled, fit_to_flow, to_batch
+from latent_aug.structures import find_labels
 from latent_aug.transforms import LatentPerturb
 
 if TYPE_CHECKING:
@@ -47,7 +49,8 @@ def preview(
         images: A batch (B, C, H, W), a list or a data set of images, PIL or tensors, that the
             transform takes, or of tuples that begin with one; eight of them, evenly spread, are
             drawn.
-        labels: (B,), for a `LatentAdversarial` with true labels, and for a conditional flow.
+        labels: (B,), for a `LatentAdversarial` with true labels, and for a conditional flow; by
+            default those second in the samples.
         eps: Sizes to draw, or one, in the transform's norm; half of its own, its own, and twice
             that if None.
         amplify: Factor of the differences.
@@ -106,7 +109,8 @@ def preview(
     for row, image in enumerate(chosen):
         original = shown(image, transform)
         draw(grid[row, 0], original, "original" if row == 0 else "")
-        given = (image, None if labels is None else labels[places[row]][None])
+        own = label_of(samples[row]) if labels is None and needs_label(transform) else None
+        given = (image, own if labels is None else labels[places[row]][None])
         if callable(transform.mask) and isinstance(samples[row], (tuple, list)):
             given = (samples[row], None)  # it works with the whole sample, its label included
         for column, size in enumerate(sizes):
@@ -153,6 +157,19 @@ def check_images(images: Any) -> None:
 def around(eps: tuple[float, float]) -> list[float]:
     """Half of a range's end, itself and twice that."""
     return [eps[1] / 2, eps[1], 2 * eps[1]]
+
+
+def needs_label(transform: LatentPerturb | LatentAdversarial) -> bool:
+    """Whether it asks for each image's label."""
+    return bool(transform.flow.num_classes) or isinstance(transform, LatentAdversarial)
+
+
+def label_of(sample: Any) -> Tensor | None:
+    """The label of a sample (image, label) as one of a batch; None where there is none."""
+    label = find_labels(sample) if isinstance(sample, (tuple, list)) else None
+    if isinstance(label, Integral):
+        return torch.tensor([int(label)])
+    return label[None] if isinstance(label, Tensor) else None
 
 
 def apply(transform: Any, image: Any, label: Tensor | None) -> Any:

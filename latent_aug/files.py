@@ -37,6 +37,18 @@ def write_whole(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
+def read_json(path: Path) -> Any:
+    """A value that was written as JSON.
+
+    Raises:
+        ValueError: The file is damaged; names it.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, likewise."""
     write_whole(path, (json.dumps(value, indent=1) + "\n").encode())

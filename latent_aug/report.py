@@ -18,8 +18,10 @@ LOG_NAME = "log.jsonl"
 
 def append_to_log(output: Path, entry: dict[str, Any]) -> None:
     """Add a line to the run's log."""
-    with open(output / LOG_NAME, "a") as log:
-        log.write(json.dumps(entry) + "\n")
+    path = output / LOG_NAME
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")  # as the machine went down
+    with path.open("a") as log:
+        log.write("\n" * torn + json.dumps(entry) + "\n")
 
 
 def minutes_of(output: Path) -> float:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from latent_aug.batches import ImageDraws, StepSampler, cropped, draws_for, flipped, generator_for
 from latent_aug.data import UInt8Images, as_batch, check_sides, digest, images_for
+from latent_aug.files import replaced
 from latent_aug.flows import Flow
 from latent_aug.flows.base import RUN_NAME, WEIGHTS_NAME, bits_of, dequantized
 from latent_aug.flows.engine import keep_freed_memory
@@ -54,7 +55,8 @@ def train_flow(
 
     Args:
         flow: An untrained Glow, a trained one to fine-tune, or another flow with `log_prob` and
-            weights; it is trained in place.
+            weights; it is trained in place. To go on with a run of another new flow than a Glow,
+            make it after the same `torch.manual_seed`: its first weights are part of the run.
         dataset: Images, or tuples that begin with one: PIL, uint8, or float in [0, 1]. Classes
             are used by a class-conditional flow only: the dataset's `targets` or `labels`, or
             second in its tuples. Augmentation belongs in the config, where it is repeatable.
@@ -90,6 +92,7 @@ def train_flow(
     for pixels in (images, held_out):
         if pixels is not None:
             check_sides(pixels, flow)
+    own_dtype = flow.network_dtype
     run = Run(flow.to(processes.device), config, images, processes)
     resumed = f"resumed at step {run.step}" if run.step else "training"
     hidden = not (progress and processes.is_main)
@@ -109,10 +112,10 @@ def train_flow(
                 last_save = time.monotonic()
     finally:
         run.remember_start()
+        flow.network_dtype = own_dtype
     bar.close()
     if loss is not None:
         run.checkpoint(held_out, loss)
-    flow.network_dtype = None
     averaged = run.averaged()
     if processes.is_main:
         averaged.save_pretrained(config.output)
@@ -283,9 +286,8 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.path)
+        with replaced(self.path, flush=True) as partial:
+            torch.save(state, partial)
 
     def report(self, held_out: UInt8Images | None, loss: float) -> None:
         """Log where the run stands, and draw what its averaged flow does."""
@@ -333,15 +335,26 @@ class Run:
                     f"{self.path.parent})"
                 )
             return None
-        saved: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+        try:
+            saved: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, UnpicklingError) as error:
+            raise OSError(
+                f"{self.path}, the state of the run, cannot be read; delete it to begin anew: "
+                f"{error}"
+            ) from error
         for name, own in self.identity.items():
             if saved[name] != own:
                 changed = {
                     k: (saved[name].get(k), own.get(k)) for k in own if saved[name].get(k) != own[k]
                 }
+                seeded = (
+                    " A new flow's weights are drawn: call torch.manual_seed before it is made."
+                    if name == "start" and self.flow.loaded_from is None
+                    else ""
+                )
                 raise ValueError(
                     f"output {self.path.parent} holds a run of another {name}: {changed} "
                     "(then, now); use the same settings, or another output (to train a finished "
-                    f"flow further: --init {self.path.parent} and another --output)"
+                    f"flow further: --init {self.path.parent} and another --output).{seeded}"
                 )
         return saved

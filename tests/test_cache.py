@@ -184,6 +184,9 @@ class TestRefusals:
     def test_of_a_directory_that_is_no_cache(self, tmp_path):
         LatentCache(samples(), tmp_path, LatentPerturb(flow=Identity()))
         (tmp_path / "index.json").write_text("")
+        with pytest.raises(ValueError, match=r"index.json cannot be read as JSON"):
+            LatentCache(samples(), tmp_path, LatentPerturb(flow=Identity()))
+        (tmp_path / "index.json").write_text("[]")
         with pytest.raises(ValueError, match=r"index.json is not the index of a cache"):
             LatentCache(samples(), tmp_path, LatentPerturb(flow=Identity()))
         (tmp_path / "index.json").unlink()

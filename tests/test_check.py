@@ -100,6 +100,7 @@ def test_what_no_eps_can_do_is_said():
     assert any("no eps flips 5%" in problem for problem in found.problems)
     found = check_flow("glow-fashionmnist", smooth(), grey_levels=250)
     assert any("no eps changes pixels by 250" in problem for problem in found.problems)
+    assert "suggested" not in str(found)
 
 
 def test_greatest():

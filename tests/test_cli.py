@@ -1,6 +1,7 @@
 """The command line."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -94,12 +95,30 @@ def test_a_flow_of_classes(folder, tmp_path):
     assert again.exit_code == 0, again.output
     for wrong, words in (
         (["--classes", 2, "--levels", 2], "--levels is for Glow"),
-        (["--classes", 1], "classes must lie in 0 to 0"),
+        (["--classes", 3], "the images are of 2 classes (class0, class1, ...), the flow has 3"),
         (["--init", output, "--classes", 2], "omit them"),
     ):
         refused = run(folder, "--output", tmp_path / "c", *wrong)
         assert refused.exit_code == 1
         assert words in refused.output
+
+
+def test_held_out_images_are_of_the_same_classes(folder, tmp_path):
+    for name in ("class1", "class2"):
+        shutil.copytree(folder / "class1", tmp_path / "others" / name)
+    sizes = ["--classes", 2, "-K", 1, "-H", 4, "--steps", 1]
+    result = run(folder, "--output", tmp_path / "a", "--validation", tmp_path / "others", *sizes)
+    assert result.exit_code == 1
+    assert "of one of the two only: class0, class2" in result.output
+    assert not (tmp_path / "a").exists()
+
+
+def test_names_of_any_kind_are_text_in_the_card_s_header(folder, tmp_path):
+    output = tmp_path / "runs: v2"
+    result = run(folder, "--output", output, "--licence", "mit: mine", *SMALL)
+    assert result.exit_code == 0, result.output
+    data = ModelCard.load(output / "README.md").data
+    assert (data.model_name, data.license) == ("runs: v2", "mit: mine")
 
 
 def test_init_fine_tunes(folder, trained, tmp_path):
@@ -222,6 +241,7 @@ def test_nothing_is_written_among_the_images(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     for arguments in (
         ["train", ".", "--output", "flow", *SMALL],
+        ["train", tmp_path, "--validation", ".", "--output", "flow", *SMALL],
         ["preview", "glow-fashionmnist", "."],
         ["check", "glow-fashionmnist", ".", "--picture", "check.png"],
         ["augment", ".", "copies"],

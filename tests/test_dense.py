@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -96,6 +97,7 @@ def test_the_class_matters_and_may_be_soft():
         (torch.rand(2, 3, 16, 16), None, "y must give"),
         (torch.rand(2, 3, 16, 16), torch.zeros(3, dtype=torch.long), "y must be classes"),
         (torch.rand(2, 3, 16, 16), torch.zeros(2, 3), "y must be classes"),
+        (torch.rand(2, 3, 16, 16), torch.tensor([0, 4]), "y must lie in 0 to 3"),
         (torch.rand(2, 3, 16, 20), torch.tensor([0, 1]), "must be a float32"),
         (torch.rand(2, 3, 16, 16).half(), torch.tensor([0, 1]), "must be a float32"),
     ],
@@ -208,6 +210,15 @@ class TestTraining:
         data = TensorDataset(torch.rand(8, 1, 4, 4), torch.arange(8))
         with pytest.raises(ValueError, match="0 to 1"):
             train_flow(self.new_flow(), data, config, progress=False)
+
+    def test_another_start_is_explained(self, tmp_path):
+        data = TensorDataset(torch.rand(8, 1, 4, 4), torch.arange(8) % 2)
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            refused = pytest.raises(ValueError, match=r"A new flow's weights are drawn")
+            with refused if seed else nullcontext():
+                flow = ConditionalDenseFlow(1, 4, 4, num_classes=2, steps=1, hidden=4)
+                train_flow(flow, data, TrainConfig(output=tmp_path, steps=1), progress=False)
 
     def test_images_of_another_size_are_refused(self, tmp_path):
         data = TensorDataset(torch.rand(8, 1, 4, 6), torch.zeros(8, dtype=torch.long))

@@ -90,8 +90,10 @@ def test_attacks_and_conditional_flows():
     attack = LatentAdversarial(model, eps=1.0, alpha=(0.25, 0.5), flow=random_glow())
     drawn = pictures(preview(attack, x, y))
     assert (drawn[3][1] - drawn[0][1]).abs().max() > 0
-    drawn = pictures(preview(LatentPerturb(0.1, flow=ByClass()), x, y))
-    assert (drawn[1][1] - drawn[0][1]).abs().max() > 0
+    for given in ((x, y), ([*zip(x, y, strict=True)],), ([*zip(x, y.tolist(), strict=True)],)):
+        for transform in (attack, LatentPerturb(0.1, flow=ByClass())):
+            drawn = pictures(preview(transform, *given))
+            assert (drawn[3][1] - drawn[0][1]).abs().max() > 0
 
 
 def test_what_cannot_be_drawn_is_an_error():

@@ -116,6 +116,9 @@ def test_classes_that_are_trained_are_not_trained_again(grey, monkeypatch):
     vae_gan.main()
     assert (folder / "class-0.pt").stat().st_mtime_ns == kept
     assert (folder / "model.safetensors").read_bytes() == first
+    monkeypatch.setattr(sys, "argv", [str(c) for c in (*command, "--beta", 3)])
+    with pytest.raises(SystemExit, match=r"other settings, \{'beta': \(2.75, 3.0\)\}"):
+        vae_gan.main()
 
 
 def test_a_vae_gan_sees_the_labelled_images(grey, monkeypatch):

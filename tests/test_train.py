@@ -12,6 +12,7 @@ from conftest import stripes
 
 from latent_aug import Glow, TrainConfig, load_flow, train_flow
 from latent_aug.data import UInt8Images
+from latent_aug.report import append_to_log, minutes_of
 from latent_aug.train import Run
 
 
@@ -190,16 +191,47 @@ def test_low_precision_networks_train(tmp_path):
     assert next(flow.parameters()).dtype == torch.float32
 
 
+def test_the_caller_s_flow_keeps_its_precision_also_when_stopped(tmp_path, monkeypatch):
+    def stopped(run, *batch):
+        assert run.flow.network_dtype is torch.bfloat16
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "train_step", stopped)
+    for own in (None, torch.float16):
+        flow, low = small_flow(), config(tmp_path / str(own), network_dtype="bfloat16")
+        flow.network_dtype = own
+        with pytest.raises(KeyboardInterrupt):
+            train_flow(flow, stripes(), low, progress=False)
+        assert flow.network_dtype is own
+
+
+@pytest.mark.parametrize("left", [0, 1000])
+def test_a_damaged_state_is_named(tmp_path, left):
+    train_flow(small_flow(), stripes(), config(tmp_path), progress=False)
+    os.truncate(tmp_path / "run.pt", left)
+    with pytest.raises(OSError, match=r"run\.pt, the state of the run, cannot be read; delete it"):
+        train_flow(small_flow(), stripes(), config(tmp_path), progress=False)
+
+
+def test_a_torn_line_of_the_log_harms_no_other(tmp_path):
+    append_to_log(tmp_path, {"minutes": 1.0})
+    os.truncate(tmp_path / "log.jsonl", 5)
+    append_to_log(tmp_path, {"minutes": 2.0})
+    assert minutes_of(tmp_path) == 2
+
+
 @pytest.mark.parametrize(
     ("dataset", "words"),
     [
         ([], "length above 0"),
         (torch.zeros(4, 3, 8, 8).byte(), "1-channel images"),
         ([torch.zeros(1, 8, 8).byte(), torch.zeros(1, 8, 16).byte()], "give a size"),
+        (torch.zeros(4, 1, 8, 8, dtype=torch.uint16), "must be uint8.*got torch.uint16"),
+        (torch.zeros(4, 1, 8, 8, dtype=torch.int64), "must be uint8.*got torch.int64"),
     ],
 )
 def test_bad_data_is_named(tmp_path, dataset, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         train_flow(small_flow(), dataset, config(tmp_path), progress=False)
 
 

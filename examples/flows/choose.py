@@ -76,7 +76,7 @@ def train(name: str, images: UInt8Images, output: Path, minutes: float) -> None:
 
 
 def trained(name: str, output: Path) -> Glow:
-    """A variant's flow, frozen, its networks in bfloat16 as they were trained."""
+    """A variant's flow, frozen."""
     flow = new_flow(name)
     flow.load_state_dict(load_file(output / "model.safetensors"))
     return flow.requires_grad_(False).eval()

@@ -14,13 +14,13 @@ gtsrb-transfer and tinyimagenet-transfer, `--flows FOLDER`.
 import argparse
 import copy
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 from latent_aug import Glow, TrainConfig, load_flow, train_flow
 from latent_aug.check import check_flow
 from latent_aug.data import UInt8Images, as_batch, open_images
+from latent_aug.report import minutes_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "fine_tune.json"
 BASE = "glow-cifar10-small"
@@ -51,9 +51,7 @@ def figures(flow: Glow, test: UInt8Images) -> dict[str, Any]:
 def tuned(start: Glow, images: UInt8Images, output: Path, flip: bool) -> tuple[Glow, float]:
     """The flow after training, and the minutes that took."""
     config = TrainConfig(output=output, steps=STEPS, lr=5e-4, flip=flip)
-    started = time.perf_counter()
-    flow = train_flow(start, images, config)
-    return flow, round((time.perf_counter() - started) / 60, 1)
+    return train_flow(start, images, config), round(minutes_of(output), 1)
 
 
 def main() -> None:

@@ -25,19 +25,21 @@ from protocol import Protocol, labelled, read_images
 
 RESULTS = Path(__file__).parents[1] / "results" / "low_data_flows.json"
 BASE = "glow-cifar10-small"
-STAGES = (500, 1000, 2000)  # optimizer steps of a run; the learning rate ends at 0 in each
-TUNING_STAGES = (200, 500)
+# Optimizer steps of a run each; the learning rate ends at 0 in each.
+SCRATCH = {"stages": (500, 1000, 2000), "lr": 1e-3, "crop": 4}
+TUNING = {"stages": (200, 500), "lr": 2e-4}  # without crops, as the flow was trained
 PER_CLASS, HELD_OUT = 250, 200
 
 
 def best_of(
-    start: Glow, stages: tuple[int, ...], lr: float, images: Any, held_out: Any, runs: Path
+    start: Glow, recipe: dict[str, Any], images: Any, held_out: Any, runs: Path
 ) -> tuple[Glow, dict[str, float]]:
     """Train for each number of steps; the flow of best held-out bits/dim, and all of those."""
+    stages = recipe.pop("stages")
     found: dict[str, float] = {}
     best = None
     for steps in stages:
-        config = TrainConfig(output=runs / str(steps), steps=steps, lr=lr, crop=4)
+        config = TrainConfig(output=runs / str(steps), steps=steps, **recipe)
         flow = train_flow(copy.deepcopy(start), images, config)
         found[str(steps)] = measure_flow(flow, held_out, settings=())["bits_per_dim"]
         if found[str(steps)] == min(found.values()):
@@ -60,11 +62,11 @@ def main() -> None:
     full = load_flow(BASE)
     assert isinstance(full, Glow)
     rows = [{"flow": BASE, **measure_flow(full, test)}]
-    for name, start, stages, lr in (
-        ("glow-cifar10-5percent", Glow(**full.config), STAGES, 1e-3),
-        ("glow-cifar10-5percent-tuned", full, TUNING_STAGES, 2e-4),
+    for name, start, recipe in (
+        ("glow-cifar10-5percent", Glow(**full.config), SCRATCH),
+        ("glow-cifar10-5percent-tuned", full, TUNING),
     ):
-        flow, bits = best_of(start, stages, lr, images, held_out, args.runs / f"{name}-runs")
+        flow, bits = best_of(start, {**recipe}, images, held_out, args.runs / f"{name}-runs")
         flow.half().save_pretrained(args.runs / name)
         loaded = load_flow(args.runs / name)
         assert isinstance(loaded, Glow)

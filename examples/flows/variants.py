@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from latent_aug import Glow
-from latent_aug.randomness import normal
 
 EDGE = 0.05  # the logit is of [EDGE, 1 - EDGE], as RealNVP's, so that noisy ends stay inside
 
@@ -63,13 +62,9 @@ class SmoothedGlow(Glow):
 
     noise = 2 / 255
 
-    def bits_per_dim(
-        self, x: Tensor, y: Tensor | None = None, *, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Of noisy images in training, of the images themselves else."""
-        if self.training:
-            x = x + self.noise * normal(x.shape, x, generator)
-        return super().bits_per_dim(x, y, generator=generator)
+        return super().log_prob(x + self.noise * torch.randn_like(x) if self.training else x)
 
 
 SIZE = {"steps": 8, "hidden": 128}

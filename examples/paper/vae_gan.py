@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -208,6 +209,14 @@ def losses_of(
     return losses, reconstruction.item() / x[0].numel()
 
 
+def check_settings(path: Path, own: dict[str, Any]) -> None:
+    """Keep the settings of a training that begins; refuse others where it goes on."""
+    if path.exists() and (then := json.loads(path.read_text())) != own:
+        other = {name: (then.get(name), own[name]) for name in own if then.get(name) != own[name]}
+        raise SystemExit(f"{path.parent} is of other settings, {other} (then, now): choose another")
+    path.write_text(json.dumps(own, indent=1) + "\n")
+
+
 def main() -> None:
     """Train the classes that are missing, then write the whole."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -228,6 +237,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = VaeGan(*shape, num_classes=images.classes, dims=args.dims, hidden=args.hidden)
     args.output.mkdir(parents=True, exist_ok=True)
+    check_settings(args.output / "training.json", {**model.config, **dataclasses.asdict(how)})
     for label in tqdm(range(images.classes), unit="class"):
         path = args.output / f"class-{label}.pt"
         own = nn.ModuleList([model.encoders[label], model.decoders[label]])

@@ -101,7 +101,9 @@ def preview(
 
 def explore(
     flow: Annotated[list[str] | None, typer.Option(help="One more to choose; repeat it.")] = None,
-    port: Annotated[int | None, typer.Option(help="Else the first free one from 7860.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Else the first free one from 7860.")
+    ] = None,
     browser: Annotated[bool, typer.Option(help="Open it in a browser.")] = True,
 ) -> None:
     """Look at perturbations on a page of this machine: drag eps, choose norm, level and region."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latent_aug.arguments import positive
+from latent_aug.arguments import positive, real
 from latent_aug.flows import engine
 from latent_aug.flows.base import Flow, check_config, check_parameters
 from latent_aug.flows.glow import postprocess, preprocess
@@ -124,7 +124,7 @@ class ConditionalDenseFlow(Flow):
         dims = channels * height * width
         if dims < 2:
             raise ValueError("an image must have at least two values to be split, got 1")
-        if not 0 < clamp <= 8:
+        if not 0 < real("clamp", clamp) <= 8:
             raise ValueError(f"clamp must lie in (0, 8], got {clamp!r}")
         self.channels, self.size, self.num_classes = channels, (height, width), num_classes
         self.hidden, self.clamp = hidden, float(clamp)
@@ -183,6 +183,8 @@ class ConditionalDenseFlow(Flow):
         if y is None:
             raise ValueError("y must give each image's class for a conditional flow, got None")
         if not y.is_floating_point() and y.shape == t.shape[:1]:
+            if y.is_cpu and bool(((y < 0) | (y >= self.num_classes)).any()):
+                raise ValueError(f"y must lie in 0 to {self.num_classes - 1}, got {y.tolist()}")
             return F.one_hot(y.long(), self.num_classes).to(t)
         if not y.is_floating_point() or y.shape != (len(t), self.num_classes):
             raise ValueError(
