@@ -83,6 +83,7 @@ VARIANTS: dict[str, tuple[type[Glow], dict[str, Any], dict[str, Any]]] = {
     "small, bound 0.5": (Glow, {**SMALL, "log_scale_bound": 0.5}, WHOLE),
     "small, standard prior": (StandardPriorGlow, SMALL, WHOLE),
     "small, smoothed": (SmoothedGlow, SMALL, WHOLE),
+    "small, longer": (Glow, SMALL, WHOLE),  # as many steps as "smoothed", to compare it with
     "small, no ema": (Glow, SMALL, {**WHOLE, "ema": 0.0}),
     "small, K 8, H 32": (Glow, {"steps": 8, "hidden": 32}, WHOLE),
     "small, K 2, H 128": (Glow, {"steps": 2, "hidden": 128}, WHOLE),
