@@ -290,22 +290,31 @@ def test_accuracy_is_drawn_against_images(tmp_path, monkeypatch):
     assert draw.curve("figure2") == []
     drawn = []
     monkeypatch.setattr(draw, "Figure", lambda **_: Canvas(drawn))
-    for size, seed, accuracy in ((2400, 0, 80.0), (600, 0, 70.0), (600, 1, 72.0)):
+    for method, size, seed, accuracy in (
+        ("standard", 2400, 0, 80.0),
+        ("standard", 600, 0, 70.0),
+        ("standard", 600, 1, 72.0),
+        ("VAE-GAN", 600, 0, 75.0),  # in the first table alone, where it is drawn
+        ("Adversarial-LA", 2400, 0, 82.0),
+    ):
         folder = tmp_path / f"figure2-{size}" / "test"
         folder.mkdir(parents=True, exist_ok=True)
-        entry = {"method": "standard", "train_images": size, "accuracy": accuracy}
-        (folder / f"standard {seed}.json").write_text(json.dumps(entry))
+        entry = {"method": method, "train_images": size, "accuracy": accuracy}
+        (folder / f"{method} {seed}.json").write_text(json.dumps(entry))
     assert "figure2.png" in draw.curve("figure2")[-1]
-    ((sizes, means), options) = drawn
+    lines = {options["label"]: (points, options["yerr"]) for points, options in drawn}
+    assert lines.keys() == {"standard", "Adversarial-LA"}
+    assert lines["Adversarial-LA"] == (([2400], [82.0]), [0])
+    (sizes, means), errors = lines["standard"]
     assert (sizes, means) == ([600, 2400], [71.0, 80.0])
-    assert options["yerr"] == pytest.approx([2**0.5, 0])
+    assert errors == pytest.approx([2**0.5, 0])
 
 
 class Canvas:
     """In place of a figure and its axes: keeps what is drawn."""
 
     def __init__(self, drawn):
-        self.errorbar = lambda *points, **options: drawn.extend((points, options))
+        self.errorbar = lambda *points, **options: drawn.append((points, options))
 
         self.xaxis = self
 

@@ -182,7 +182,12 @@ def curve(name: str) -> list[str]:
             place = minutes(own) if axis == MINUTES else own[0]["train_images"]
             if place is not None:
                 found[method][place] = accuracies(own)
-    found = {method: points for method, points in found.items() if len(points) > 1}
+    # What is in the first recipe alone is drawn with that one's table.
+    found = {
+        method: points
+        for method, points in found.items()
+        if len(points) > 1 or method not in runs_of(recipes[0], "test")
+    }
     if not found:
         return []
     figure = Figure(figsize=(7, 4.5), layout="constrained")
