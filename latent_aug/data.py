@@ -327,6 +327,21 @@ def classes_in(dataset: Any, num_classes: int) -> Tensor:
     return labels.long()
 
 
+def check_same_classes(images: Any, held_out: Any) -> None:
+    """Refuse held-out images of other classes: they are numbered in the order of their names.
+
+    Raises:
+        ValueError: Both datasets name their classes, and not the same.
+    """
+    own, others = (list(getattr(data, "classes", None) or []) for data in (images, held_out))
+    if own and others and own != others:
+        odd = sorted(set(own) ^ set(others)) or others
+        raise ValueError(
+            f"validation must have the classes of the training images, {len(own)}, got "
+            f"{len(others)}; of one of the two only: {', '.join(map(str, odd[:5]))}"
+        )
+
+
 def as_batch(samples: Tensor | list[Tensor]) -> Tensor:
     """A batch that came whole, or one to stack."""
     return samples if isinstance(samples, Tensor) else torch.stack(samples)

@@ -18,7 +18,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from latent_aug.batches import ImageDraws, StepSampler, cropped, draws_for, flipped, generator_for
-from latent_aug.data import UInt8Images, as_batch, check_sides, digest, images_for
+from latent_aug.data import (
+    UInt8Images,
+    as_batch,
+    check_same_classes,
+    check_sides,
+    digest,
+    images_for,
+)
 from latent_aug.files import replaced
 from latent_aug.flows import Flow
 from latent_aug.flows.base import RUN_NAME, WEIGHTS_NAME, bits_of, dequantized
@@ -87,6 +94,8 @@ def train_flow(
         torch.Size([64])
     """
     processes = Processes(device, timeout_minutes=config.timeout_minutes)
+    if flow.num_classes:
+        check_same_classes(dataset, validation)
     images = images_for(flow, dataset, config.size)
     held_out = None if validation is None else images_for(flow, validation, config.size)
     for pixels in (images, held_out):

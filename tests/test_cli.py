@@ -111,6 +111,9 @@ def test_held_out_images_are_of_the_same_classes(folder, tmp_path):
     assert result.exit_code == 1
     assert "of one of the two only: class0, class2" in result.output
     assert not (tmp_path / "a").exists()
+    assert run(folder, "--output", tmp_path / "b", *sizes).exit_code == 0
+    tuned = ["--init", tmp_path / "b", "--steps", 1, "--validation", tmp_path / "others"]
+    assert "of one of the two only" in run(folder, "--output", tmp_path / "c", *tuned).output
 
 
 def test_names_of_any_kind_are_text_in_the_card_s_header(folder, tmp_path):

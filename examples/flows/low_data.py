@@ -25,17 +25,22 @@ from protocol import Protocol, labelled, read_images
 
 RESULTS = Path(__file__).parents[1] / "results" / "low_data_flows.json"
 BASE = "glow-cifar10-small"
-# Optimizer steps of a run each; the learning rate ends at 0 in each.
-SCRATCH = {"stages": (500, 1000, 2000), "lr": 1e-3, "crop": 4}
-TUNING = {"stages": (200, 500), "lr": 2e-4}  # without crops, as the flow was trained
+STAGES = (500, 1000, 2000)  # optimizer steps of a run; the learning rate ends at 0 in each
+TUNING_STAGES = (200, 500)
+SCRATCH = {"lr": 1e-3, "crop": 4}
+TUNING = {"lr": 2e-4}  # without crops, as the flow was trained
 PER_CLASS, HELD_OUT = 250, 200
 
 
 def best_of(
-    start: Glow, recipe: dict[str, Any], images: Any, held_out: Any, runs: Path
+    start: Glow,
+    stages: tuple[int, ...],
+    recipe: dict[str, Any],
+    images: Any,
+    held_out: Any,
+    runs: Path,
 ) -> tuple[Glow, dict[str, float]]:
     """Train for each number of steps; the flow of best held-out bits/dim, and all of those."""
-    stages = recipe.pop("stages")
     found: dict[str, float] = {}
     best = None
     for steps in stages:
@@ -62,11 +67,11 @@ def main() -> None:
     full = load_flow(BASE)
     assert isinstance(full, Glow)
     rows = [{"flow": BASE, **measure_flow(full, test)}]
-    for name, start, recipe in (
-        ("glow-cifar10-5percent", Glow(**full.config), SCRATCH),
-        ("glow-cifar10-5percent-tuned", full, TUNING),
+    for name, start, stages, recipe in (
+        ("glow-cifar10-5percent", Glow(**full.config), STAGES, SCRATCH),
+        ("glow-cifar10-5percent-tuned", full, TUNING_STAGES, TUNING),
     ):
-        flow, bits = best_of(start, {**recipe}, images, held_out, args.runs / f"{name}-runs")
+        flow, bits = best_of(start, stages, recipe, images, held_out, args.runs / f"{name}-runs")
         flow.half().save_pretrained(args.runs / name)
         loaded = load_flow(args.runs / name)
         assert isinstance(loaded, Glow)

@@ -182,11 +182,9 @@ def curve(name: str) -> list[str]:
             place = minutes(own) if axis == MINUTES else own[0]["train_images"]
             if place is not None:
                 found[method][place] = accuracies(own)
-    # What is in the first recipe alone is drawn with that one's table.
+    first = runs_of(recipes[0], "test")  # what is there alone is drawn with that table
     found = {
-        method: points
-        for method, points in found.items()
-        if len(points) > 1 or method not in runs_of(recipes[0], "test")
+        method: points for method, points in found.items() if len(points) > 1 or method not in first
     }
     if not found:
         return []

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from latent_aug import Flow
+from latent_aug.files import read_json, write_json
 
 
 class VaeGan(Flow):
@@ -211,10 +211,10 @@ def losses_of(
 
 def check_settings(path: Path, own: dict[str, Any]) -> None:
     """Keep the settings of a training that begins; refuse others where it goes on."""
-    if path.exists() and (then := json.loads(path.read_text())) != own:
+    if path.exists() and (then := read_json(path)) != own:
         other = {name: (then.get(name), own[name]) for name in own if then.get(name) != own[name]}
         raise SystemExit(f"{path.parent} is of other settings, {other} (then, now): choose another")
-    path.write_text(json.dumps(own, indent=1) + "\n")
+    write_json(path, own)
 
 
 def main() -> None:

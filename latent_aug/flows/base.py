@@ -225,7 +225,8 @@ class Flow(nn.Module):
             settings |= self.config
         except NotImplementedError:
             for place, module in self.named_modules():
-                settings |= {f"{place}.{k}": v for k, v in vars(module).items() if is_setting(k, v)}
+                start = f"{place}." if place else ""
+                settings |= {start + k: v for k, v in vars(module).items() if is_setting(k, v)}
         about = [type(self).__name__, str(self.network_dtype), settings]
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         return digest_of({"about": about}, tensors)
