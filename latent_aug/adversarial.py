@@ -61,8 +61,9 @@ class LatentAdversarial(UsesFlow):
         steps: Ascent steps, k.
         norm: "l2", "linf", or "rms" (l2 with eps and alpha times √d).
         flow: A `Flow`, or a name or path for `load_flow`.
-        loss: Called with (logits, labels), gives a scalar or (B,); labels may be anything then.
-            By default cross-entropy, in float64, as confident samples have no loss in float32.
+        loss: Called with (logits, labels), gives a scalar or (B,); labels may be anything then
+            but None, or a tensor of another length. By default cross-entropy, in float64, as
+            confident samples have no loss in float32.
         labels: "true" raises the loss at the batch's labels, "predicted" at the model's own
             predictions on the clean images (the authors' code).
         normalize: v2.Normalize or (mean, std) that the images have been through already.
@@ -85,7 +86,8 @@ class LatentAdversarial(UsesFlow):
         gradient: How the gradient passes the flow: "fast" keeps activations, "lean" recomputes
             them in memory that does not grow with the flow's depth, "auto" decides by size
             (`Glow.decode`). Flows other than `Glow` may know only "auto".
-        generator: Where to draw from; torch's global generators by default.
+        generator: Where to draw from; torch's global generators by default, which the ranks of
+            distributed training may seed alike. Seed your own by rank.
 
     Raises:
         TypeError, ValueError: An argument or a batch is not as described.

@@ -127,7 +127,7 @@ def augment_images(
             colours. Labels are class indices.
         transform: How to perturb; its generator is not used.
         config: What to write, and where.
-        device: Where to perturb; by default an accelerator if there is one, shared in turn by the
+        device: Where to perturb; by default a CUDA GPU if there is one, shared in turn by the
             processes of a machine.
         progress: Show a progress bar, in the first process.
 

@@ -43,8 +43,8 @@ class LatentCache(Dataset[Any]):
     changed. If you corrected images or labels, delete the directory: the comparison may miss them.
 
     Args:
-        dataset: Samples (image, label, ...) or images, of one size, uint8 or PIL. Labels that
-            are numbers or tensors are kept; anything else beside the image is not.
+        dataset: Samples (image, label, ...) or images, of one size, uint8 or PIL. Labels must
+            be numbers or tensors and are kept; what follows them is not.
         directory: Where the cache is, or will be.
         perturb: Its flow encodes and decodes.
         then: Called with image and label, or with the image alone where there are no labels, as

@@ -125,7 +125,8 @@ def check_flow(
         normalize: v2.Normalize or (mean, std) that the classifier's inputs go through; the images
             come without it, in [0, 1].
         size: Resize and crop the images to this side.
-        count: At most this many images, spread over the data set, are looked at.
+        count: At most this many images, spread over the data set, are looked at; eps and
+            flips are found on up to 200 of them.
         seed: Of dequantization noise and perturbations.
         progress: Show a progress bar.
 
@@ -133,9 +134,10 @@ def check_flow(
         Figures, a suggested eps, and what does not fit; print it to read it.
 
     Raises:
-        ValueError: The images do not fit the flow, or an argument is out of range.
+        ValueError: The images do not fit the flow, there is no flow of that name, or an argument is
+            out of range.
         TypeError: The classifier does not return logits.
-        FileNotFoundError: No such flow.
+        FileNotFoundError: No such images, or a directory that holds no flow.
 
     Source: bits/dim as in Kingma & Dhariwal 2018; the paper chooses eps by validation accuracy.
 

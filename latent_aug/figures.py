@@ -45,7 +45,8 @@ def preview(
 
     Args:
         transform: A `LatentPerturb`, or a `LatentAdversarial`; it is left as it is. Of a `Flow`, or
-            a name or path for `load_flow`, a `LatentPerturb` with its defaults.
+            a name or path for `load_flow`, a `LatentPerturb` with its defaults. An attack's
+            callables are given `(image, label)`, as batches of one.
         images: A batch (B, C, H, W), a list or a data set of images, PIL or tensors, that the
             transform takes, or of tuples that begin with one; eight of them, evenly spread, are
             drawn.
@@ -111,8 +112,9 @@ def preview(
         draw(grid[row, 0], original, "original" if row == 0 else "")
         own = label_of(samples[row]) if labels is None and needs_label(transform) else None
         given = (image, own if labels is None else labels[places[row]][None])
-        if callable(transform.mask) and isinstance(samples[row], (tuple, list)):
-            given = (samples[row], None)  # it works with the whole sample, its label included
+        of_sample = isinstance(transform, LatentPerturb) and callable(transform.mask)
+        if of_sample and isinstance(samples[row], (tuple, list)):
+            given = (samples[row], None)  # the mask is of the whole sample, its label included
         for column, size in enumerate(sizes):
             with torch.random.fork_rng():
                 torch.manual_seed(seed)

@@ -96,6 +96,7 @@ class LatentLoader:
     Raises:
         TypeError: `transform` is or holds a `LatentAdversarial`: an attack one batch ahead would
             see weights that are out of date.
+        ValueError: `seed` is given, and `transform` has a `generator` of its own.
 
     Example:
         >>> import torch

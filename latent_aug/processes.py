@@ -20,7 +20,7 @@ class Processes:
     """What one process of a training run asks of the others; alone it needs no accelerate.
 
     Args:
-        device: Where to train; by default an accelerator if there is one, each process its own.
+        device: Where to train; by default a CUDA GPU if there is one, each process its own.
         timeout_minutes: A process that waits longer than this for another one gives up.
 
     Attributes:

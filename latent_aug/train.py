@@ -69,7 +69,7 @@ def train_flow(
             second in its tuples. Augmentation belongs in the config, where it is repeatable.
         config: The recipe.
         validation: Held-out images for the bits/dim at each checkpoint.
-        device: Where to train; by default an accelerator if there is one, each process its own.
+        device: Where to train; by default a CUDA GPU if there is one, each process its own.
         progress: Show a progress bar with bits/dim and images/s.
 
     Returns:

@@ -86,7 +86,8 @@ class LatentPerturb(UsesFlow, v2.Transform):
             a tuple or list, or in a dict under "labels" or "label"; a callable takes the sample.
             An index or probabilities, for one image or for each; it comes back untouched.
         generator: Where to draw from; torch's global generators by default. In loader workers it
-            is re-seeded from the worker's seed.
+            is re-seeded from the worker's seed; elsewhere the ranks of distributed training draw
+            the same from generators of one seed, so seed it by rank.
 
     Raises:
         ValueError, TypeError: An argument, or an image's channels, dtype, or range, is not as

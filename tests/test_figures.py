@@ -188,10 +188,18 @@ def test_a_mask_that_is_worked_out_sees_the_sample():
     assert (moved[:, :4] != 0.5).any()
 
 
-def test_an_attack_whose_mask_is_worked_out():
+@pytest.mark.parametrize("paired", [False, True])
+def test_an_attack_whose_mask_is_worked_out(paired):
+    def left(batch):
+        images, labels = batch
+        assert len(images) == len(labels) == 1
+        return torch.arange(8).expand(8, 8) < 4
+
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
-    attack = LatentAdversarial(
-        model, steps=1, flow=Identity(), mask=lambda batch: torch.ones(8, 8).bool()
-    )
-    figure = preview(attack, torch.rand(2, 3, 8, 8), torch.tensor([0, 1]), temperatures=())
-    assert len(pictures(figure)) > 2
+    attack = LatentAdversarial(model, steps=1, flow=Identity(), mask=left)
+    images, labels = torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
+    given = [list(zip(images, labels, strict=True))] if paired else [images, labels]
+    drawn = dict(pictures(preview(attack, *given, eps=1.0, temperatures=())))
+    changed = drawn["l2 1"] != drawn["original"]
+    assert changed[:, :4].any()
+    assert not changed[:, 4:].any()

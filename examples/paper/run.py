@@ -77,6 +77,16 @@ def check_precision(path: Path, precision: str) -> None:
         )
 
 
+def processor() -> str:
+    """The CPU's name, as Linux gives it; elsewhere its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def command_of(recipe: str, method: str, args: argparse.Namespace) -> str:
     """What repeats a method's runs; DATA and FOLDER stand for those of data sets and flows."""
     command = ["python", "examples/paper/run.py", f"examples/paper/recipes/{recipe}.json", "DATA"]
@@ -140,6 +150,7 @@ def main() -> None:
                 "python": platform.python_version(),
             },
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "processor": processor(),
             "threads": torch.get_num_threads(),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
