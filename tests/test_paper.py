@@ -125,6 +125,7 @@ def test_minutes_are_what_was_computed_where_that_is_known(monkeypatch):
     by_clock, known = {"seconds": 600.0}, {"seconds": 900.0, "cpu_seconds": 120.0}
     assert draw.minutes([by_clock, known]) == 2.0
     assert draw.minutes([by_clock, by_clock]) is None
+    assert draw.minutes([known, {"cpu_seconds": 60.0, "processor": "another"}]) == 2.0
 
 
 def test_bold_is_what_the_best_is_not_clearly_above(monkeypatch):

@@ -53,7 +53,8 @@ every method of a table has the same images, network and epochs, and seeds count
 is of the training: the labelled images of a table are one draw from the training set, the same for
 all seeds. Nothing was chosen by test accuracy. Bold are the best mean and those within its standard
 deviation, if it has three seeds or more. Minutes are of one CPU core, computing; the first runs did
-not record them. Machines were of one kind, releases of torch two: each run's JSON names its own.
+not record them. Minutes with a star are of another processor than the table's first row, a faster
+one; releases of torch were two: each run's JSON names its own.
 """
 
 
@@ -88,9 +89,18 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 
 def minutes(runs: list[dict[str, Any]]) -> float | None:
-    """What a run of a method took of a CPU core, on average over those that recorded it."""
-    computed = [r["cpu_seconds"] / 60 for r in runs if "cpu_seconds" in r]
+    """What a run of a method took of a CPU core, on average over those that recorded it.
+
+    Where runs were on several kinds of processors, of those on the kind of the first.
+    """
+    timed = [r for r in runs if "cpu_seconds" in r]
+    computed = [r["cpu_seconds"] / 60 for r in timed if processor(r) == processor(timed[0])]
     return statistics.mean(computed) if computed else None
+
+
+def processor(run: dict[str, Any]) -> str:
+    """Of a run; the first ones, all of one kind, do not name it."""
+    return str(run.get("processor", ""))
 
 
 def best_of(methods: dict[str, list[float]]) -> set[str]:
@@ -106,6 +116,7 @@ def best_of(methods: dict[str, list[float]]) -> set[str]:
 def table(runs: dict[str, list[dict[str, Any]]], paper: dict[str, float]) -> list[str]:
     """A row for each method."""
     best = best_of({name: accuracies(own) for name, own in runs.items()})
+    usual = processor(next(iter(runs.values()))[0])
     columns = ["method", "accuracy", "seeds", "train accuracy", "minutes a run"]
     lines = [columns + ["the paper"] * bool(paper)]
     lines.append(["---"] * len(lines[0]))
@@ -116,7 +127,7 @@ def table(runs: dict[str, list[dict[str, Any]]], paper: dict[str, float]) -> lis
             f"**{accuracy}**" if name in best else accuracy,
             str(len(own)),
             spread([r["train_accuracy"] for r in own]),
-            "" if took is None else f"{took:.1f}",
+            "" if took is None else f"{took:.1f}{'*' * (processor(own[0]) != usual)}",
         ]
         lines.append(row + ([f"{paper[name]:.1f}" if name in paper else ""] if paper else []))
     return [f"| {' | '.join(row)} |" for row in lines]
