@@ -325,3 +325,16 @@ class Canvas:
         pass
 
     set = set_xticks = set_minor_formatter = legend = savefig = ignored
+
+
+def test_the_flow_of_the_tables_lies_beside_their_recipes(tmp_path):
+    from methods import OWN_FLOWS, flow_of
+
+    name = "glow-cifar10-5percent"
+    own = flow_of(name, tmp_path, None)
+    assert own.fingerprint() == load_flow(OWN_FLOWS / name).fingerprint()
+    image = torch.rand(1, 3, 32, 32)
+    torch.testing.assert_close(own.decode(own.encode(image)), image, atol=1e-4, rtol=0)
+    load_flow("glow-cifar10-small").save_pretrained(tmp_path / "flows" / name)  # one that is given
+    given = flow_of(name, tmp_path / "flows", None)
+    assert given.fingerprint() == load_flow("glow-cifar10-small").fingerprint()

@@ -22,6 +22,8 @@ Augment = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Method = Callable[[nn.Module, int], Augment]
 """From the classifier and the number of classes."""
 
+OWN_FLOWS = Path(__file__).parent / "flows"  # that runs share, and that take long to train
+
 PEERS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
     # From the classifier, which knows the images' mean; on one 8-bit image, after crop and flip.
     "cutout": lambda model: partial(cutout, colour=(255 * model.mean[0]).byte().cpu()),
@@ -49,7 +51,8 @@ def method_of(settings: dict[str, Any], flows: Path | None = None) -> Method:
             "phases": pairs of epochs and one of these, scaled to the epochs of the run.
             "flip": false leaves images unmirrored. "latent first": true perturbs images before
             they are cropped and mirrored.
-        flows: A folder in which a flow is looked for before the bundled ones.
+        flows: A folder in which a flow is looked for before those beside the recipes and the
+            bundled ones.
     """
     return partial(build, settings, flows)
 
@@ -155,7 +158,8 @@ def arguments_of(given: dict[str, Any], flows: Path | None, channels: int) -> di
 @cache
 def flow_of(name: str, flows: Path | None, dtype: str | None) -> Flow:
     """Read once, so that the flow a run names is the one that it trained with."""
-    flow = load_flow(flows / name if flows and (flows / name).is_dir() else name)
+    folders = [folder / name for folder in (flows, OWN_FLOWS) if folder is not None]
+    flow = load_flow(next((folder for folder in folders if folder.is_dir()), name))
     if torch.cuda.is_available():
         flow = flow.to("cuda")
     flow.network_dtype = dtype and getattr(torch, dtype)

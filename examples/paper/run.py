@@ -102,7 +102,9 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--test", action="store_true", help="evaluate on the test images")
     parser.add_argument("--only", nargs="+", help="these methods of the recipe")
-    parser.add_argument("--flows", type=Path, help="a folder of flows that are not bundled")
+    parser.add_argument(
+        "--flows", type=Path, help="a folder of flows that are neither bundled nor in flows/"
+    )
     choices = ("bfloat16", "float32")
     parser.add_argument("--precision", choices=choices, help="in place of the recipe's")
     parser.add_argument("--results", type=Path, default=RESULTS)
