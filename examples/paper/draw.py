@@ -53,7 +53,7 @@ every method of a table has the same images, network and epochs, and seeds count
 is of the training: the labelled images of a table are one draw from the training set, the same for
 all seeds. Nothing was chosen by test accuracy. Bold are the best mean and those within its standard
 deviation, if it has three seeds or more. Minutes are of one CPU core, computing; the first runs did
-not record them. Minutes with a star are of another processor than the table's first row, a faster
+not record them. Minutes with a star are of another processor than the table's first, a faster
 one; releases of torch were two: each run's JSON names its own.
 """
 
@@ -88,19 +88,22 @@ def spread(values: list[float], digits: int = 1) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def minutes(runs: list[dict[str, Any]]) -> float | None:
-    """What a run of a method took of a CPU core, on average over those that recorded it.
+def timed(runs: list[dict[str, Any]]) -> tuple[float | None, str]:
+    """What a run of a method took of a CPU core, in minutes, and on which processor.
 
-    Where runs were on several kinds of processors, of those on the kind of the first.
+    On average over those that recorded it and were on the same kind of processor as the first of
+    them; the first runs of all, on one kind, do not name theirs.
     """
-    timed = [r for r in runs if "cpu_seconds" in r]
-    computed = [r["cpu_seconds"] / 60 for r in timed if processor(r) == processor(timed[0])]
-    return statistics.mean(computed) if computed else None
+    found = [(r.get("processor", ""), r["cpu_seconds"] / 60) for r in runs if "cpu_seconds" in r]
+    if not found:
+        return None, ""
+    usual = found[0][0]
+    return statistics.mean(took for processor, took in found if processor == usual), usual
 
 
-def processor(run: dict[str, Any]) -> str:
-    """Of a run; the first ones, all of one kind, do not name it."""
-    return str(run.get("processor", ""))
+def minutes(runs: list[dict[str, Any]]) -> float | None:
+    """What a run of a method took of a CPU core; None where that is not known."""
+    return timed(runs)[0]
 
 
 def best_of(methods: dict[str, list[float]]) -> set[str]:
@@ -116,18 +119,19 @@ def best_of(methods: dict[str, list[float]]) -> set[str]:
 def table(runs: dict[str, list[dict[str, Any]]], paper: dict[str, float]) -> list[str]:
     """A row for each method."""
     best = best_of({name: accuracies(own) for name, own in runs.items()})
-    usual = processor(next(iter(runs.values()))[0])
+    times = {name: timed(own) for name, own in runs.items()}
+    usual = next((where for took, where in times.values() if took is not None), "")
     columns = ["method", "accuracy", "seeds", "train accuracy", "minutes a run"]
     lines = [columns + ["the paper"] * bool(paper)]
     lines.append(["---"] * len(lines[0]))
     for name, own in runs.items():
-        accuracy, took = spread(accuracies(own)), minutes(own)
+        accuracy, (took, where) = spread(accuracies(own)), times[name]
         row = [
             name,
             f"**{accuracy}**" if name in best else accuracy,
             str(len(own)),
             spread([r["train_accuracy"] for r in own]),
-            "" if took is None else f"{took:.1f}{'*' * (processor(own[0]) != usual)}",
+            "" if took is None else f"{took:.1f}{'*' * (where != usual)}",
         ]
         lines.append(row + ([f"{paper[name]:.1f}" if name in paper else ""] if paper else []))
     return [f"| {' | '.join(row)} |" for row in lines]

@@ -258,10 +258,9 @@ class Flow(nn.Module):
     def push_to_hub(self, repo_id: str) -> str:
         """Upload config, weights, card and its pictures to "org/repo" on the Hugging Face hub.
 
-        Uses the token of `hf auth login`. Creates the repository where it does not exist, of
-        the account's default visibility. The card
-        is the one that lay beside the weights where they are as they were loaded, else a short
-        one that says how to load the flow.
+        Uses the token of `hf auth login`. Creates the repository where it does not exist, of the
+        account's default visibility. The card is the one that lay beside the weights where they
+        are as they were loaded, else a short one that says how to load the flow.
 
         Returns:
             The commit's address.
