@@ -185,6 +185,8 @@ class Handler(BaseHTTPRequestHandler):
         repo = f"{organization}/{wanted['name']}"
         if repo not in self.server_hub.heads:
             self.server_hub.commit(repo, {})
+            if wanted.get("private") or wanted.get("visibility") == "private":
+                self.server_hub.private.add(repo)
         self.json({"url": f"{self.server_hub.url}/{repo}", "name": repo, "id": repo})
 
     def preupload(self, repo, revision, *, body, fault):

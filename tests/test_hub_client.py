@@ -140,6 +140,14 @@ def test_pushed_and_pulled_back_bit_for_bit(hub, monkeypatch):
     assert "library_name: latent-aug" in files["README.md"].decode()
 
 
+def test_a_new_repository_is_private_if_asked_for(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    random_glow().push_to_hub("someone/secret", private=True)
+    random_glow().push_to_hub(REPO, private=True)
+    assert hub.private == {"someone/secret"}
+    assert same(load_flow("someone/secret"), random_glow())
+
+
 def test_a_bundled_flow_is_pushed_with_its_card(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.token)
     load_flow("glow-fashionmnist").push_to_hub("someone/fashion")

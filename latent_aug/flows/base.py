@@ -255,12 +255,17 @@ class Flow(nn.Module):
         (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
         (directory / WEIGHTS_NAME).write_bytes(weights)
 
-    def push_to_hub(self, repo_id: str) -> str:
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None) -> str:
         """Upload config, weights, card and its pictures to "org/repo" on the Hugging Face hub.
 
-        Uses the token of `hf auth login`. Creates the repository where it does not exist, of the
-        account's default visibility. The card is the one that lay beside the weights where they
-        are as they were loaded, else a short one that says how to load the flow.
+        Uses the token of `hf auth login`. Creates the repository where it does not exist. The
+        card is the one that lay beside the weights where they are as they were loaded, else a
+        short one that says how to load the flow.
+
+        Args:
+            repo_id: Where to, "org/repo".
+            private: Whether a new repository is; by default as the account has it, usually not.
+                One that is there stays as it is.
 
         Returns:
             The commit's address.
@@ -270,7 +275,7 @@ class Flow(nn.Module):
         from huggingface_hub import HfApi
 
         api = HfApi()
-        api.create_repo(repo_id, exist_ok=True)
+        api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory)
             self._write_card(Path(directory), repo_id)
