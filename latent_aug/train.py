@@ -29,7 +29,7 @@ from latent_aug.data import (
 from latent_aug.files import replaced
 from latent_aug.flows import Flow
 from latent_aug.flows.base import RUN_NAME, WEIGHTS_NAME, bits_of, dequantized
-from latent_aug.flows.engine import keep_freed_memory
+from latent_aug.flows.backend import keep_freed_memory
 from latent_aug.processes import Processes
 from latent_aug.recipe import TrainConfig, learning_rate, resolve_dtype, warmed_up_ema
 from latent_aug.report import append_to_log, draw, mean_bits_per_dim

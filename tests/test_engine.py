@@ -170,23 +170,3 @@ def test_low_precision_networks_keep_the_state_in_full_precision():
     assert (flow.decode(z) - x).abs().max() < 0.05
     flow.network_dtype = None
     assert not torch.equal(flow.encode(x), z)
-
-
-def test_gpu_convolutions_are_in_full_precision_and_the_setting_is_put_back():
-    cudnn = torch.backends.cudnn
-    backend, name = (
-        (cudnn.conv, "fp32_precision") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32")
-    )
-    before = getattr(backend, name)
-    assert before in (True, "tf32", "none")
-    with engine.full_precision(torch.device("cuda")):
-        assert getattr(backend, name) in (False, "ieee")
-    first, second = (engine.full_precision(torch.device("cuda")) for _ in range(2))
-    first.__enter__()
-    second.__enter__()  # as another thread may
-    first.__exit__(None, None, None)
-    assert getattr(backend, name) in (False, "ieee")
-    second.__exit__(None, None, None)
-    assert getattr(backend, name) == before
-    with engine.full_precision(torch.device("cpu")):
-        assert getattr(backend, name) == before

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latent_aug.arguments import positive, real
-from latent_aug.flows import engine
+from latent_aug.flows.backend import full_precision
 from latent_aug.flows.base import Flow, check_config, check_parameters
 from latent_aug.flows.glow import postprocess, preprocess
 
@@ -150,7 +150,7 @@ class ConditionalDenseFlow(Flow):
         """Exact inverse of `encode` with the same y; (B, C, H, W), not clamped."""
         y = self._condition(z, "z", y)
         state, orders = z.flatten(1), self.orders.to(z.device).argsort(dim=1)
-        with torch.autocast(z.device.type, enabled=False), engine.full_precision(z.device):
+        with full_precision(z.device):
             for coupling, order in zip(self.couplings[::-1], orders.flip(0), strict=True):
                 state = cast(DenseCoupling, coupling).inverse(state[:, order], y)
         return postprocess(state).view(z.shape)
@@ -166,7 +166,7 @@ class ConditionalDenseFlow(Flow):
         """Latents and log-determinants."""
         y = self._condition(x, "x", y)
         state, total = preprocess(x).flatten(1), x.new_zeros(len(x))
-        with torch.autocast(x.device.type, enabled=False), engine.full_precision(x.device):
+        with full_precision(x.device):
             for coupling, order in zip(self.couplings, self.orders.to(x.device), strict=True):
                 state, log_det = coupling(state, y)
                 state, total = state[:, order], total + log_det

@@ -14,9 +14,7 @@ on a CPU, on a few images at a time (see `in_tiles`).
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -408,46 +406,3 @@ def decode(
 def wants_gradients(z: Tensor, level: Level) -> bool:
     """Whether autograd is to see what happens to z."""
     return torch.is_grad_enabled() and (z.requires_grad or not level.frozen)
-
-
-_PRECISION_LOCK = threading.Lock()
-_PRECISION_BEFORE: list[Any] = []  # one entry for each that is inside `full_precision`
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep blocks like hidden activations when they are freed.
-
-    glibc gives a large block back to the system, and its pages are cleared when they are asked
-    for again: up to a third of the time. Freeing a block of up to 32 MiB raises that limit to its
-    size; this one is never written to, so it costs nothing.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """float32 convolutions as such: by default a GPU rounds their factors to TF32's 10 bits.
-
-    That would cost the flow its exactness. Coupling networks in lower precision do not mind.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    backend: Any = torch.backends.cudnn
-    name: str = "allow_tf32"
-    full: Any = False
-    if hasattr(backend, "conv"):  # torch 2.9 and later
-        backend, name, full = backend.conv, "fp32_precision", "ieee"
-    with _PRECISION_LOCK:  # the setting is the process's: the last thread to leave puts it back
-        if not _PRECISION_BEFORE:
-            _PRECISION_BEFORE.append(getattr(backend, name))
-            setattr(backend, name, full)
-        else:
-            _PRECISION_BEFORE.append(_PRECISION_BEFORE[0])
-    try:
-        yield
-    finally:
-        with _PRECISION_LOCK:
-            before = _PRECISION_BEFORE.pop()
-            if not _PRECISION_BEFORE:
-                setattr(backend, name, before)

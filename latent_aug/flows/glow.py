@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from latent_aug.arguments import one_of, positive, real
 from latent_aug.flows import engine, latent_gradient
+from latent_aug.flows.backend import full_precision, keep_freed_memory
 from latent_aug.flows.base import Flow, check_config, check_parameters
 from latent_aug.flows.latent_gradient import Gradient
 
@@ -114,7 +115,7 @@ class Glow(Flow):
         self._check(x, "x")
         if not len(x):
             return x.clone()
-        with torch.autocast(x.device.type, enabled=False), engine.full_precision(x.device):
+        with full_precision(x.device):
             return engine.encode(preprocess(x), self._levels(x, inverse=False)).contiguous()
 
     def decode(self, z: Tensor, y: Tensor | None = None, *, gradient: Gradient = "auto") -> Tensor:
@@ -135,7 +136,7 @@ class Glow(Flow):
         self._check(z, "z")
         if not len(z):
             return z.clone()
-        with torch.autocast(z.device.type, enabled=False), engine.full_precision(z.device):
+        with full_precision(z.device):
             return postprocess(self._decode(z, gradient)).contiguous()
 
     def _decode(self, z: Tensor, gradient: Gradient) -> Tensor:
@@ -160,7 +161,7 @@ class Glow(Flow):
             return x.new_zeros(0)
         dims = x[0].numel()
         terms: list[Tensor] = []
-        with torch.autocast(x.device.type, enabled=False), engine.full_precision(x.device):
+        with full_precision(x.device):
             z = engine.encode(preprocess(x), self._levels(x, inverse=False), terms)
         prior = -0.5 * (z.square().sum(dim=(1, 2, 3)) + dims * math.log(2 * math.pi))
         return prior + sum(terms) + dims * math.log(255 / 256)
@@ -287,7 +288,7 @@ class Glow(Flow):
         """What was prepared for t's device and dtype; new where the weights have changed."""
         version, key = self.weights_version(), (t.device, t.dtype)
         if key not in self._prepared or self._prepared[key].version != version:
-            engine.keep_freed_memory()
+            keep_freed_memory()
             self._prepared[key] = Prepared(version, [w.detach() for w in self._tensors()])
         return self._prepared[key]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from latent_aug.flows import engine
+from latent_aug.flows.backend import full_precision
 from latent_aug.flows.convolution import Conv, convolve, packed
 from latent_aug.flows.engine import Activations, Level, Step
 
@@ -118,10 +119,7 @@ class _Decode(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         kept = unflattened(iter(tensors), ctx.levels, ctx.tiles)
         # It runs in another thread, later: what surrounded decode does not surround it.
-        with (
-            torch.autocast(grad.device.type, enabled=False),
-            engine.full_precision(grad.device),
-        ):
+        with full_precision(grad.device):
             z_grad = gradient(grad, ctx.levels, ctx.adjoints, x, ctx.inverse, kept)
         return z_grad, None, None, None
 
