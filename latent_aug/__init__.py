@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 
-LAZY = {
+_LAZY = {
     "AugmentConfig": "augment",
     "TrainConfig": "recipe",
     "augment_images": "augment",
@@ -53,6 +53,10 @@ LAZY = {
 
 def __getattr__(name: str) -> Any:
     """Import what training and looking need only when somebody asks for it."""
-    if name in LAZY:
-        return getattr(import_module(f"latent_aug.{LAZY[name]}"), name)
+    if name in _LAZY:
+        return getattr(import_module(f"latent_aug.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

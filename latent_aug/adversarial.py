@@ -105,9 +105,9 @@ class LatentAdversarial(UsesFlow):
     """
 
     norm: LF.Norm
-    _dissolves = 0.25  # an attack's steps add up where noise's cancel
-    _usual = "usual for an attack are 1 for 'l2' at 32x32, some hundredths for 'linf' and 'rms'"
-    _slightest = 0.1
+    _dissolves_at = 0.25  # an attack's steps add up where noise's cancel
+    _usual_eps = "usual for an attack are 1 for 'l2' at 32x32, some hundredths for 'linf' and 'rms'"
+    _slight_below = 0.1
 
     def __init__(
         self,

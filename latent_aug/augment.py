@@ -37,20 +37,24 @@ class AugmentConfig:
 
     Args:
         output: Directory for the copies; empty, or of the same job stopped before.
-        copies: Perturbed copies of each image.
+        copies: Perturbed copies of each image, at least 1.
         originals: Write each image itself as well, as copy 0.
         form: "shards" writes tars as WebDataset reads them, "folder" one folder for each class, as
             torchvision's ImageFolder reads them.
         shard_size: Images of a shard, which is written or missing as a whole.
         image_format: "png" is lossless, "jpeg" smaller.
         quality: Of "jpeg", 1 to 100.
-        size: Resize and crop images to this side; None keeps their sizes.
+        size: Resize and crop images to this side, in pixels; None keeps their sizes.
         batch_size: Images of one size that go through the flow together.
         seed: Of order and noise.
         skip_unreadable: Leave out images that cannot be read, with a warning, rather than stop.
 
     Raises:
-        ValueError, TypeError: An argument is out of range.
+        ValueError: An argument is out of range, or no integer where one is needed.
+
+    Example:
+        >>> AugmentConfig(output="copies", copies=4, form="folder").image_format
+        'png'
     """
 
     output: str | Path
@@ -245,7 +249,7 @@ class Job:
                 for key, image in zip(keys, moved, strict=True):
                     read[key] = read[key]._replace(image=image)
             for (index, copy), item in read.items():
-                yield Sample(f"{index:08}-{copy}", self.encoded(item), item.label)
+                yield Sample(f"{index:08}-{copy}", self.to_file(item), item.label)
             bar.update(len(chosen))
 
     def chosen(self, item: int) -> tuple[int, int]:
@@ -304,7 +308,7 @@ class Job:
             result, _ = self.transform(batch, torch.tensor(labels))
         return result.cpu()
 
-    def encoded(self, item: Item) -> bytes:
+    def to_file(self, item: Item) -> bytes:
         """An image file; a grey one of what came as grey."""
         image = to_pil_image(item.image)
         if item.grey:

@@ -93,7 +93,7 @@ class LatentCache(Dataset[Any]):
         for start in range(0, self.count, SHARD):
             chosen = range(start, min(start + SHARD, self.count))
             if not is_whole(self._shard(start), len(chosen)):
-                logger.info("encoding samples %d to %d of %d", start, start + SHARD, self.count)
+                logger.info("encoding samples %d to %d of %d", start, chosen.stop, self.count)
                 tensors = encode_samples(dataset, chosen, perturb, batch_size)
                 write_whole(self._shard(start), save(tensors))
 

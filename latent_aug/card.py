@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from latent_aug.figures import preview
 from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
 from latent_aug.flows.base import CARD_NAME, WEIGHTS_NAME
 from latent_aug.hub import sha256
-from latent_aug.measure import measure_flow, rows
+from latent_aug.measure import markdown_rows, measure_flow
 from latent_aug.transforms import LatentPerturb
 
 PICTURE_NAME = "preview.png"
@@ -142,7 +143,7 @@ def write_card(
     kind = GLOW if isinstance(flow, Glow) else DENSE
     sizes = {**flow.config, "parameters": parameters, "multiple": flow.multiple}
     text = TEMPLATE.format(
-        **figures,
+        **{name: math.nan if value is None else value for name, value in figures.items()},
         name=output.resolve().name,
         quoted_name=json.dumps(output.resolve().name),
         quoted_images=json.dumps(measured_on),
@@ -152,7 +153,7 @@ def write_card(
         weights=WEIGHTS_NAME,
         picture=PICTURE_NAME,
         sha256=sha256(output / WEIGHTS_NAME),
-        table="\n".join(rows(figures)),
+        table="\n".join(markdown_rows(figures)),
         verdict=verdict_of(problems),
         command=command,
         training_data=training_data,

@@ -20,7 +20,7 @@ from latent_aug.data import as_batch, check_sides, images_for, open_images, spre
 from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
 from latent_aug.hub import load_flow
 from latent_aug.images import Normalization, encoded
-from latent_aug.measure import mean_change, measure_flow, problems_of, rows
+from latent_aug.measure import markdown_rows, mean_change, measure_flow, problems_of
 
 GREY_LEVELS = 10.0
 """Mean change of a pixel that a suggested eps aims at; linf 0.25 makes it on CIFAR-10."""
@@ -65,15 +65,16 @@ class FlowCheck:
     def __str__(self) -> str:
         f = self.figures
         bits, few = f["bits_per_dim"], f["images"] < FEW
+        largest = f["round_trip_max_error"]
+        error = "not finite" if largest is None else f"greatest error {largest:.1e}"
         lines = [
             f"{f['images']} images, "
-            + ("a flow without log_prob" if bits is None else f"{bits:.3f} bits/dim")
+            + ("no bits/dim" if bits is None else f"{bits:.3f} bits/dim")
             + (": few, so that all of this is rough" if few else ""),
-            f"round trip: greatest error {f['round_trip_max_error']:.1e}, "
-            f"{f['uint8_identical']} of {f['images']} images byte for byte",
+            f"round trip: {error}, {f['uint8_identical']} of {f['images']} images byte for byte",
             f"latents' mean a level, finest first: {f['latent_mean']}",
             f"latents' standard deviation (the prior's is 1): {f['latent_std']}",
-            *rows(f),
+            *markdown_rows(f),
             *([] if self.eps >= HIGHEST else [self.suggestion]),
             self.verdict,
         ]
@@ -218,8 +219,9 @@ def remedy_for(flow: Flow, size: int | None) -> str:
         )
     name = flow.loaded_from[0] if flow.loaded_from else "FLOW"
     options = f"--size {size} " if size else ""
+    needed = "with their classes" if flow.num_classes else "labels not needed"
     return (
-        "fine-tune it on them, labels not needed, with `latent-aug train DATA --init "
+        f"fine-tune it on them, {needed}, with `latent-aug train DATA --init "
         f"{shlex.quote(name)} {options}--output DIRECTORY --lr 2e-4 --steps 1000`, or use another."
     )
 

@@ -36,7 +36,7 @@ def lent(model: nn.Module, mode: str) -> Iterator[nn.Module]:
         for module in model.modules()
     ]
     contents = [(b, b.clone()) for b in model.buffers() if not is_expanded(b)]
-    kept = [(module, *held) for module in model.modules() for held in attributes_of(module)]
+    kept = [(module, attributes_of(module)) for module in model.modules()]
     try:
         for parameter in wanting:
             parameter.requires_grad_(False)
@@ -56,34 +56,49 @@ def lent(model: nn.Module, mode: str) -> Iterator[nn.Module]:
             buffer.data.copy_(content)
         for module, buffers, non_persistent in tables:
             restore_table(module, buffers, non_persistent)
-        for module, name, value, content in kept:
-            restore_attribute(module, name, value, content)
+        for module, attributes in kept:
+            restore_attributes(module, attributes)
 
 
-def attributes_of(module: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+def attributes_of(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """Where a module may keep something of a forward pass outside its buffers, as LeViT does.
 
-    All its attributes, as a cache and what it is of belong together: name, value and, of a dict,
-    what is in it.
+    All its public attributes, as a cache and what it is of belong together: each one's value and,
+    of a dict or a list, what is in it. Private ones hold machinery that a first pass may set up.
     """
-    for name, value in vars(module).items():
-        if not name.startswith("_"):
-            yield name, value, dict(value) if isinstance(value, dict) else None
+    return {
+        name: (value, content_of(value))
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+    }
 
 
-def restore_attribute(module: nn.Module, name: str, value: Any, content: Any) -> None:
-    """The attribute that a module had, where it is another now; a dict stays the same object.
+def content_of(value: Any) -> dict[Any, Any] | list[Any] | None:
+    """What is in a dict or a list; None of anything else."""
+    if isinstance(value, dict):
+        return dict(value)
+    return list(value) if isinstance(value, list) else None
+
+
+def restore_attributes(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
+    """The public attributes that a module had; dicts and lists stay the same objects.
 
     What has become a submodule, a parameter or a buffer meanwhile is one.
     """
     tables = (module._modules, module._parameters, module._buffers)
-    if any(name in table for table in tables):  # not iterated over: TorchScript's cannot be
-        return
-    if vars(module).get(name) is not value:
-        vars(module)[name] = value
-    if content is not None and not holds_same(value, content):
-        value.clear()
-        value.update(content)
+    for name in [name for name in vars(module) if not name.startswith("_")]:
+        if name not in before:
+            del vars(module)[name]
+    for name, (value, content) in before.items():
+        if any(name in table for table in tables):  # not iterated over: TorchScript's cannot be
+            continue
+        if vars(module).get(name) is not value:
+            vars(module)[name] = value
+        if isinstance(content, list):
+            value[:] = content
+        elif content is not None and not holds_same(value, content):
+            value.clear()
+            value.update(content)
 
 
 def holds_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:

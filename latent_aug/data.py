@@ -24,6 +24,7 @@ from latent_aug.arguments import positive
 from latent_aug.flows import Flow
 from latent_aug.images import check_mode, check_range, from_float, has_colour, pil_to_uint8
 
+MOST_CLASSES = 1_000_000  # of a tar, whose largest number may be a mistake
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
@@ -37,7 +38,7 @@ class EncodedImages(Dataset[Image.Image]):
         names: Of the images, in the folder or the tar.
         classes: The outermost folders that differ, sorted, or numbers in a tar with ``.cls``
             members as WebDataset has them; empty where an image lies in no folder.
-        labels: Index of each image's class; None without classes.
+        labels: Index of each image's class, -1 for one without; None without classes.
 
     Raises:
         FileNotFoundError: The path does not exist, or holds no image.
@@ -133,10 +134,16 @@ def classes_by_number(
     """Classes and labels by the ``.cls`` member of each image's sample."""
     labels = []
     for name in names:
-        number = numbers.get(key_of(name), b"").strip()
-        if not number.isdigit():
-            raise ValueError(f"image {name} has no .cls member with a class's number beside it")
-        labels.append(int(number))
+        try:
+            labels.append(int(numbers[key_of(name)]))
+        except (KeyError, ValueError) as error:
+            message = f"image {name} has no .cls member with a class's number beside it"
+            raise ValueError(message) from error
+    if not -1 <= min(labels) <= max(labels) < MOST_CLASSES:
+        raise ValueError(
+            f"the .cls members must hold numbers from 0 to {MOST_CLASSES - 1}, or -1 for images "
+            f"without a class, got {min(labels)} to {max(labels)}"
+        )
     return [str(number) for number in range(max(labels) + 1)], labels
 
 

@@ -144,7 +144,7 @@ def flow_of(name: str) -> Flow:
 
 def examples_of(flow: Flow) -> tuple[Tensor, list[int | None]]:
     """Images (N, C, H, W) to begin with, and their labels: clothes, or samples of the flow."""
-    if flow.channels == 1 and not flow.num_classes:
+    if flow.channels == 1:
         clothes = load_clothes()
         return clothes.images, [*clothes.labels.tolist()]
     images = samples(flow, count=12, temperatures=[0.7])[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,9 +95,10 @@ def preview(
     kinds = {getattr(image, "dtype", torch.uint8) for image in chosen}
     if transform.normalizes and torch.uint8 in kinds:
         raise TypeError("images are 8-bit, so they cannot be normalized: preview normalized floats")
-    asked = [eps] if isinstance(eps, (int, float)) else eps
-    sizes = around(transform.eps) if asked is None else [number_range("eps", e)[0] for e in asked]
-    temperatures = [temperatures] if isinstance(temperatures, (int, float)) else temperatures
+    sizes = (
+        around(transform.eps) if eps is None else [number_range("eps", e)[0] for e in several(eps)]
+    )
+    temperatures = several(temperatures)
     columns, rows = 1 + 2 * len(sizes), len(chosen)
     height = 1.3 * (rows + bool(temperatures)) + 0.5
     width = max(1.3 * columns, 1.8 * len(temperatures))
@@ -109,7 +110,7 @@ def preview(
     grid = upper.subplots(rows, columns, squeeze=False)
     for row, image in enumerate(chosen):
         original = shown(image, transform)
-        draw(grid[row, 0], original, "original" if row == 0 else "")
+        draw_image(grid[row, 0], original, "original" if row == 0 else "")
         own = label_of(samples[row]) if labels is None and needs_label(transform) else None
         given = (image, own if labels is None else labels[places[row]][None])
         of_sample = isinstance(transform, LatentPerturb) and callable(transform.mask)
@@ -122,13 +123,18 @@ def preview(
             difference = (perturbed - original) * amplify + 0.5
             kind = transform.norm if transform._norm_holds else "eps"
             names = (f"{kind} {size:.3g}", f"difference times {amplify:g}")
-            draw(grid[row, 1 + 2 * column], perturbed, names[0] if row == 0 else "")
-            draw(grid[row, 2 + 2 * column], difference, names[1] if row == 0 else "")
+            draw_image(grid[row, 1 + 2 * column], perturbed, names[0] if row == 0 else "")
+            draw_image(grid[row, 2 + 2 * column], difference, names[1] if row == 0 else "")
     if temperatures:
         like = shown(chosen[0], transform)[None]
         like = downscaled(like, getattr(transform, "resolution", None))
         draw_samples(lower, transform.flow, like, temperatures, seed)
     return figure
+
+
+def several(numbers: float | Iterable[float]) -> list[float]:
+    """Numbers, also where there is only one."""
+    return list(numbers) if isinstance(numbers, Iterable) else [numbers]
 
 
 def check_images(images: Any) -> None:
@@ -189,7 +195,7 @@ def shown(image: Any, transform: Any) -> Tensor:
     return unit(x)[0].detach().cpu()
 
 
-def draw(axes: Any, image: Tensor, title: str) -> None:
+def draw_image(axes: Any, image: Tensor, title: str) -> None:
     """An image (C, H, W) without ticks."""
     axes.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
     axes.set_axis_off()
@@ -212,4 +218,4 @@ def draw_samples(
     axes = figure.subplots(1, len(temperatures), squeeze=False)[0]
     for place, temperature in zip(axes, temperatures, strict=True):
         samples = flow.decode((temperature * z).to(weights.device), y).cpu()
-        draw(place, torch.cat(list(samples), dim=2), f"samples, temperature {temperature:g}")
+        draw_image(place, torch.cat(list(samples), dim=2), f"samples, temperature {temperature:g}")

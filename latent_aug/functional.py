@@ -9,13 +9,15 @@ here draws unless it says so, and what draws takes a `generator`.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from latent_aug.flows import Flow
 from latent_aug.randomness import normal, uniform
+
+if TYPE_CHECKING:
+    from latent_aug.flows import Flow
 
 Norm = Literal["linf", "l2", "rms"]
 Size = float | Tensor
@@ -68,6 +70,9 @@ def project(delta: Tensor, eps: Size, norm: Norm | None, *, mask: Tensor | None 
             None leaves everything.
         mask: What may move; `delta` is 0 elsewhere.
 
+    Raises:
+        ValueError: There is no such norm.
+
     Example:
         >>> import torch
         >>> project(torch.tensor([[[[3.0, 4.0]]]]), 1.0, "l2")
@@ -94,6 +99,9 @@ def noise_of_norm(
             None: eps·N(0, I).
         mask: What may move.
 
+    Raises:
+        ValueError: There is no such norm.
+
     Example:
         >>> import torch
         >>> noise_of_norm(torch.tensor([[[[3.0, -4.0]]]]), 1.0, "l2")
@@ -106,7 +114,13 @@ def noise_of_norm(
 
 
 def away_from_origin(noise: Tensor, z: Tensor) -> Tensor:
-    """Turn each component of the noise to the side on which z lies; its norms stay."""
+    """Turn each component of the noise to the side on which z lies; its norms stay.
+
+    Example:
+        >>> import torch
+        >>> away_from_origin(torch.tensor([1.0, -1.0]), torch.tensor([-3.0, -2.0]))
+        tensor([-1., -1.])
+    """
     return noise.abs() * torch.where(z < 0, -1.0, 1.0)
 
 
@@ -118,7 +132,16 @@ def random_start(
     mask: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A draw from the uniform distribution on the ball of radius eps, shaped as `like`."""
+    """A draw from the uniform distribution on the ball of radius eps, shaped as `like`.
+
+    Raises:
+        ValueError: There is no such norm.
+
+    Example:
+        >>> import torch
+        >>> bool(l2_norm(random_start(torch.zeros(2, 3, 8, 8), 1.0, "l2")).max() <= 1)
+        True
+    """
     if norm == "linf":
         cube = (2 * uniform(like.shape, like, generator) - 1) * eps
         return cube if mask is None else cube * mask
@@ -147,6 +170,15 @@ def ascent_step(
         eps: Radius of the ball.
         norm: "linf" steps along the sign, "l2" and "rms" along the gradient divided by its norm.
         mask: What may move; `delta` is 0 elsewhere.
+
+    Raises:
+        ValueError: There is no such norm.
+
+    Example:
+        >>> import torch
+        >>> grad = torch.tensor([[[[3.0, -4.0]]]])
+        >>> ascent_step(torch.zeros(1, 1, 1, 2), grad, alpha=0.5, eps=1.0, norm="l2")
+        tensor([[[[ 0.3000, -0.4000]]]])
     """
     grad = grad if mask is None else grad * mask
     if norm == "linf":
@@ -158,7 +190,13 @@ def ascent_step(
 def clip_change(
     perturbed: Tensor, original: Tensor, clip: float | None, norm: Norm | None
 ) -> Tensor:
-    """Limit the distance from the original in image space: linf for "linf" and None, else l2."""
+    """Limit the distance from the original in image space: linf for "linf" and None, else l2.
+
+    Example:
+        >>> import torch
+        >>> clip_change(torch.tensor([[[[0.9]]]]), torch.tensor([[[[0.5]]]]), 0.1, "linf")
+        tensor([[[[0.6000]]]])
+    """
     if clip is None:
         return perturbed
     return original + project(
@@ -207,6 +245,13 @@ def restore_unusable(
 
     Returns:
         The samples, and a 0-d tensor on their device, so that nothing waits for it.
+
+    Example:
+        >>> import torch
+        >>> original, z = torch.full((2, 1, 1, 1), 0.5), torch.tensor([1.0, 9.0])
+        >>> result, count = restore_unusable(original + 0.1, original, z[:, None, None, None])
+        >>> result.flatten(), int(count)
+        (tensor([0.6000, 0.5000]), 1)
     """
     failed = unusable(perturbed, original, z)
     count = (failed if counted is None else failed & counted).sum()

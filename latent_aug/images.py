@@ -281,6 +281,9 @@ class Normalization:
         mean, std = self._like(x)
         return (x - mean) / std
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"mean_std": self.mean_std, "_placed": {}}  # an accelerator's stay in this process
+
     def _like(self, x: Tensor) -> Tensor:
         """Mean and std (2, C, 1, 1) on x's device, copied there once."""
         assert self.mean_std is not None
@@ -291,10 +294,16 @@ class Normalization:
 
 
 class FallbackCounter:
-    """Counts samples that fell back to their original, on their device; read with `int`."""
+    """Counts samples that fell back to their original, on their device; read with `int`.
+
+    In another process it starts anew: an accelerator's tensors may be out of reach there.
+    """
 
     def __init__(self) -> None:
         self.counts: dict[torch.device, Tensor] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FallbackCounter, ()
 
     def add(self, count: Tensor) -> None:
         """Add a 0-d tensor without waiting for its device."""

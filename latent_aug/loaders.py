@@ -91,7 +91,8 @@ class LatentLoader:
             "pixel_values", "image" or "images".
         transform: A `LatentPerturb`, a `LatentSchedule` of such, or any v2 transform of batches.
         device: Where to perturb and leave the batches; None leaves them where they are.
-        seed: Of the draws of all epochs; by default every epoch takes one from torch.
+        seed: Of the draws of all epochs; by default every epoch takes one from torch. On another
+            accelerator than CUDA its own generator draws, whatever the seed.
 
     Raises:
         TypeError: `transform` is or holds a `LatentAdversarial`: an attack one batch ahead would

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -41,7 +42,8 @@ def measure_flow(
         progress: Show a progress bar.
 
     Returns:
-        JSON-ready figures: `images`, `bits_per_dim` (None for a flow without `log_prob`),
+        JSON-ready figures, None where they are not finite: `images`, `bits_per_dim` (None, too,
+        for a flow without `log_prob`),
         `round_trip_max_error` ([0, 1] units), `uint8_identical` (images that come back byte for
         byte), `latent_mean` and `latent_std` (a level, finest first) and for each setting in
         `perturbations` the `fallbacks` (share of samples that come back unchanged), `mean_change`
@@ -51,7 +53,7 @@ def measure_flow(
     device = next(flow.parameters(), torch.empty(0)).device
     generator = torch.Generator(device).manual_seed(seed)
     bits: float | None = 0.0
-    largest, identical = 0.0, 0
+    largest, identical = torch.zeros((), device=device), 0
     moments = [torch.zeros(3, dtype=torch.float64) for _ in range(flow.levels)]
     perturbed = [dict.fromkeys(("fallbacks", "mean_change", "saturated"), 0.0) for _ in settings]
     batches = loader(images, batch_size)
@@ -62,7 +64,7 @@ def measure_flow(
         bits = added(bits, flow, x, y, generator)
         z = flow.encode(x, y)
         back = flow.decode(z, y)
-        largest = max(largest, (back - x).abs().max().item())
+        largest = torch.maximum(largest, (back - x).abs().max())  # keeps NaN, as max() may not
         same = (from_float(back, torch.uint8) == pixels.to(device)).flatten(1).all(dim=1)
         identical += int(same.sum())
         for sums, level in zip(moments, flow.split_levels(z), strict=True):
@@ -77,11 +79,11 @@ def measure_flow(
     count = len(images)
     return {
         "images": count,
-        "bits_per_dim": None if bits is None else bits / count,
-        "round_trip_max_error": largest,
+        "bits_per_dim": None if bits is None else finite(bits / count),
+        "round_trip_max_error": finite(largest.item()),
         "uint8_identical": identical,
-        "latent_mean": [round(float(sums[1] / sums[0]), 3) for sums in moments],
-        "latent_std": [round(std(sums), 3) for sums in moments],
+        "latent_mean": [finite(round(float(sums[1] / sums[0]), 3)) for sums in moments],
+        "latent_std": [finite(round(std(sums), 3)) for sums in moments],
         "perturbations": [
             {"norm": norm, "eps": eps, **{k: v / count for k, v in figures.items()}}
             for figures, (norm, eps) in zip(perturbed, settings, strict=True)
@@ -123,13 +125,18 @@ def mean_change(moved: Tensor, x: Tensor) -> Tensor:
     return ((moved.nan_to_num().clamp(0, 1) - x).abs() * 255).mean(dim=(1, 2, 3))
 
 
+def finite(number: float) -> float | None:
+    """The number, if it is one that JSON knows."""
+    return number if math.isfinite(number) else None
+
+
 def std(sums: Tensor) -> float:
     """Standard deviation from count, sum and sum of squares."""
-    count, total, squares = sums.tolist()
-    return float(max(squares / count - (total / count) ** 2, 0) ** 0.5)
+    count, total, squares = sums
+    return float((squares / count - (total / count) ** 2).clamp(min=0).sqrt())
 
 
-def rows(figures: dict[str, Any]) -> Iterator[str]:
+def markdown_rows(figures: dict[str, Any]) -> Iterator[str]:
     """The perturbations as rows of a Markdown table."""
     flipped = any("flipped" in p for p in figures["perturbations"])
     more = " predictions flipped |" if flipped else ""
@@ -152,6 +159,9 @@ def problems_of(figures: dict[str, Any]) -> Iterator[str]:
         yield f"{at_eps['fallbacks']:.1%} of the images cannot be perturbed and stay as they are"
     low, high = WHITE
     found, reasons = figures["latent_std"], []
+    if None in (*found, figures["round_trip_max_error"]):
+        yield "the flow takes images to values that are not finite, or back to such"
+        found = [s for s in found if s is not None] or [1.0]
     if max(found) > high:
         reasons.append("the images lie off what the flow was trained on")
     if min(found) < low:

@@ -37,9 +37,9 @@ class UsesFlow:
     """Holds a flow privately, takes images to it and back, and counts what it cannot perturb."""
 
     _tried: int | None = 0  # samples, as long as none of them could be perturbed
-    _dissolves = 2.0  # eps of "linf", "rms" and None at which the bundled flows' images are noise
-    _usual = "usual are 0.25 for 'linf' and 'rms', 10 for 'l2' at 32x32; `check_flow` suggests one"
-    _slightest = 1.0  # "l2" radius that moves pixels of a 32 x 32 image by a grey level
+    _dissolves_at = 2.0  # eps of "linf", "rms" and None at which the bundled flows' images do
+    _usual_eps = "usual are 0.25 for 'linf' and 'rms', 10 for 'l2' at 32x32; see `check_flow`"
+    _slight_below = 1.0  # "l2" radius that moves pixels of a 32 x 32 image by a grey level
 
     eps: tuple[float, float]
     p: float
@@ -62,7 +62,7 @@ class UsesFlow:
         self._held, self.labels_getter = HeldFlow(flow), labels_getter
         self._normalization = Normalization(normalize, self.flow.channels)
         # In a tuple a mask that is a network stays out of a transform's parameters, as the flow.
-        self._mask, self.levels = (check_mask(mask),), check_levels(levels, self.flow)
+        self._mask, self.levels = (check_mask(mask, self.flow),), check_levels(levels, self.flow)
         self._draws = Draws(generator)
         self._fallbacks = FallbackCounter()
         self._checked_devices: set[torch.device] = set()
@@ -77,18 +77,18 @@ class UsesFlow:
     def _warn_of_size(self, *, whole: bool) -> None:
         """Say so where eps looks like that of another norm."""
         eps = self.eps[1]
-        if self.norm != "l2" and eps >= self._dissolves:
+        if self.norm != "l2" and eps >= self._dissolves_at:
             warnings.warn(
                 f"eps={eps:g} with norm={self.norm!r} moves every component of a latent by about "
                 "that many standard deviations, and images dissolve. Only a radius, as of "
-                f"norm='l2', is as large; {self._usual}",
+                f"norm='l2', is as large; {self._usual_eps}",
                 stacklevel=4,
             )
-        slight = self.norm == "l2" and 0 < eps <= self._slightest
+        slight = self.norm == "l2" and 0 < eps <= self._slight_below
         if slight and whole and isinstance(self.flow, Glow):  # another's latents may be few
             warnings.warn(
                 f"eps={eps:g} with norm='l2' is the length of the whole perturbation, spread over "
-                f"all components of a latent: it hardly changes an image; {self._usual}",
+                f"all components of a latent: it hardly changes an image; {self._usual_eps}",
                 stacklevel=4,
             )
 
@@ -122,16 +122,18 @@ class UsesFlow:
         return int(self._fallbacks)
 
     def with_eps(self, eps: float) -> Self:
-        """A copy that perturbs every sample by this eps, with counts of its own."""
-        result = copy.copy(self)
+        """A copy that perturbs every sample by this eps: p is 1, and no `generator` is left.
+
+        Its counts are its own.
+        """
+        result = self.with_generator(None)
         result.eps, result.p = number_range("eps", eps), 1.0
-        result._draws, result._fallbacks = Draws(None), FallbackCounter()
         return result
 
     def with_generator(self, generator: torch.Generator | None) -> Self:
         """A copy that draws from this generator, with counts of its own."""
         result = copy.copy(self)
-        result._draws, result._fallbacks = Draws(generator), FallbackCounter()
+        result._draws, result._fallbacks, result._tried = Draws(generator), FallbackCounter(), 0
         return result
 
     def _unit_range(self, images: Tensor) -> Tensor:
@@ -171,14 +173,14 @@ class UsesFlow:
         result, count = LF.restore_unusable(perturbed, original, z, counted=chosen)
         self._fallbacks.add(count)
         if self._tried is not None and count.is_cpu:  # elsewhere a look is a sync
-            self._warn_if_useless(len(z))
+            self._warn_if_useless(len(z), self._fallbacks.counts[count.device])
         return result if pixels is None else torch.where(pixels, result, original)
 
-    def _warn_if_useless(self, count: int) -> None:
+    def _warn_if_useless(self, count: int, fallbacks: Tensor) -> None:
         """Say so, once, where every sample so far came back as it was."""
         assert self._tried is not None
         self._tried += count
-        if int(self._fallbacks) < self._tried:
+        if int(fallbacks) < self._tried:
             self._tried = None
         elif self._tried >= ENOUGH:
             warnings.warn(

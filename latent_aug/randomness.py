@@ -34,13 +34,13 @@ _reseeded: dict[int, tuple[int, torch.Generator]] = {}
 
 
 def rank() -> int | None:
-    """Of this process in distributed training; None in a training of one process."""
+    """This process's rank in distributed training; None where it trains alone."""
     own, count = rank_and_count()
     return own if count > 1 else None
 
 
 def rank_and_count() -> tuple[int, int]:
-    """Of this process among how many; (0, 1) alone.
+    """This process's rank and the number of processes; (0, 1) alone.
 
     Loader workers, where torch.distributed is not set up, know it from their environment, as do
     processes of torchrun or accelerate that do not set it up at all.

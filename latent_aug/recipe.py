@@ -36,17 +36,17 @@ class TrainConfig:
         output: Directory for the flow, its log, its pictures and the state of the run.
         steps: Optimizer steps.
         batch_size: Images per step, of all processes together.
-        lr: Adam's learning rate.
+        lr: Adam's learning rate, above 0.
         warmup: Steps over which the learning rate rises from 0.
-        decay: Last share of the steps over which it falls to 0.
-        clip_norm: Greatest norm of the gradient of the bits/dim.
-        ema: Decay of the exponential moving average of the weights, which is what is kept.
+        decay: Last share of the steps, in [0, 1], over which it falls to 0.
+        clip_norm: Greatest norm of the gradient of the bits/dim, above 0.
+        ema: Decay in [0, 1] of the exponential moving average of the weights, which is kept.
         flip: Mirror each image with probability ½.
-        crop: Zero-pad by this many pixels and crop back at random.
-        network_dtype: Precision of the coupling networks; "auto" measures which is faster here.
+        crop: Zero-pad by this many pixels on each side and crop back at random.
+        network_dtype: Precision of a Glow's coupling networks; "auto" measures which is faster.
         size: Resize and crop images to this side.
         seed: Of order, noise and augmentation.
-        checkpoint_minutes: Time between two saves of the run's state.
+        checkpoint_minutes: Time between two saves of the run's state; 0 saves after each step.
         validation_images: At most this many held-out images measure a checkpoint.
         workers: Loader processes for images that do not fit into memory.
         accumulate: Parts in which each process takes its share of a batch: less memory, and the
@@ -56,6 +56,11 @@ class TrainConfig:
 
     Raises:
         ValueError: A number is out of range.
+        TypeError: What should be a number is none.
+
+    Example:
+        >>> TrainConfig(output="flow", steps=1000, lr=5e-4, flip=False).batch_size
+        64
     """
 
     output: str | Path
@@ -121,6 +126,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def resolve_dtype(config: TrainConfig, flow: Flow, device: torch.device) -> str:
     """Which precision of the coupling networks trains faster on this machine."""
     if not isinstance(flow, Glow):
+        if config.network_dtype == "bfloat16":
+            raise ValueError(
+                f"network_dtype 'bfloat16' is of a Glow's coupling networks, and this flow is a "
+                f"{type(flow).__name__}; leave it at 'auto'"
+            )
         return "float32"
     if config.network_dtype != "auto":
         return config.network_dtype

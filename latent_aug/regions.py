@@ -16,8 +16,18 @@ Mask = Tensor | Callable[[Any], Tensor] | None
 Levels = int | Sequence[int] | None
 
 
-def check_mask(mask: Any) -> Mask:
-    """A `mask` argument: a tensor, something that takes a sample to one, or None."""
+def check_mask(mask: Any, flow: Flow) -> Mask:
+    """A `mask` argument: a tensor, something that takes a sample to one, or None.
+
+    Raises:
+        TypeError: It is none of these.
+        ValueError: The flow's latents know no places.
+    """
+    if mask is not None and not flow.spatial:
+        raise ValueError(
+            f"mask must be None with a {type(flow).__name__}: what moves in its latents moves "
+            "anywhere in the image; use a Glow"
+        )
     if mask is None or callable(mask) or isinstance(mask, Tensor):
         return mask
     raise TypeError(

@@ -43,7 +43,7 @@ def mean_bits_per_dim(flow: Flow, images: UInt8Images, count: int, seed: int) ->
 
 
 @torch.no_grad()
-def draw(flow: Flow, images: UInt8Images, output: Path, seed: int) -> None:
+def draw_pictures(flow: Flow, images: UInt8Images, output: Path, seed: int) -> None:
     """Write samples at temperature 0.7, and images beside their reconstructions."""
     device = next(flow.parameters()).device
     x, y = some_of(images, images.spread(64), device)

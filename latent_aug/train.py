@@ -28,11 +28,11 @@ from latent_aug.data import (
 )
 from latent_aug.files import replaced
 from latent_aug.flows import Flow
-from latent_aug.flows.base import RUN_NAME, WEIGHTS_NAME, bits_of, dequantized
 from latent_aug.flows.backend import keep_freed_memory
+from latent_aug.flows.base import RUN_NAME, WEIGHTS_NAME, bits_of, dequantized
 from latent_aug.processes import Processes
 from latent_aug.recipe import TrainConfig, learning_rate, resolve_dtype, warmed_up_ema
-from latent_aug.report import append_to_log, draw, mean_bits_per_dim
+from latent_aug.report import append_to_log, draw_pictures, mean_bits_per_dim
 
 AnyFlow = TypeVar("AnyFlow", bound=Flow)
 # Weights that a flow's runs started from and left in it, by their state's path: it is trained in
@@ -74,6 +74,7 @@ def train_flow(
 
     Returns:
         The averaged flow, frozen, as it was written: `load_flow(config.output)` gives it again.
+        Use this one: `flow` itself is left in training mode, with the last step's weights.
 
     Raises:
         FloatingPointError: The loss or its gradient is not finite; names the step.
@@ -281,6 +282,7 @@ class Run:
         """The averaged flow, frozen, in evaluation mode and full precision."""
         flow = self.average_flow().requires_grad_(False).eval()
         flow.network_dtype = None
+        flow.loaded_from = flow.read_from = flow.card = None  # those of what it started from
         return flow
 
     def save(self) -> None:
@@ -311,7 +313,7 @@ class Run:
                 flow, held_out, self.config.validation_images, seed
             )
         append_to_log(output, entry)
-        draw(flow, self.images if held_out is None else held_out, output, seed)
+        draw_pictures(flow, self.images if held_out is None else held_out, output, seed)
 
     def _identity(self) -> dict[str, dict[str, Any]]:
         """What makes two runs the same: recipe, architecture, images and where they started."""

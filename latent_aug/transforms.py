@@ -151,7 +151,8 @@ class LatentPerturb(UsesFlow, v2.Transform):
         key = named_images(sample) if isinstance(sample, Mapping) else None
         if key is not None and isinstance(sample[key], (list, tuple)):
             return with_items(sample, {key: self._listed(sample, key)})
-        if key is not None and v2.functional.is_pure_tensor(sample[key]):
+        unseen = not isinstance(sample, dict)  # torchvision looks into no other mapping
+        if key is not None and (unseen or v2.functional.is_pure_tensor(sample[key])):
             params = self.make_params([sample[key]], sample)
             return with_items(sample, {key: self.transform(sample[key], params)})
         flat, spec = tree_flatten(sample)

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ByClass, Identity, random_glow
+from conftest import ByClass, Identity, random_dense, random_glow
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2.functional import to_pil_image
 
 from latent_aug import check_flow
-from latent_aug.check import greatest
+from latent_aug.check import greatest, remedy_for
 
 
 def smooth(count=12, side=28):
@@ -142,7 +142,7 @@ def test_a_flow_of_one_s_own_and_one_of_classes():
     images = smooth(side=8).expand(-1, 3, -1, -1)
     found = check_flow(Identity(), images)
     assert found.figures["bits_per_dim"] is None
-    assert "a flow without log_prob" in str(found)
+    assert "no bits/dim" in str(found)
     assert found.figures["perturbations"][1]["mean_change"] == pytest.approx(10, rel=0.1)
     labels = torch.arange(12) % 3
     found = check_flow(ByClass(), TensorDataset(images, labels))
@@ -160,6 +160,8 @@ def test_the_remedy_names_flow_and_size(tmp_path):
     random_glow(channels=1).save_pretrained(tmp_path / "my flow")
     found = check_flow(tmp_path / "my flow", noise)
     assert f"--init '{tmp_path / 'my flow'}' --output" in found.remedy
+    assert "labels not needed" in found.remedy
+    assert "with their classes" in remedy_for(random_dense(), None)
     assert "whiten its latents" in check_flow(Identity(), noise.expand(-1, 3, -1, -1)).remedy
 
 

@@ -544,6 +544,25 @@ def test_what_a_model_caches_during_an_attack_does_not_stay(batch):
     assert (model.cache["bias"], model.bias) == held
 
 
+def test_what_a_model_collects_during_an_attack_does_not_stay(batch):
+    class Collecting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.seen = convolutional_classifier(), ["before"]
+
+        def forward(self, x):
+            self.seen.append(x)
+            self.last = x
+            return self.inner(x)
+
+    model = Collecting()
+    seen = model.seen
+    LatentAdversarial(model, steps=1, flow=Identity())(*batch)
+    assert model.seen is seen
+    assert seen == ["before"]
+    assert not hasattr(model, "last")
+
+
 def test_a_cache_and_what_it_is_of_stay_together(batch):
     class Sized(nn.Module):
         def __init__(self):

@@ -79,6 +79,18 @@ def test_classes_are_the_outermost_folders_that_differ(tmp_path):
             EncodedImages(tar_of(tmp_path / "y.tar", content))
 
 
+def test_a_tar_may_hold_images_without_a_class_and_no_absurd_number(tmp_path):
+    def opened(number):
+        content = {"1.png": b"png", "1.cls": b"1", "2.png": b"png", "2.cls": number}
+        return EncodedImages(tar_of(tmp_path / "z.tar", content))
+
+    images = opened(b"-1\n")
+    assert (images.classes, images.labels) == (["0", "1"], [1, -1])
+    for number in (b"-2", b"99999999999"):
+        with pytest.raises(ValueError, match=r"\.cls members must hold numbers from 0"):
+            opened(number)
+
+
 def test_images_are_converted_resized_and_cropped():
     image = Image.new("P", (30, 20), 3)
     assert UInt8Images([image], 3, 8)[0].shape == (3, 8, 8)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from latent_aug import LatentAdversarial, TrainConfig, load_flow
+from latent_aug import LatentAdversarial, LatentPerturb, TrainConfig, load_flow
 from latent_aug.flows import ConditionalDenseFlow
 from latent_aug.train import train_flow
 
@@ -109,6 +109,12 @@ def test_bad_input_is_named(x, y, words):
             call(x, y)
 
 
+def test_a_region_is_refused():
+    flow = random_dense()
+    with pytest.raises(ValueError, match="mask must be None with a ConditionalDenseFlow"):
+        LatentPerturb(0.1, flow=flow, mask=torch.ones(4, 5))
+
+
 def test_decode_is_bounded_far_from_the_data():
     flow = random_dense()
     with torch.no_grad():
@@ -202,6 +208,11 @@ class TestTraining:
         assert last["validation_bits_per_dim"] == pytest.approx(right.item(), abs=0.3)
         loaded = load_flow(tmp_path)
         assert torch.equal(loaded.encode(x, y), flow.encode(x, y))
+
+    def test_a_glow_s_precision_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="this flow is a ConditionalDenseFlow"):
+            self.train(tmp_path, network_dtype="bfloat16")
+        assert not any(tmp_path.iterdir())
 
     def test_images_without_classes_are_refused(self, tmp_path):
         config = TrainConfig(output=tmp_path, steps=1)

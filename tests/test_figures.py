@@ -3,6 +3,7 @@
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ByClass, Identity, random_glow
@@ -24,7 +25,8 @@ def pictures(figure):
 def test_originals_perturbed_and_differences():
     flow, images = random_glow(), torch.rand(3, 3, 16, 16)
     transform = LatentPerturb(0.2, flow=flow, p=0.0)
-    drawn = pictures(preview(transform, images, eps=[0.1, 0.4], amplify=3, temperatures=()))
+    sizes = [0.1, np.float32(0.4)]
+    drawn = pictures(preview(transform, images, eps=sizes, amplify=3, temperatures=()))
     assert len(drawn) == 3 * 5
     assert [title for title, _ in drawn[:5]] == [
         "original",

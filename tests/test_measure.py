@@ -1,5 +1,6 @@
 """The figures of a card."""
 
+import json
 import math
 
 import pytest
@@ -50,8 +51,19 @@ def test_a_broken_flow_shows(monkeypatch):
 
     monkeypatch.setattr(flow, "decode", off_by_two_grey_levels)
     figures = measure_flow(flow, UInt8Images(images(), 3), batch_size=10)
+    assert figures["round_trip_max_error"] is None
+    assert any("not finite" in problem for problem in problems_of(figures))
     assert figures["uint8_identical"] == 0
     assert all(p["fallbacks"] == pytest.approx(0.1) for p in figures["perturbations"])
+
+
+def test_latents_that_are_not_finite_show(monkeypatch, glow):
+    encode = glow.encode
+    monkeypatch.setattr(glow, "encode", lambda x, y=None: encode(x, y) / 0)
+    figures = measure_flow(glow, UInt8Images(images(4), 3))
+    json.dumps(figures, allow_nan=False)
+    assert figures["latent_std"] == [None] * glow.levels
+    assert any("not finite" in problem for problem in problems_of(figures))
 
 
 def test_each_image_is_measured_with_its_class():
@@ -91,6 +103,7 @@ def test_each_image_is_measured_with_its_class():
 def test_what_counts_as_a_problem(changes, said):
     perturbed = {"eps": 0.25, "fallbacks": 0.0, "saturated": 0.01}
     figures = {"images": 100, "uint8_identical": 100, "latent_std": [0.9, 1.1]}
+    figures["round_trip_max_error"] = 1e-6
     figures |= {k: v for k, v in changes.items() if k in figures}
     perturbed |= {k: v for k, v in changes.items() if k in perturbed}
     problems = list(problems_of({**figures, "perturbations": [{}, perturbed, {}]}))

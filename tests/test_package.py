@@ -15,6 +15,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def test_every_public_name_is_there():
     for name in latent_aug.__all__:
         assert getattr(latent_aug, name) is not None
+        assert name in dir(latent_aug)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = latent_aug.nothing
 

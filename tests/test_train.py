@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import stripes
 
-from latent_aug import Glow, TrainConfig, load_flow, train_flow
+from latent_aug import Glow, LatentPerturb, TrainConfig, load_flow, train_flow
 from latent_aug.data import UInt8Images
 from latent_aug.report import append_to_log, minutes_of
 from latent_aug.train import Run
@@ -121,6 +121,14 @@ def test_other_images_or_another_start_do_not_resume(tmp_path):
         train_flow(trained, stripes(), config(tmp_path / "a", steps=2), progress=False)
 
 
+def test_a_fine_tuned_flow_does_not_go_by_its_first_name(tmp_path):
+    train_flow(small_flow(), stripes(), config(tmp_path / "a", steps=2), progress=False)
+    start = load_flow(tmp_path / "a")
+    tuned = train_flow(start, stripes(), config(tmp_path / "b", steps=2), progress=False)
+    assert (tuned.loaded_from, tuned.read_from, tuned.card) == (None, None, None)
+    assert str(tmp_path / "a") not in repr(LatentPerturb(flow=tuned))
+
+
 def test_another_recipe_does_not_overwrite_a_run(tmp_path):
     train_flow(small_flow(), stripes(), config(tmp_path, steps=2), progress=False)
     with pytest.raises(ValueError, match=r"another recipe: \{'lr'"):
@@ -188,6 +196,7 @@ def test_low_precision_networks_train(tmp_path):
         small_flow(), stripes(), config(tmp_path, network_dtype="bfloat16"), progress=False
     )
     assert flow.network_dtype is None
+
     assert next(flow.parameters()).dtype == torch.float32
 
 

@@ -376,6 +376,14 @@ def test_a_mapping_s_named_images_are_found_behind_its_labels(glow, mapping, key
     assert given[key] is images
 
 
+def test_a_mapping_that_is_no_dict_may_hold_a_pil_image(glow):
+    given = collections.UserDict(image=pil("RGB"), label=3)
+    out = LatentPerturb(0.3, flow=glow)(given)
+    assert isinstance(out["image"], Image.Image)
+    assert out["label"] == 3
+    assert out["image"].tobytes() != given["image"].tobytes()
+
+
 @pytest.mark.parametrize("image", [pil("RGB"), torch.zeros(3, 16, 16, dtype=torch.uint8)])
 def test_8_bit_images_cannot_be_normalized(image):
     transform = LatentPerturb(flow=Identity(), normalize=([0.5] * 3, [0.25] * 3))
@@ -405,6 +413,24 @@ class TestWarning:
         with pytest.warns(UserWarning, match="images so far came back as they were"):
             list(map(transform, images))
         transform(images[0])  # said once
+        with pytest.warns(UserWarning, match="images so far came back as they were"):
+            list(map(transform.with_generator(None), images))
+
+    def test_in_another_process_counts_start_anew(self):
+        transform = LatentPerturb(0.3, flow=Identity(), normalize=([0.5] * 3, [0.25] * 3))
+        transform(torch.full((7, 3, 8, 8), float("nan")))
+        copied = pickle.loads(pickle.dumps(transform))
+        assert (transform.fallbacks, copied.fallbacks) == (7, 0)
+        assert torch.equal(copied(torch.zeros(7, 3, 8, 8)).isnan().any(), torch.tensor(False))
+
+    def test_only_the_batch_s_own_device_is_asked(self):
+        class Elsewhere:
+            def __int__(self):
+                raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+        transform = LatentPerturb(0.3, flow=Identity())
+        transform._fallbacks.counts[torch.device("cuda")] = Elsewhere()
+        transform(torch.rand(7, 3, 8, 8))
 
     @pytest.mark.parametrize("good", [0, 3])
     def test_not_where_some_can(self, good):

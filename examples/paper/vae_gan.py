@@ -48,6 +48,7 @@ class VaeGan(Flow):
     """
 
     levels = 2
+    spatial = False
 
     def __init__(
         self,

@@ -183,7 +183,9 @@ def starting_flow(
             )
         flow = load_flow(init)
         if not isinstance(flow, (Glow, ConditionalDenseFlow)):
-            raise ValueError(f"--init must name a Glow, got a {type(flow).__name__}")
+            raise ValueError(
+                f"--init must name a Glow or a ConditionalDenseFlow, got a {type(flow).__name__}"
+            )
         return flow
     if classes is None:
         levels = 3 if levels is None else levels

@@ -42,9 +42,8 @@ def settings() -> list[Setting]:
     """Those by which convolutions or matrix products may take factors of 10 or fewer bits."""
     backends: Any = torch.backends
     if hasattr(backends.cudnn, "conv"):  # torch 2.9 and later
-        places = (backends.cudnn.conv, backends.cuda.matmul)
-        places += (backends.mkldnn.conv, backends.mkldnn.matmul)
-        name = "fp32_precision"
+        cuda, cpu = (backends.cudnn.conv, backends.cuda.matmul), backends.mkldnn
+        places, name = (*cuda, cpu.conv, cpu.matmul), "fp32_precision"
         return [
             Setting(partial(getattr, p, name), partial(setattr, p, name), "ieee", unset="none")
             for p in places

@@ -115,6 +115,7 @@ class Flow(nn.Module):
         size: The only (H, W) it maps; None for any size.
         num_classes: Above 0 for a conditional flow, whose `encode` and `decode` need `y`.
         levels: Scales of its latent, see `split_levels`.
+        spatial: Whether a latent's places are the image's, so that a region's can move alone.
         network_dtype: Precision of its networks, where it can lower that; None is the input's.
 
     Source: the paper's §2 writes F for `encode` and F⁻¹ for `decode`.
@@ -141,8 +142,10 @@ class Flow(nn.Module):
     size: tuple[int, int] | None = None
     num_classes: int = 0
     levels: int = 1
+    spatial: bool = True
     network_dtype: torch.dtype | None = None
-    loaded_from: tuple[str, str | None, Any] | None = None  # name, commit, version when loaded
+    # name, commit, and the weights' version and fingerprint when they were loaded
+    loaded_from: tuple[str, str | None, tuple[tuple[Any, ...], str]] | None = None
     read_from: tuple[Path, int] | None = None  # its weights' file, and when that was written
     card: Path | None = None  # the model card that lay beside the weights when they were loaded
 

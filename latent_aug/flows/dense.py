@@ -68,15 +68,16 @@ class Linear(nn.Linear):
 
 
 def network(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Of a coupling: one hidden layer."""
+    """A coupling's network: linear, ReLU, linear."""
     return nn.Sequential(Linear(inputs, hidden), nn.ReLU(), Linear(hidden, outputs))
 
 
 class ConditionalDenseFlow(Flow):
     """The paper's flow for MNIST and FashionMNIST: 12 fully connected couplings given the class.
 
-    Images are vectors to it, so it maps one size only, and regions and levels mean nothing to its
-    latents. It needs labels: `LatentPerturb` reads them from the sample (`labels_getter`).
+    Images are vectors to it, so it maps one size only, and its latents know no regions and no
+    levels: a `mask` is refused. It needs labels: `LatentPerturb` reads them from the sample
+    (`labels_getter`).
 
     Args:
         channels: Channels of the images.
@@ -90,6 +91,7 @@ class ConditionalDenseFlow(Flow):
 
     Raises:
         ValueError: An argument is out of range; an image or label does not fit.
+        TypeError: `clamp` is no number.
 
     Source: the paper's Table 3; the coupling is that of Ardizzone et al. 2019, after Kingma &
     Dhariwal 2018, with FrEIA's soft clamp.
@@ -102,6 +104,8 @@ class ConditionalDenseFlow(Flow):
         >>> torch.allclose(flow.decode(flow.encode(x, y), y), x, atol=1e-5)
         True
     """
+
+    spatial = False
 
     def __init__(
         self,

@@ -69,6 +69,7 @@ class Glow(Flow):
 
     Raises:
         ValueError: An argument is out of range; an image does not fit; the flow is untrained.
+        TypeError: `log_scale_bound` is no number.
 
     Source: Kingma & Dhariwal 2018; the paper's A.1 uses 3 levels of 32 steps.
 
