@@ -177,7 +177,7 @@ class LatentAdversarial(UsesFlow):
 
         Args:
             batch: (images, labels, ...) as tuple, named tuple or list, or a mapping with images
-                under "pixel_values", "image" or "images". Images (B, C, H, W) are float in
+                under "pixel_values", "image", "images" or "img". Images (B, C, H, W) are float in
                 [0, 1] or normalized as `normalize` says; labels are indices (B,) or
                 probabilities (B, K).
         """

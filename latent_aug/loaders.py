@@ -29,7 +29,7 @@ class LatentCollate:
     Args:
         transform: A `LatentPerturb`, a `LatentSchedule` of such, or any v2 transform of batches.
         collate: Makes the batch: (images, labels, ...), or a mapping with images under
-            "pixel_values", "image" or "images".
+            "pixel_values", "image", "images" or "img".
         device: Where to perturb and leave the batch; None leaves it where it is.
 
     Raises:
@@ -88,7 +88,7 @@ class LatentLoader:
 
     Args:
         loader: Gives batches (images, labels, ...), or mappings with images under
-            "pixel_values", "image" or "images".
+            "pixel_values", "image", "images" or "img".
         transform: A `LatentPerturb`, a `LatentSchedule` of such, or any v2 transform of batches.
         device: Where to perturb and leave the batches; None leaves them where they are.
         seed: Of the draws of all epochs; by default every epoch takes one from torch. On another

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-IMAGE_KEYS = ("pixel_values", "image", "images")
+IMAGE_KEYS = ("pixel_values", "image", "images", "img")
 LABEL_KEYS = ("labels", "label")
 
 

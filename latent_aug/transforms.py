@@ -53,9 +53,9 @@ class LatentPerturb(UsesFlow, v2.Transform):
 
     Takes what v2 transforms take: PIL images, uint8 or float tensors, tv_tensors, alone or in any
     structure with labels, boxes and masks, which pass through; also whole batches
-    (..., C, H, W). Of plain tensors the first is the image, as in v2, except in a mapping that
-    names one "pixel_values", "image" or "images". Type, dtype, shape and device of the result
-    are the input's. Floats lie in [0, 1]: put it before Normalize, or pass `normalize`. Sizes
+    (..., C, H, W). Of plain tensors the first is the image, as in v2; in a mapping that names it
+    "pixel_values", "image", "images" or "img", that one alone. Type, dtype, shape and device of
+    the result are the input's. Floats lie in [0, 1]: put it before Normalize, or pass `normalize`. Sizes
     that the flow cannot map are padded and cropped back. All frames of a video get the same
     noise. Like other v2 transforms it ignores `.eval()`: use it in the training pipeline only.
 
@@ -151,11 +151,16 @@ class LatentPerturb(UsesFlow, v2.Transform):
         key = named_images(sample) if isinstance(sample, Mapping) else None
         if key is not None and isinstance(sample[key], (list, tuple)):
             return with_items(sample, {key: self._listed(sample, key)})
-        unseen = not isinstance(sample, dict)  # torchvision looks into no other mapping
-        if key is not None and (unseen or v2.functional.is_pure_tensor(sample[key])):
-            params = self.make_params([sample[key]], sample)
-            return with_items(sample, {key: self.transform(sample[key], params)})
-        flat, spec = tree_flatten(sample)
+        if key is None:
+            return self._images_in(sample, sample)
+        marked = isinstance(sample[key], (tv_tensors.Image, tv_tensors.Video))
+        if marked and isinstance(sample, dict):  # torchvision looks into no other mapping
+            return self._images_in(sample, sample)  # others of it are marked as images as well
+        return with_items(sample, {key: self._images_in(sample[key], sample)})
+
+    def _images_in(self, part: Any, sample: Any) -> Any:
+        """Each image in a part of the sample, found as v2 transforms find them."""
+        flat, spec = tree_flatten(part)
         needed = self._needs_transform_list(flat)
         images = [value for value, is_image in zip(flat, needed, strict=True) if is_image]
         params = self.make_params(images, sample)

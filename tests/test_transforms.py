@@ -362,7 +362,7 @@ def test_new_flows_and_old_agree_on_the_contract(any_flow):
     assert 0 < (out - x).abs().max() <= 1
 
 
-@pytest.mark.parametrize("key", ["pixel_values", "image", "images"])
+@pytest.mark.parametrize("key", ["pixel_values", "image", "images", "img"])
 @pytest.mark.parametrize("mapping", [dict, collections.UserDict])
 def test_a_mapping_s_named_images_are_found_behind_its_labels(glow, mapping, key):
     labels, images = torch.arange(4), torch.rand(4, 3, 16, 16)
@@ -382,6 +382,17 @@ def test_a_mapping_that_is_no_dict_may_hold_a_pil_image(glow):
     assert isinstance(out["image"], Image.Image)
     assert out["label"] == 3
     assert out["image"].tobytes() != given["image"].tobytes()
+
+
+@pytest.mark.parametrize("mapping", [dict, collections.UserDict])
+@pytest.mark.parametrize("mask", [pil("L"), torch.zeros(3, 16, 16), np.zeros((16, 16))])
+def test_what_is_beside_a_named_image_stays(glow, mapping, mask):
+    given = mapping(image=pil("RGB"), mask=mask)
+    out = LatentPerturb(0.3, flow=glow)(given)
+    assert out["mask"] is mask
+    assert out["image"].tobytes() != given["image"].tobytes()
+    with pytest.raises(TypeError, match="for NumPy arrays"):
+        LatentPerturb(0.3, flow=glow)(mapping(image=np.zeros((16, 16, 3)), mask=mask))
 
 
 @pytest.mark.parametrize("image", [pil("RGB"), torch.zeros(3, 16, 16, dtype=torch.uint8)])
