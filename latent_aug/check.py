@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from latent_aug import functional as LF
 from latent_aug.arguments import one_of, positive
 from latent_aug.classifier import lent
-from latent_aug.data import as_batch, check_sides, images_for, open_images, spread
+from latent_aug.data import check_sides, images_for, open_images, spread, with_classes
 from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
 from latent_aug.hub import load_flow
 from latent_aug.images import Normalization, encoded
@@ -166,13 +165,12 @@ def check_flow(
         raise TypeError(f"flow must be a Flow, a name or a path, got a {type(loaded).__name__}")
     if isinstance(images, (str, Path)):
         images = open_images(images)
-    pixels = images_for(loaded, images, size)
+    pixels = images_for(loaded, images, size, keep_bytes=0)
     positive("count", count)
     check_sides(pixels, loaded)
-    places = pixels.spread(count)
-    chosen, y = as_batch(pixels.__getitems__(places)), pixels.classes_at(places)
-    some = spread(len(chosen), CALIBRATED_ON)
-    moved = perturbed_by(loaded, chosen[some], None if y is None else y[some], norm, seed)
+    chosen, y = pixels.some(count)
+    few = spread(len(chosen), CALIBRATED_ON)
+    moved = perturbed_by(loaded, chosen[few], None if y is None else y[few], norm, seed)
     x = moved(0.0).clamp(0, 1)
     by_change = greatest(lambda eps: float(mean_change(moved(eps), x).mean()) <= grey_levels)
     by_flips = None
@@ -187,7 +185,7 @@ def check_flow(
     eps = by_change if by_flips is None else min(by_change, by_flips)
     figures = measure_flow(
         loaded,
-        images_for(loaded, chosen if y is None else TensorDataset(chosen, y)),
+        images_for(loaded, with_classes(chosen, y)),
         settings=[(norm, factor * eps) for factor in (0.5, 1.0, 2.0)],
         seed=seed,
         progress=progress,

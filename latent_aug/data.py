@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as tvf
 
@@ -24,6 +24,7 @@ from latent_aug.arguments import positive
 from latent_aug.flows import Flow
 from latent_aug.images import check_mode, check_range, from_float, has_colour, pil_to_uint8
 
+KEPT_BYTES = 2**30  # memory that decoded images may take
 MOST_CLASSES = 1_000_000  # of a tar, whose largest number may be a mistake
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -243,7 +244,7 @@ class UInt8Images(Dataset[Tensor]):
         dataset: Any,
         channels: int,
         size: int | None = None,
-        keep_bytes: int = 2**30,
+        keep_bytes: int = KEPT_BYTES,
         *,
         num_classes: int = 0,
     ) -> None:
@@ -296,6 +297,11 @@ class UInt8Images(Dataset[Tensor]):
     def spread(self, count: int) -> list[int]:
         """Up to `count` indices, evenly spread: a folder is sorted by class."""
         return spread(self.count, count)
+
+    def some(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Up to `count` of them, evenly spread, and their classes: (N, C, H, W) and (N,)."""
+        places = self.spread(count)
+        return as_batch(self.__getitems__(places)), self.classes_at(places)
 
     def __getitems__(self, indices: Iterable[int]) -> list[Tensor] | Tensor:
         """A whole batch at once; the DataLoader calls this where it exists."""
@@ -354,13 +360,23 @@ def as_batch(samples: Tensor | list[Tensor]) -> Tensor:
     return samples if isinstance(samples, Tensor) else torch.stack(samples)
 
 
-def images_for(flow: Flow, dataset: Any, size: int | None = None) -> UInt8Images:
-    """A dataset's images as a flow's trainer reads them, with classes where the flow has some."""
+def with_classes(images: Tensor, y: Tensor | None) -> Any:
+    """A data set of images, and of their classes where there are some."""
+    return images if y is None else TensorDataset(images, y)
+
+
+def images_for(
+    flow: Flow, dataset: Any, size: int | None = None, *, keep_bytes: int = KEPT_BYTES
+) -> UInt8Images:
+    """A dataset's images as a flow's trainer reads them, with classes where the flow has some.
+
+    With ``keep_bytes=0`` only those are read that are asked for, whenever they are.
+    """
     if isinstance(dataset, UInt8Images) and size is None:
         read_for = (dataset.channels, dataset.num_classes)
         if read_for == (flow.channels, flow.num_classes):
             return dataset
-    return UInt8Images(dataset, flow.channels, size, num_classes=flow.num_classes)
+    return UInt8Images(dataset, flow.channels, size, keep_bytes, num_classes=flow.num_classes)
 
 
 def check_sides(images: UInt8Images, flow: Flow) -> None:

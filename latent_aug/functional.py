@@ -23,9 +23,10 @@ Norm = Literal["linf", "l2", "rms"]
 Size = float | Tensor
 
 FARTHEST_LATENT = 5.0
-"""Root mean square of a latent above which an image stops coming back exactly.
+"""Root mean square of a latent above which a perturbation rather destroys an image than varies it.
 
-It is 1 under the prior; measured by examples/benchmarks/off_data.py."""
+It is 1 under the prior. From about 10 on float32 does not even decode the latent itself exactly;
+measured by examples/benchmarks/off_data.py."""
 
 
 def l2_norm(t: Tensor) -> Tensor:
@@ -234,8 +235,8 @@ def restore_unusable(
     """Replace samples that the flow could not perturb by their original; count them.
 
     These are samples that are not finite, or came from such, or whose latent lies so far off the
-    prior (`FARTHEST_LATENT`) that float32 cannot decode it exactly: white noise, say, under a
-    flow of photographs.
+    prior (`FARTHEST_LATENT`) that there is nothing sensible beside it: white noise, say, under
+    a flow of photographs.
 
     Args:
         perturbed: Results (B, C, H, W).

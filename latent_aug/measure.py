@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -47,15 +48,17 @@ def measure_flow(
         `round_trip_max_error` ([0, 1] units), `uint8_identical` (images that come back byte for
         byte), `latent_mean` and `latent_std` (a level, finest first) and for each setting in
         `perturbations` the `fallbacks` (share of samples that come back unchanged), `mean_change`
-        (grey levels of 255) and `saturated` (share of all pixel values that leave [0, 1] by more
-        than one grey level).
+        (grey levels of 255), `saturated` (share of all pixel values that leave [0, 1] by more
+        than one grey level) and `smoothness` (how the changes of neighbouring pixels correlate:
+        0 where the change is noise, pixel by pixel).
     """
     device = next(flow.parameters(), torch.empty(0)).device
     generator = torch.Generator(device).manual_seed(seed)
     bits: float | None = 0.0
     largest, identical = torch.zeros((), device=device), 0
     moments = [torch.zeros(3, dtype=torch.float64) for _ in range(flow.levels)]
-    perturbed = [dict.fromkeys(("fallbacks", "mean_change", "saturated"), 0.0) for _ in settings]
+    names = ("fallbacks", "mean_change", "saturated", "smoothness")
+    perturbed = [dict.fromkeys(names, 0.0) for _ in settings]
     batches = loader(images, batch_size)
     for number, pixels in enumerate(tqdm(batches, disable=not progress, desc="measuring")):
         x = pixels.to(device) / 255
@@ -117,7 +120,14 @@ def compare(moved: Tensor, x: Tensor, z: Tensor) -> dict[str, Tensor]:
         "fallbacks": unusable,
         "mean_change": torch.where(unusable, 0.0, mean_change(moved, x)),
         "saturated": outside.float().mean(dim=(1, 2, 3)),
+        "smoothness": smoothness(moved.nan_to_num().clamp(0, 1) - x),
     }
+
+
+def smoothness(change: Tensor) -> Tensor:
+    """How what happens to horizontal neighbours correlates, about 0: (B,), 0 without a change."""
+    left, right = change[..., :-1].flatten(1), change[..., 1:].flatten(1)
+    return F.cosine_similarity(left, right)
 
 
 def mean_change(moved: Tensor, x: Tensor) -> Tensor:

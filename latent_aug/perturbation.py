@@ -30,13 +30,14 @@ from latent_aug.regions import Levels, Mask, check_levels, check_mask
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-ENOUGH = 8  # samples in a row that could not be perturbed, before a warning
+ENOUGH = 8  # first samples, none of which could be perturbed, before a warning
+JUDGED, MANY = 200, 0.1  # first samples, and the share of them that may not be perturbed
 
 
 class UsesFlow:
     """Holds a flow privately, takes images to it and back, and counts what it cannot perturb."""
 
-    _tried: int | None = 0  # samples, as long as none of them could be perturbed
+    _tried: int | None = 0  # samples so far, until the first ones are judged
     _dissolves_at = 2.0  # eps of "linf", "rms" and None at which the bundled flows' images do
     _usual_eps = "usual are 0.25 for 'linf' and 'rms', 10 for 'l2' at 32x32; see `check_flow`"
     _slight_below = 1.0  # "l2" radius that moves pixels of a 32 x 32 image by a grey level
@@ -173,22 +174,25 @@ class UsesFlow:
         result, count = LF.restore_unusable(perturbed, original, z, counted=chosen)
         self._fallbacks.add(count)
         if self._tried is not None and count.is_cpu:  # elsewhere a look is a sync
-            self._warn_if_useless(len(z), self._fallbacks.counts[count.device])
+            self._warn_of_fallbacks(len(z), int(self._fallbacks.counts[count.device]))
         return result if pixels is None else torch.where(pixels, result, original)
 
-    def _warn_if_useless(self, count: int, fallbacks: Tensor) -> None:
-        """Say so, once, where every sample so far came back as it was."""
+    def _warn_of_fallbacks(self, count: int, fallbacks: int) -> None:
+        """Say so, once, where all or many of the first samples came back as they were."""
         assert self._tried is not None
         self._tried += count
-        if int(fallbacks) < self._tried:
-            self._tried = None
-        elif self._tried >= ENOUGH:
+        if fallbacks == self._tried >= ENOUGH or (
+            self._tried >= JUDGED and fallbacks > MANY * self._tried
+        ):
             warnings.warn(
-                f"all {self._tried} images so far came back as they were: the flow cannot perturb "
-                "them. They are not finite, or far off the data that the flow was trained on, as "
-                "white noise is; see `fallbacks`",
+                f"{fallbacks} of {self._tried} images so far came back as they were: the flow "
+                "cannot perturb them. They are far off the data that the flow was trained on, as "
+                "noisy images are, or not finite, as in an attack the model's gradient may be; "
+                "see `fallbacks`",
                 stacklevel=2,
             )
+            self._tried = None
+        elif self._tried >= JUDGED:
             self._tried = None
 
     def _describe(self, *more: str) -> str:

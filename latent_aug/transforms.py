@@ -55,13 +55,14 @@ class LatentPerturb(UsesFlow, v2.Transform):
     structure with labels, boxes and masks, which pass through; also whole batches
     (..., C, H, W). Of plain tensors the first is the image, as in v2; in a mapping that names it
     "pixel_values", "image", "images" or "img", that one alone. Type, dtype, shape and device of
-    the result are the input's. Floats lie in [0, 1]: put it before Normalize, or pass `normalize`. Sizes
-    that the flow cannot map are padded and cropped back. All frames of a video get the same
-    noise. Like other v2 transforms it ignores `.eval()`: use it in the training pipeline only.
+    the result are the input's. Floats lie in [0, 1]: put it before Normalize, or pass
+    `normalize`. Sizes that the flow cannot map are padded and cropped back. All frames of a video
+    get the same noise. Like other v2 transforms it ignores `.eval()`: use it in the training
+    pipeline only.
 
     The flow is private to the transform: not among its parameters, not in its `state_dict`.
-    Samples that are not finite, or that lie too far off the flow's data to be decoded exactly,
-    come back as they were; `fallbacks` counts them in this process (not in loader workers).
+    Samples that are not finite, or that lie too far off the flow's data, as noisy ones may, come
+    back as they were; `fallbacks` counts them in this process (not in loader workers).
 
     Args:
         eps: Size of the perturbation in standard deviations of the prior, or (low, high) to draw

@@ -443,6 +443,15 @@ class TestWarning:
         transform._fallbacks.counts[torch.device("cuda")] = Elsewhere()
         transform(torch.rand(7, 3, 8, 8))
 
+    def test_where_many_cannot(self):
+        transform = LatentPerturb(0.3, flow=Identity())
+        images = torch.rand(100, 3, 8, 8)
+        images[:15] = float("nan")
+        transform(images)
+        with pytest.warns(UserWarning, match="30 of 200 images so far came back as they were"):
+            transform(images)
+        transform(images)  # said once
+
     @pytest.mark.parametrize("good", [0, 3])
     def test_not_where_some_can(self, good):
         transform = LatentPerturb(0.3, flow=Identity())

@@ -23,7 +23,7 @@ from latent_aug.cli.options import (
     check_picture,
     errors_as_messages,
 )
-from latent_aug.data import UInt8Images, as_batch, images_for, open_images
+from latent_aug.data import UInt8Images, images_for, open_images
 from latent_aug.figures import preview as preview_figure
 from latent_aug.hub import bundled_flows, load_flow
 from latent_aug.transforms import LatentPerturb
@@ -59,7 +59,7 @@ def check(
         if picture is not None:
             check_picture(picture, data)
         loaded = load_flow(flow)
-        images = images_for(loaded, open_images(data, root=root), size)
+        images = images_for(loaded, open_images(data, root=root), size, keep_bytes=0)
         found = check_flow(
             loaded,
             images,
@@ -92,7 +92,7 @@ def preview(
     with errors_as_messages():
         check_picture(picture, data)
         loaded = load_flow(flow)
-        images = images_for(loaded, open_images(data, root=root), size)
+        images = images_for(loaded, open_images(data, root=root), size, keep_bytes=0)
         sizes = eps or ([0.1, 0.25, 0.5] if norm in ("linf", "rms") else [5.0, 10.0, 20.0])
         transform = LatentPerturb(sizes[0], norm=norm, flow=loaded, resolution=resolution)
         draw(transform, images, picture, sizes)
@@ -120,9 +120,9 @@ def draw(
     transform: LatentPerturb, images: UInt8Images, picture: Path, eps: list[float] | None
 ) -> None:
     """Write the preview of some images."""
-    chosen = images.spread(6)
-    some, y = as_batch(images.__getitems__(chosen)), images.classes_at(chosen)
-    preview_figure(transform, some, y, eps=eps).savefig(picture, dpi=120, bbox_inches="tight")
+    preview_figure(transform, *images.some(6), eps=eps).savefig(
+        picture, dpi=120, bbox_inches="tight"
+    )
 
 
 def imported_model(name: str) -> nn.Module:
