@@ -13,14 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision import transforms
 
 from latent_aug.arguments import positive
-from latent_aug.conditions import labels_in
 from latent_aug.data import spread
 from latent_aug.files import read_json, write_json, write_whole
 from latent_aug.flows import Flow
 from latent_aug.images import from_float, to_batch
-from latent_aug.structures import image_key
+from latent_aug.structures import find_labels, image_key
 from latent_aug.transforms import LatentPerturb
 
 INDEX_NAME = "index.json"
@@ -47,12 +47,13 @@ class LatentCache(Dataset[Any]):
             be numbers or tensors and are kept; what follows them is not.
         directory: Where the cache is, or will be.
         perturb: Its flow encodes and decodes.
-        then: Called with image and label, or with the image alone where there are no labels, as
-            a data set's `transforms`.
+        then: Called with image and label, as v2 transforms may be, or with the image alone where
+            there are no labels.
         batch_size: Images encoded at once.
 
     Raises:
-        TypeError, ValueError: A sample cannot be cached, or the directory holds another cache.
+        TypeError, ValueError: A sample cannot be cached, or is another one each time; or the
+            directory holds another cache.
 
     Example:
         >>> import tempfile, torch
@@ -89,6 +90,15 @@ class LatentCache(Dataset[Any]):
         self._open: dict[int, Any] = {}
         self.directory.mkdir(parents=True, exist_ok=True)
         index = index_of(dataset, perturb.flow, perturb.resolution)
+        new = not (self.directory / INDEX_NAME).exists()
+        found = index["images"], index["labels"]
+        if new and digests_of(dataset, perturb.flow.channels) != found:
+            raise ValueError(
+                "dataset gives another image or label each time: leave random transforms out of "
+                "it, and put them into then="
+            )
+        if isinstance(then, transforms.Compose) and find_labels(dataset[0]) is not None:
+            raise TypeError("then must take image and label, as v2.Compose does, got a v1 Compose")
         check_index(self.directory / INDEX_NAME, index)
         for start in range(0, self.count, SHARD):
             chosen = range(start, min(start + SHARD, self.count))
@@ -141,18 +151,24 @@ def index_of(dataset: Any, flow: Flow, resolution: int | None) -> dict[str, Any]
     The samples are 16 spread over the data set: enough to tell another data set, or another
     order, and not the odd image that was replaced.
     """
-    images, labels = hashlib.sha256(), hashlib.sha256()
-    for index in spread(len(dataset), 16):
-        pixels, label = sample_of(dataset[index], flow.channels)
-        images.update(f"{tuple(pixels.shape)}".encode() + pixels.numpy().tobytes())
-        labels.update(repr(None if label is None else label.tolist()).encode())
+    images, labels = digests_of(dataset, flow.channels)
     return {
         "count": len(dataset),
         "flow": flow.fingerprint(),
-        "images": images.hexdigest(),
-        "labels": labels.hexdigest(),
+        "images": images,
+        "labels": labels,
         "resolution": resolution,
     }
+
+
+def digests_of(dataset: Any, channels: int) -> tuple[str, str]:
+    """SHA-256 of the images and of the labels of up to 16 samples, spread over the data set."""
+    images, labels = hashlib.sha256(), hashlib.sha256()
+    for index in spread(len(dataset), 16):
+        pixels, label = sample_of(dataset[index], channels)
+        images.update(f"{tuple(pixels.shape)}".encode() + pixels.numpy().tobytes())
+        labels.update(repr(None if label is None else label.tolist()).encode())
+    return images.hexdigest(), labels.hexdigest()
 
 
 def check_index(path: Path, index: dict[str, Any]) -> None:
@@ -175,7 +191,7 @@ def check_index(path: Path, index: dict[str, Any]) -> None:
 
 def sample_of(sample: Any, channels: int) -> tuple[Tensor, Tensor | None]:
     """The image (C, H, W) of a sample as uint8, and its label."""
-    image, label = sample, labels_in(sample, None)
+    image, label = sample, find_labels(sample)
     if isinstance(sample, (tuple, list, Mapping)):
         image = sample[image_key(sample)]
     if (

@@ -7,6 +7,7 @@ import torch
 from conftest import ByClass, Identity, random_glow
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision import transforms
 from torchvision.transforms import v2
 
 from latent_aug import LatentCache, LatentPerturb, cache
@@ -214,6 +215,27 @@ class Scaled(Identity):
 
     def decode(self, z, y=None):
         return z / self.k
+
+
+def test_a_random_data_set_is_refused(tmp_path):
+    class Random:
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return torch.randint(256, (3, 8, 8), dtype=torch.uint8), index
+
+    with pytest.raises(ValueError, match="leave random transforms out"):
+        LatentCache(Random(), tmp_path, LatentPerturb(flow=Identity()))
+    assert not any(tmp_path.iterdir())
+
+
+def test_transforms_of_images_alone_cannot_follow_where_there_are_labels(tmp_path):
+    perturb, then = LatentPerturb(0.0, flow=Identity()), transforms.Compose([])
+    with pytest.raises(TypeError, match=r"as v2\.Compose does"):
+        LatentCache(samples(), tmp_path, perturb, then=then)
+    images = [image for image, _ in samples()]
+    assert torch.equal(LatentCache(images, tmp_path, perturb, then=then)[1], images[1])
 
 
 def test_a_flow_of_another_setting_is_another_flow(tmp_path):

@@ -9,7 +9,7 @@ from conftest import Identity, random_glow
 from torch.utils.data import TensorDataset
 
 from latent_aug.data import UInt8Images
-from latent_aug.measure import measure_flow, problems_of
+from latent_aug.measure import measure_flow, problems_of, smoothness
 
 
 def images(count=30):
@@ -32,6 +32,14 @@ def test_figures_are_those_of_the_flow(glow):
     moved = glow.decode(z + 0.1 * torch.randn_like(z).clamp(-1, 1)).clamp(0, 1)
     change = 255 * (moved - x).abs().mean().item()
     assert perturbation["mean_change"] == pytest.approx(change, rel=0.05)
+
+
+def test_smoothness_tells_patches_from_noise():
+    noise = torch.randn(4, 3, 16, 16)
+    assert (smoothness(noise).abs() < 0.15).all()
+    patches = noise[..., :4, :4].repeat_interleave(4, 2).repeat_interleave(4, 3)
+    assert (smoothness(patches) > 0.7).all()
+    assert smoothness(torch.zeros(1, 3, 8, 8)) == 0
 
 
 def test_latents_that_are_all_the_same_have_no_spread():
@@ -98,10 +106,11 @@ def test_each_image_is_measured_with_its_class():
         ({"latent_std": [0.2, 1.0]}, "trained too briefly"),
         ({"fallbacks": 0.01}, "1.0% of the images cannot"),
         ({"saturated": 0.2}, "20.0% of all pixel values"),
+        ({"smoothness": 0.1}, "noise, pixel by pixel: the changes of neighbours correlate by 0.10"),
     ],
 )
 def test_what_counts_as_a_problem(changes, said):
-    perturbed = {"eps": 0.25, "fallbacks": 0.0, "saturated": 0.01}
+    perturbed = {"eps": 0.25, "fallbacks": 0.0, "saturated": 0.01, "smoothness": 0.5}
     figures = {"images": 100, "uint8_identical": 100, "latent_std": [0.9, 1.1]}
     figures["round_trip_max_error"] = 1e-6
     figures |= {k: v for k, v in changes.items() if k in figures}
