@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,8 +75,34 @@ def preview(
         >>> figure = preview(LatentPerturb(0.25, flow="glow-fashionmnist"), images)
         >>> figure.savefig("preview.png")  # doctest: +SKIP
     """
-    from matplotlib.figure import Figure
+    transform = checked(transform, images, labels)
+    sizes = around(transform.eps)
+    if eps is not None:
+        sizes = [number_range("eps", size)[0] for size in several(eps)]
+    rows = []
+    for place in spread(len(images), MOST_IMAGES):
+        label = None if labels is None else labels[place][None]
+        rows.append([*pictures_of(images[place], label, transform, sizes, amplify, seed)])
+    temperatures = several(temperatures)
+    columns = len(rows[0])
+    figure, upper, lower = laid_out(len(rows), columns, len(temperatures))
+    grid = upper.subplots(len(rows), columns, squeeze=False)
+    for number, row in enumerate(rows):
+        for axes, (title, image) in zip(grid[number], row, strict=True):
+            draw_image(axes, image, "" if number else title)
+    if temperatures:
+        _, original = rows[0][0]
+        like = downscaled(original[None], getattr(transform, "resolution", None))
+        draw_samples(lower, transform.flow, like, temperatures, seed)
+    return figure
 
+
+def checked(transform: Any, images: Any, labels: Any) -> LatentPerturb | LatentAdversarial:
+    """What perturbs; a flow does with the defaults.
+
+    Raises:
+        TypeError: One of the arguments is of another type.
+    """
     if isinstance(transform, (Flow, str, Path)):
         transform = LatentPerturb(flow=transform)
     if not isinstance(transform, (LatentPerturb, LatentAdversarial)):
@@ -89,47 +115,49 @@ def preview(
         raise TypeError(
             f"labels must be a tensor (B,), got a {type(labels).__name__}; sizes are named, eps="
         )
-    places = spread(len(images), MOST_IMAGES)
-    samples = [images[i] for i in places]
-    chosen = [image_of(sample) for sample in samples]
-    kinds = {getattr(image, "dtype", torch.uint8) for image in chosen}
-    if transform.normalizes and torch.uint8 in kinds:
+    return transform
+
+
+def pictures_of(
+    sample: Any,
+    label: Tensor | None,
+    transform: LatentPerturb | LatentAdversarial,
+    sizes: Sequence[float],
+    amplify: float,
+    seed: int,
+) -> Iterator[tuple[str, Tensor]]:
+    """A sample's image, then each perturbation of it and the difference: titles and (C, H, W)."""
+    image = image_of(sample)
+    if transform.normalizes and getattr(image, "dtype", torch.uint8) == torch.uint8:
         raise TypeError("images are 8-bit, so they cannot be normalized: preview normalized floats")
-    sizes = (
-        around(transform.eps) if eps is None else [number_range("eps", e)[0] for e in several(eps)]
-    )
-    temperatures = several(temperatures)
-    columns, rows = 1 + 2 * len(sizes), len(chosen)
-    height = 1.3 * (rows + bool(temperatures)) + 0.5
-    width = max(1.3 * columns, 1.8 * len(temperatures))
-    figure = Figure(figsize=(width, height), layout="constrained")
-    upper: Any = figure
-    if temperatures:
-        parts: Any = figure.subfigures(2, 1, height_ratios=[rows + 0.3, 1.3])
-        upper, lower = parts
-    grid = upper.subplots(rows, columns, squeeze=False)
-    for row, image in enumerate(chosen):
-        original = shown(image, transform)
-        draw_image(grid[row, 0], original, "original" if row == 0 else "")
-        own = label_of(samples[row]) if labels is None and needs_label(transform) else None
-        given = (image, own if labels is None else labels[places[row]][None])
-        of_sample = isinstance(transform, LatentPerturb) and callable(transform.mask)
-        if of_sample and isinstance(samples[row], (tuple, list)):
-            given = (samples[row], None)  # the mask is of the whole sample, its label included
-        for column, size in enumerate(sizes):
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                perturbed = shown(apply(transform.with_eps(size), *given), transform)
-            difference = (perturbed - original) * amplify + 0.5
-            kind = transform.norm if transform._norm_holds else "eps"
-            names = (f"{kind} {size:.3g}", f"difference times {amplify:g}")
-            draw_image(grid[row, 1 + 2 * column], perturbed, names[0] if row == 0 else "")
-            draw_image(grid[row, 2 + 2 * column], difference, names[1] if row == 0 else "")
-    if temperatures:
-        like = shown(chosen[0], transform)[None]
-        like = downscaled(like, getattr(transform, "resolution", None))
-        draw_samples(lower, transform.flow, like, temperatures, seed)
-    return figure
+    original = shown(image, transform)
+    yield "original", original
+    if label is None and needs_label(transform):
+        label = label_of(sample)
+    given = (image, label)
+    of_sample = isinstance(transform, LatentPerturb) and callable(transform.mask)
+    if of_sample and isinstance(sample, (tuple, list)):
+        given = (sample, None)  # the mask is of the whole sample, its label included
+    kind = transform.norm if transform._norm_holds else "eps"
+    for size in sizes:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            perturbed = shown(apply(transform.with_eps(size), *given), transform)
+        yield f"{kind} {size:.3g}", perturbed
+        yield f"difference times {amplify:g}", (perturbed - original) * amplify + 0.5
+
+
+def laid_out(rows: int, columns: int, temperatures: int) -> tuple[Figure, Any, Any]:
+    """A figure, its part for the images, and that for samples below it, if there are any."""
+    from matplotlib.figure import Figure
+
+    height = 1.3 * (rows + (temperatures > 0)) + 0.5
+    width = max(1.3 * columns, 1.8 * temperatures)
+    figure: Any = Figure(figsize=(width, height), layout="constrained")
+    if not temperatures:
+        return figure, figure, None
+    upper, lower = figure.subfigures(2, 1, height_ratios=[rows + 0.3, 1.3])
+    return figure, upper, lower
 
 
 def several(numbers: float | Iterable[float]) -> list[float]:
