@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from latent_aug import functional as LF
 from latent_aug.arguments import one_of, positive
-from latent_aug.classifier import lent
 from latent_aug.data import check_sides, images_for, open_images, spread, with_classes
+from latent_aug.flips import CHUNK, Flips
 from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
 from latent_aug.hub import load_flow
 from latent_aug.images import Normalization, encoded
@@ -25,8 +25,6 @@ GREY_LEVELS = 10.0
 """Mean change of a pixel that a suggested eps aims at; linf 0.25 makes it on CIFAR-10."""
 
 CALIBRATED_ON = 200  # images
-CHUNK = 50  # of them at a time
-MOST_ALIKE = 0.9  # share of the predictions that may be of one class
 FEW = 100  # images below which figures are rough
 LOWEST, HIGHEST = 1e-3, 1e3  # eps
 
@@ -148,18 +146,7 @@ def check_flow(
         >>> found.eps > 0, found.figures["uint8_identical"]
         (True, 4)
     """
-    one_of("norm", norm, ("linf", "l2", "rms"))
-    if not grey_levels > 0 or not 0 < flips < 1:
-        raise ValueError(
-            f"grey_levels must be above 0 and flips lie in (0, 1), got {grey_levels!r}, {flips!r}"
-        )
-    if normalize is not None and classifier is None:
-        raise ValueError(
-            "normalize is of the classifier's inputs, and there is no classifier; images come in "
-            "[0, 1], before Normalize"
-        )
-    if not isinstance(classifier, (nn.Module, type(None))):
-        raise TypeError(f"classifier must be an nn.Module, got a {type(classifier).__name__}")
+    check_arguments(norm, grey_levels, flips, normalize, classifier)
     loaded = load_flow(flow) if isinstance(flow, (str, Path)) else flow
     if not isinstance(loaded, Flow):
         raise TypeError(f"flow must be a Flow, a name or a path, got a {type(loaded).__name__}")
@@ -172,17 +159,12 @@ def check_flow(
     few = spread(len(chosen), CALIBRATED_ON)
     moved = perturbed_by(loaded, chosen[few], None if y is None else y[few], norm, seed)
     x = moved(0.0).clamp(0, 1)
-    by_change = greatest(lambda eps: float(mean_change(moved(eps), x).mean()) <= grey_levels)
-    by_flips = None
+    eps = by_change = greatest(lambda eps: float(mean_change(moved(eps), x).mean()) <= grey_levels)
+    by_flips = flipped = None
     if classifier is not None:
-        predict = predictions(classifier, Normalization(normalize, loaded.channels))
-        labels = predict(x)
-
-        def flipped(eps: float) -> float:
-            return float((predict(moved(eps)) != labels).float().mean())
-
-        by_flips = greatest(lambda eps: flipped(eps) <= flips)
-    eps = by_change if by_flips is None else min(by_change, by_flips)
+        flipped = Flips(classifier, Normalization(normalize, loaded.channels), moved)
+        by_flips = greatest(lambda eps: flipped.share(eps) <= flips)
+        eps = min(by_change, by_flips)
     figures = measure_flow(
         loaded,
         images_for(loaded, with_classes(chosen, y)),
@@ -193,19 +175,36 @@ def check_flow(
     problems = [*problems_of(figures)]
     if by_change >= HIGHEST:
         problems.append(f"no eps changes pixels by {grey_levels:g} grey levels on average")
-    if by_flips is not None:
+    if flipped is not None:
         for perturbation in figures["perturbations"]:
-            perturbation["flipped"] = flipped(perturbation["eps"])
-        alike = float(labels.bincount().max()) / len(labels)
-        if len(labels) > 1 and alike > MOST_ALIKE:
-            problems.append(
-                f"the classifier puts {alike:.0%} of the images into one class, so that flips say "
-                "nothing: it is not trained, or its inputs need normalize"
-            )
-        if by_flips <= LOWEST:
-            problems.append(f"no eps flips {flips:.0%} or less of the predictions")
+            perturbation["flipped"] = flipped.share(perturbation["eps"])
+        problems += flipped.problems()
+    if by_flips is not None and by_flips <= LOWEST:
+        problems.append(f"no eps flips {flips:.0%} or less of the predictions")
     remedy = remedy_for(loaded, pixels.size)
     return FlowCheck(figures, norm, eps, by_change, by_flips, tuple(problems), remedy)
+
+
+def check_arguments(
+    norm: Any, grey_levels: float, flips: float, normalize: Any, classifier: Any
+) -> None:
+    """Those of `check_flow` that need no look at flow or images.
+
+    Raises:
+        ValueError, TypeError: One is out of range or of another type.
+    """
+    one_of("norm", norm, ("linf", "l2", "rms"))
+    if not grey_levels > 0 or not 0 < flips < 1:
+        raise ValueError(
+            f"grey_levels must be above 0 and flips lie in (0, 1), got {grey_levels!r}, {flips!r}"
+        )
+    if normalize is not None and classifier is None:
+        raise ValueError(
+            "normalize is of the classifier's inputs, and there is no classifier; images come in "
+            "[0, 1], before Normalize"
+        )
+    if not isinstance(classifier, (nn.Module, type(None))):
+        raise TypeError(f"classifier must be an nn.Module, got a {type(classifier).__name__}")
 
 
 def remedy_for(flow: Flow, size: int | None) -> str:
@@ -242,37 +241,6 @@ def perturbed_by(
         return torch.cat([flow.decode(part, own) for part, own in parts])
 
     return moved
-
-
-def predictions(classifier: nn.Module, normalization: Normalization) -> Callable[[Tensor], Tensor]:
-    """A function that gives the classes (B,) of images in [0, 1]."""
-
-    @torch.no_grad()
-    def predict(x: Tensor) -> Tensor:
-        x = x.to(next(classifier.parameters(), x).device)
-        inputs = normalization.apply(x.nan_to_num().clamp(0, 1))
-        with lent(classifier, "eval") as model:
-            try:
-                outputs = [model(part) for part in inputs.split(CHUNK)]
-            except RuntimeError as error:
-                raise ValueError(
-                    f"classifier fails on images of shape {tuple(inputs[:CHUNK].shape)}: {error}"
-                ) from error
-        if not all(isinstance(logits, Tensor) and logits.ndim == 2 for logits in outputs):
-            raise TypeError(
-                "classifier must take images (B, C, H, W) and return logits (B, classes), got "
-                f"{shape_of(outputs[0])}; wrap it in a module that does"
-            )
-        return torch.cat(outputs).argmax(dim=1)
-
-    return predict
-
-
-def shape_of(output: Any) -> str:
-    """What a model returned, in words."""
-    if isinstance(output, Tensor):
-        return f"a tensor of shape {tuple(output.shape)}"
-    return f"a {type(output).__name__}"
 
 
 def greatest(holds: Callable[[float], bool]) -> float:

@@ -8,7 +8,7 @@ import torch
 from conftest import random_glow
 
 from latent_aug.flows import engine
-from latent_aug.flows.glow import preprocess
+from latent_aug.flows.base import preprocess
 
 TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-10}
 

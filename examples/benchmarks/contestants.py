@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from latent_aug import Flow, Glow, load_flow
-from latent_aug.flows.glow import postprocess, preprocess
+from latent_aug.flows.base import postprocess, preprocess
 
 NETWORK_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -296,3 +296,13 @@ class Flow(nn.Module):
             return
         text = SHORT_CARD.format(repo_id=repo_id, kind=type(self).__name__, config=self.config)
         (directory / CARD_NAME).write_text(text, encoding="utf-8")
+
+
+def preprocess(x: Tensor) -> Tensor:
+    """[0, 1] to the middle of its bin in [-½, ½]: (255 x + ½) / 256 - ½."""
+    return x * (255 / 256) + (0.5 / 256 - 0.5)
+
+
+def postprocess(z: Tensor) -> Tensor:
+    """Undo `preprocess`."""
+    return (z + (0.5 - 0.5 / 256)) * (256 / 255)

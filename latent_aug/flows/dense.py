@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from latent_aug.arguments import positive, real
 from latent_aug.flows.backend import full_precision
-from latent_aug.flows.base import Flow, check_config, check_parameters
-from latent_aug.flows.glow import postprocess, preprocess
+from latent_aug.flows.base import Flow, check_config, check_parameters, postprocess, preprocess
 
 ATAN = 0.636  # about 2 / π: the soft clamp's values lie in (-1, 1)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from latent_aug.arguments import one_of, positive, real
 from latent_aug.flows import engine, latent_gradient
 from latent_aug.flows.backend import full_precision, keep_freed_memory
-from latent_aug.flows.base import Flow, check_config, check_parameters
+from latent_aug.flows.base import Flow, check_config, check_parameters, postprocess, preprocess
 from latent_aug.flows.latent_gradient import Gradient
 
 
@@ -330,13 +330,3 @@ class Glow(Flow):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": {}}
-
-
-def preprocess(x: Tensor) -> Tensor:
-    """[0, 1] to the middle of its bin in [-½, ½]: (255 x + ½) / 256 - ½."""
-    return x * (255 / 256) + (0.5 / 256 - 0.5)
-
-
-def postprocess(z: Tensor) -> Tensor:
-    """Undo `preprocess`."""
-    return (z + (0.5 - 0.5 / 256)) * (256 / 255)
