@@ -83,12 +83,10 @@ def content_of(value: Any) -> dict[Any, Any] | list[Any] | None:
 def restore_attributes(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
     """The public attributes that a module had; dicts and lists stay the same objects.
 
-    What has become a submodule, a parameter or a buffer meanwhile is one.
+    What has become a submodule, a parameter or a buffer meanwhile is one. New attributes stay: a
+    private one may say that they are there.
     """
     tables = (module._modules, module._parameters, module._buffers)
-    for name in [name for name in vars(module) if not name.startswith("_")]:
-        if name not in before:
-            del vars(module)[name]
     for name, (value, content) in before.items():
         if any(name in table for table in tables):  # not iterated over: TorchScript's cannot be
             continue

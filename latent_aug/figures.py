@@ -75,6 +75,9 @@ def preview(
         >>> figure = preview(LatentPerturb(0.25, flow="glow-fashionmnist"), images)
         >>> figure.savefig("preview.png")  # doctest: +SKIP
     """
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")  # before the work, as matplotlib may be missing
     transform = checked(transform, images, labels)
     sizes = around(transform.eps)
     if eps is not None:
@@ -85,7 +88,7 @@ def preview(
         rows.append([*pictures_of(images[place], label, transform, sizes, amplify, seed)])
     temperatures = several(temperatures)
     columns = len(rows[0])
-    figure, upper, lower = laid_out(len(rows), columns, len(temperatures))
+    upper, lower = laid_out(figure, len(rows), columns, len(temperatures))
     grid = upper.subplots(len(rows), columns, squeeze=False)
     for number, row in enumerate(rows):
         for axes, (title, image) in zip(grid[number], row, strict=True):
@@ -147,17 +150,15 @@ def pictures_of(
         yield f"difference times {amplify:g}", (perturbed - original) * amplify + 0.5
 
 
-def laid_out(rows: int, columns: int, temperatures: int) -> tuple[Figure, Any, Any]:
-    """A figure, its part for the images, and that for samples below it, if there are any."""
-    from matplotlib.figure import Figure
-
+def laid_out(figure: Figure, rows: int, columns: int, temperatures: int) -> tuple[Any, Any]:
+    """A figure's part for the images, and that for samples below it, if there are any."""
     height = 1.3 * (rows + (temperatures > 0)) + 0.5
     width = max(1.3 * columns, 1.8 * temperatures)
-    figure: Any = Figure(figsize=(width, height), layout="constrained")
+    figure.set_size_inches(width, height)
     if not temperatures:
-        return figure, figure, None
-    upper, lower = figure.subfigures(2, 1, height_ratios=[rows + 0.3, 1.3])
-    return figure, upper, lower
+        return figure, None
+    parts: Any = figure.subfigures(2, 1, height_ratios=[rows + 0.3, 1.3])
+    return tuple(parts)
 
 
 def several(numbers: float | Iterable[float]) -> list[float]:
@@ -167,8 +168,8 @@ def several(numbers: float | Iterable[float]) -> list[float]:
 
 def check_images(images: Any) -> None:
     """Refuse what is no batch, list or data set of images."""
-    several = hasattr(images, "__len__") and hasattr(images, "__getitem__")
-    if isinstance(images, (str, Path)) or not several:
+    holds_some = hasattr(images, "__len__") and hasattr(images, "__getitem__")
+    if isinstance(images, (str, Path)) or not holds_some:
         raise TypeError(
             "images must be a batch, a list or a data set of images (of a loader, its dataset), "
             f"got {type(images).__name__}"

@@ -296,14 +296,17 @@ class Normalization:
 class FallbackCounter:
     """Counts samples that fell back to their original, on their device; read with `int`.
 
-    In another process it starts anew: an accelerator's tensors may be out of reach there.
+    Attributes:
+        tried: Samples so far, until the first ones are judged; None then.
     """
 
     def __init__(self) -> None:
         self.counts: dict[torch.device, Tensor] = {}
+        self.tried: int | None = 0
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return FallbackCounter, ()
+    def __getstate__(self) -> dict[str, Any]:  # an accelerator's counts stay in this process
+        counts = {device: n for device, n in self.counts.items() if device.type == "cpu"}
+        return {"counts": counts, "tried": self.tried}
 
     def add(self, count: Tensor) -> None:
         """Add a 0-d tensor without waiting for its device."""

@@ -126,7 +126,7 @@ def compare(moved: Tensor, x: Tensor, z: Tensor) -> dict[str, Tensor]:
 
 
 def smoothness(change: Tensor) -> Tensor:
-    """How what happens to horizontal neighbours correlates, about 0: (B,), 0 without a change."""
+    """Correlation of the changes (B, C, H, W) of horizontal neighbours, not centred: (B,)."""
     left, right = change[..., :-1].flatten(1), change[..., 1:].flatten(1)
     return F.cosine_similarity(left, right)
 
@@ -185,7 +185,7 @@ def problems_of(figures: dict[str, Any]) -> Iterator[str]:
     if at_eps["saturated"] > MOST_SATURATED:
         yield (
             f"{at_eps['saturated']:.1%} of all pixel values leave [0, 1] at eps {at_eps['eps']:g}; "
-            "of images that are mostly black or white any perturbation does"
+            "on images that are mostly black or white any perturbation does this"
         )
     if at_eps["smoothness"] < LEAST_SMOOTHNESS:
         yield (

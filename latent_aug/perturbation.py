@@ -37,8 +37,7 @@ JUDGED, MANY = 200, 0.1  # first samples, and the share of them that may not be 
 class UsesFlow:
     """Holds a flow privately, takes images to it and back, and counts what it cannot perturb."""
 
-    _tried: int | None = 0  # samples so far, until the first ones are judged
-    _dissolves_at = 2.0  # eps of "linf", "rms" and None at which the bundled flows' images do
+    _dissolves_at = 2.0  # eps of "linf", "rms" and None at which the bundled flows' images dissolve
     _usual_eps = "usual are 0.25 for 'linf' and 'rms', 10 for 'l2' at 32x32; see `check_flow`"
     _slight_below = 1.0  # "l2" radius that moves pixels of a 32 x 32 image by a grey level
 
@@ -134,7 +133,7 @@ class UsesFlow:
     def with_generator(self, generator: torch.Generator | None) -> Self:
         """A copy that draws from this generator, with counts of its own."""
         result = copy.copy(self)
-        result._draws, result._fallbacks, result._tried = Draws(generator), FallbackCounter(), 0
+        result._draws, result._fallbacks = Draws(generator), FallbackCounter()
         return result
 
     def _unit_range(self, images: Tensor) -> Tensor:
@@ -173,27 +172,23 @@ class UsesFlow:
         """
         result, count = LF.restore_unusable(perturbed, original, z, counted=chosen)
         self._fallbacks.add(count)
-        if self._tried is not None and count.is_cpu:  # elsewhere a look is a sync
+        if self._fallbacks.tried is not None and count.is_cpu:  # elsewhere a look is a sync
             self._warn_of_fallbacks(len(z), int(self._fallbacks.counts[count.device]))
         return result if pixels is None else torch.where(pixels, result, original)
 
     def _warn_of_fallbacks(self, count: int, fallbacks: int) -> None:
         """Say so, once, where all or many of the first samples came back as they were."""
-        assert self._tried is not None
-        self._tried += count
-        if fallbacks == self._tried >= ENOUGH or (
-            self._tried >= JUDGED and fallbacks > MANY * self._tried
-        ):
+        tried = (self._fallbacks.tried or 0) + count
+        useless = fallbacks == tried >= ENOUGH
+        if useless or (tried >= JUDGED and fallbacks > MANY * tried):
             warnings.warn(
-                f"{fallbacks} of {self._tried} images so far came back as they were: the flow "
+                f"{fallbacks} of {tried} images so far came back as they were: the flow "
                 "cannot perturb them. They are far off the data that the flow was trained on, as "
                 "noisy images are, or not finite, as in an attack the model's gradient may be; "
                 "see `fallbacks`",
                 stacklevel=2,
             )
-            self._tried = None
-        elif self._tried >= JUDGED:
-            self._tried = None
+        self._fallbacks.tried = None if useless or tried >= JUDGED else tried
 
     def _describe(self, *more: str) -> str:
         """The arguments that matter, those named and those shared, for `print`."""

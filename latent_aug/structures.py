@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, MutableMapping
+from os import PathLike
 from typing import Any
 
 from torch import Tensor
@@ -31,8 +32,14 @@ def image_key(batch: Any) -> Any:
 
 
 def named_images(mapping: Mapping[Any, Any]) -> str | None:
-    """The one of `IMAGE_KEYS` that a mapping has; None where it has none or several."""
-    found = [key for key in IMAGE_KEYS if key in mapping]
+    """The one of `IMAGE_KEYS` that a mapping has; None where it has none or several.
+
+    A file's name under one of them does not count, nor does the last beside another.
+    """
+    no_images = (str, PathLike, type(None))
+    found = [k for k in IMAGE_KEYS if k in mapping and not isinstance(mapping[k], no_images)]
+    if len(found) == 2 and found[1] == IMAGE_KEYS[-1]:
+        return found[0]
     return found[0] if len(found) == 1 else None
 
 

@@ -54,11 +54,11 @@ class LatentPerturb(UsesFlow, v2.Transform):
     Takes what v2 transforms take: PIL images, uint8 or float tensors, tv_tensors, alone or in any
     structure with labels, boxes and masks, which pass through; also whole batches
     (..., C, H, W). Of plain tensors the first is the image, as in v2; in a mapping that names it
-    "pixel_values", "image", "images" or "img", that one alone. Type, dtype, shape and device of
-    the result are the input's. Floats lie in [0, 1]: put it before Normalize, or pass
-    `normalize`. Sizes that the flow cannot map are padded and cropped back. All frames of a video
-    get the same noise. Like other v2 transforms it ignores `.eval()`: use it in the training
-    pipeline only.
+    "pixel_values", "image", "images" or "img", that one (and a further tv_tensors.Image). Type,
+    dtype, shape and device of the result are the input's. Floats lie in [0, 1]: put it before
+    Normalize, or pass `normalize`. Sizes that the flow cannot map are padded and cropped back. All
+    frames of a video get the same noise. Like other v2 transforms it ignores `.eval()`: use it in
+    the training pipeline only.
 
     The flow is private to the transform: not among its parameters, not in its `state_dict`.
     Samples that are not finite, or that lie too far off the flow's data, as noisy ones may, come
@@ -156,13 +156,14 @@ class LatentPerturb(UsesFlow, v2.Transform):
             return self._images_in(sample, sample)
         marked = isinstance(sample[key], (tv_tensors.Image, tv_tensors.Video))
         if marked and isinstance(sample, dict):  # torchvision looks into no other mapping
-            return self._images_in(sample, sample)  # others of it are marked as images as well
+            return self._images_in(sample, sample, of=(tv_tensors.Image, tv_tensors.Video))
         return with_items(sample, {key: self._images_in(sample[key], sample)})
 
-    def _images_in(self, part: Any, sample: Any) -> Any:
-        """Each image in a part of the sample, found as v2 transforms find them."""
+    def _images_in(self, part: Any, sample: Any, of: tuple[type, ...] = (object,)) -> Any:
+        """Each image in a part of the sample, found as v2 transforms find them, of some types."""
         flat, spec = tree_flatten(part)
         needed = self._needs_transform_list(flat)
+        needed = [n and isinstance(value, of) for n, value in zip(needed, flat, strict=True)]
         images = [value for value, is_image in zip(flat, needed, strict=True) if is_image]
         params = self.make_params(images, sample)
         results = [

@@ -80,9 +80,11 @@ def test_the_same_command_again_resumes(trained):
 
 def test_a_flow_of_classes(folder, tmp_path):
     output = tmp_path / "flow"
-    sizes = ["--classes", 2, "-K", 2, "-H", 8, "--steps", 5, "--batch-size", 8]
+    sizes = ["--classes", 2, "-K", 2, "-H", 8, "--steps", 5, "--batch-size", 8, "--size", 8]
     result = run(folder, "--output", output, "--validation", folder, *sizes)
     assert result.exit_code == 0, result.output
+    assert f"with their classes, with `latent-aug train DATA --init {output}" in result.output
+    assert f"{output} --size 8 --output" in result.output
     flow = load_flow(output)
     assert (flow.num_classes, flow.size, flow.hidden, len(flow.couplings)) == (2, (8, 8), 8, 2)
     card = (output / "README.md").read_text()
@@ -91,7 +93,7 @@ def test_a_flow_of_classes(folder, tmp_path):
     assert (output / "preview.png").stat().st_size > 0
     drawn = call("preview", output, folder, "--picture", tmp_path / "drawn.png")
     assert drawn.exit_code == 0, drawn.output
-    again = run(folder, "--output", tmp_path / "b", "--init", output, "--steps", 2)
+    again = run(folder, "--output", tmp_path / "b", "--init", output, "--steps", 2, "--size", 8)
     assert again.exit_code == 0, again.output
     for wrong, words in (
         (["--classes", 2, "--levels", 2], "--levels is for Glow"),

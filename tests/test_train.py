@@ -196,7 +196,6 @@ def test_low_precision_networks_train(tmp_path):
         small_flow(), stripes(), config(tmp_path, network_dtype="bfloat16"), progress=False
     )
     assert flow.network_dtype is None
-
     assert next(flow.parameters()).dtype == torch.float32
 
 

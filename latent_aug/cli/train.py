@@ -21,7 +21,7 @@ from latent_aug.cli.options import (
     check_apart,
     errors_as_messages,
 )
-from latent_aug.data import images_for, open_images, to_uint8, with_classes
+from latent_aug.data import KEPT_BYTES, images_for, open_images, to_uint8, with_classes
 from latent_aug.flows import ConditionalDenseFlow, Glow
 from latent_aug.hub import load_flow
 from latent_aug.processes import Processes
@@ -136,10 +136,12 @@ def train(
         if not processes.is_main:
             return
         source, most = (images, 2_000) if held_out is None else (held_out, 10_000)
-        some = images_for(trained, source, size, keep_bytes=0).some(most)
-        measured = images_for(trained, with_classes(*some))
+        some = images_for(trained, source, size, keep_bytes=0)
+        most = max(1, min(most, KEPT_BYTES // some.shape.numel()))
+        measured = images_for(trained, with_classes(*some.some(most)))
         typer.echo(f"measuring the flow on {len(measured)} images, for its card and eps", err=True)
-        found = check_flow(output.resolve(), measured)  # a directory, which the verdict names
+        directory = output.resolve()  # the verdict names it
+        found = check_flow(directory, measured, size=size)
         card = write_card(
             trained,
             measured,
@@ -157,7 +159,9 @@ def train(
             dataset=dataset,
         )
     whose = "images" if validation else "training images"
-    typer.echo(f"{output}: {card['bits_per_dim']:.3f} bits/dim on {card['images']} {whose}")
+    bits = card["bits_per_dim"]
+    density = "no bits/dim" if bits is None else f"{bits:.3f} bits/dim"
+    typer.echo(f"{output}: {density} on {card['images']} {whose}")
     typer.echo(found.verdict)
 
 

@@ -11,47 +11,78 @@ from typing import Any, NamedTuple
 
 import torch
 
-_LOCK = threading.Lock()
-_BEFORE: list[list[Any]] = []  # the settings' values, an entry for each inside `full_precision`
-
-if hasattr(os, "register_at_fork"):  # a loader's worker must not start with a lock that is held
-    os.register_at_fork(
-        before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release
-    )
-
 
 class Setting(NamedTuple):
     """One of torch's global settings of float32's precision."""
 
     read: Callable[[], Any]
     write: Callable[[Any], None]
-    full: Any
-    """The value at which float32 is float32."""
+    full: tuple[Any, ...]
+    """The values at which float32 is float32, the one to write first."""
     unset: Any = None
     """The value at which a wider setting decides, where there is one."""
 
+    def raise_to_full(self) -> None:
+        """Write it where it is lower."""
+        if self.read() not in self.full:
+            self.write(self.full[0])
+
     def restore(self, before: Any) -> None:
-        """Write what was read, or nothing but that a wider setting decides where that says it."""
+        """Write what was read before, or let a wider setting decide where that says the same.
+
+        A default is written as a choice: torch does not tell the two apart.
+        """
+        if self.read() == before:
+            return
         if self.unset is not None:
             self.write(self.unset)
         if self.read() != before:
             self.write(before)
 
 
-def settings() -> list[Setting]:
-    """Those by which convolutions or matrix products may take factors of 10 or fewer bits."""
+def settings(kind: str) -> list[Setting]:
+    """Those by which a kind of device may compute with factors of 10 or fewer bits."""
     backends: Any = torch.backends
     if hasattr(backends.cudnn, "conv"):  # torch 2.9 and later
         cuda, cpu = (backends.cudnn.conv, backends.cuda.matmul), backends.mkldnn
-        places, name = (*cuda, cpu.conv, cpu.matmul), "fp32_precision"
+        places, name = cuda if kind == "cuda" else (cpu.conv, cpu.matmul), "fp32_precision"
         return [
-            Setting(partial(getattr, p, name), partial(setattr, p, name), "ieee", unset="none")
+            Setting(
+                partial(getattr, p, name), partial(setattr, p, name), ("ieee", "none"), unset="none"
+            )
             for p in places
         ]
-    name = "allow_tf32"
-    convolutions = partial(getattr, backends.cudnn, name), partial(setattr, backends.cudnn, name)
+    conv, name = backends.cudnn, "allow_tf32"
     products = torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
-    return [Setting(*convolutions, full=False), Setting(*products, full="highest")]
+    return [
+        Setting(partial(getattr, conv, name), partial(setattr, conv, name), full=(False,)),
+        Setting(*products, full=("highest",)),
+    ]
+
+
+_LOCK = threading.Lock()
+# By kind of device: the settings' values before, an entry for each that is inside.
+_BEFORE: dict[str, list[list[Any]]] = {}
+
+
+def _put_back(kind: str, before: list[Any]) -> None:
+    for setting, value in zip(settings(kind), before, strict=True):
+        setting.restore(value)
+
+
+def _after_fork_in_child() -> None:
+    """Leave what other threads, which are not here, were inside; and their lock."""
+    for kind, before in _BEFORE.items():
+        if before and kind != "cuda":
+            _put_back(kind, before[0])
+    _BEFORE.clear()
+    _LOCK.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_after_fork_in_child
+    )
 
 
 @contextmanager
@@ -62,22 +93,20 @@ def full_precision(device: torch.device) -> Iterator[None]:
     products after ``torch.set_float32_matmul_precision("high")``, and after "medium" a CPU may take
     bfloat16's 7 for both. Coupling networks in lower precision do not mind.
     """
+    kind = "cuda" if device.type == "cuda" else "cpu"
     with _LOCK:  # settings are the process's: the last thread to leave puts them back
-        if not _BEFORE:
-            _BEFORE.append([setting.read() for setting in settings()])
-            for setting in settings():
-                setting.write(setting.full)
-        else:
-            _BEFORE.append(_BEFORE[0])
+        inside = _BEFORE.setdefault(kind, [])
+        inside.append(inside[0] if inside else [setting.read() for setting in settings(kind)])
+        for setting in settings(kind):
+            setting.raise_to_full()
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
         with _LOCK:
-            before = _BEFORE.pop()
-            if not _BEFORE:
-                for setting, value in zip(settings(), before, strict=True):
-                    setting.restore(value)
+            before = inside.pop()
+            if not inside:
+                _put_back(kind, before)
 
 
 def keep_freed_memory() -> None:
