@@ -197,9 +197,10 @@ def curve(name: str) -> list[str]:
             place = minutes(own) if axis == MINUTES else own[0]["train_images"]
             if place is not None:
                 found[method][place] = accuracies(own)
-    first = runs_of(recipes[0], "test")  # what is there alone is drawn with that table
+    # What is one point is drawn with its table; but not what was trained for another time only.
+    drawn = runs_of(recipes[0], "test") if axis == MINUTES else found
     found = {
-        method: points for method, points in found.items() if len(points) > 1 or method not in first
+        method: points for method, points in found.items() if len(points) > 1 or method not in drawn
     }
     if not found:
         return []
