@@ -121,7 +121,7 @@ def compare(moved: Tensor, x: Tensor, z: Tensor) -> dict[str, Tensor]:
         "fallbacks": unusable,
         "mean_change": torch.where(unusable, 0.0, mean_change(moved, x)),
         "saturated": outside.float().mean(dim=(1, 2, 3)),
-        "smoothness": smoothness(moved.nan_to_num().clamp(0, 1) - x),
+        "smoothness": smoothness(visible_change(moved, x)),
     }
 
 
@@ -131,9 +131,14 @@ def smoothness(change: Tensor) -> Tensor:
     return F.cosine_similarity(left, right)
 
 
+def visible_change(moved: Tensor, x: Tensor) -> Tensor:
+    """Change of each value after clamping to [0, 1], of what stays finite: x's shape."""
+    return moved.nan_to_num().clamp(0, 1) - x
+
+
 def mean_change(moved: Tensor, x: Tensor) -> Tensor:
     """Mean absolute change of a pixel in grey levels, of what stays finite: (B,)."""
-    return ((moved.nan_to_num().clamp(0, 1) - x).abs() * 255).mean(dim=(1, 2, 3))
+    return (visible_change(moved, x).abs() * 255).mean(dim=(1, 2, 3))
 
 
 def finite(number: float) -> float | None:

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -40,24 +40,25 @@ class Setting(NamedTuple):
             self.write(before)
 
 
-def settings(kind: str) -> list[Setting]:
+@cache
+def settings(kind: str) -> tuple[Setting, ...]:
     """Those by which a kind of device may compute with factors of 10 or fewer bits."""
     backends: Any = torch.backends
     if hasattr(backends.cudnn, "conv"):  # torch 2.9 and later
         cuda, cpu = (backends.cudnn.conv, backends.cuda.matmul), backends.mkldnn
         places, name = cuda if kind == "cuda" else (cpu.conv, cpu.matmul), "fp32_precision"
-        return [
+        return tuple(
             Setting(
                 partial(getattr, p, name), partial(setattr, p, name), ("ieee", "none"), unset="none"
             )
             for p in places
-        ]
+        )
     conv, name = backends.cudnn, "allow_tf32"
     products = torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
-    return [
+    return (
         Setting(partial(getattr, conv, name), partial(setattr, conv, name), full=(False,)),
         Setting(*products, full=("highest",)),
-    ]
+    )
 
 
 _LOCK = threading.Lock()
