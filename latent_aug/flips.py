@@ -30,31 +30,19 @@ class Flips:
         normalization: Normalization,
         moved: Callable[[float], Tensor],
     ) -> None:
-        self.predict, self.moved = predictions(classifier, normalization), moved
+        self.classifier, self.normalization, self.moved = classifier, normalization, moved
         self.before = self.predict(moved(0.0))
 
     def share(self, eps: float) -> float:
         """Of the predictions that this eps flips."""
         return float((self.predict(self.moved(eps)) != self.before).float().mean())
 
-    def problems(self) -> Iterator[str]:
-        """Why the shares say nothing."""
-        alike = float(self.before.bincount().max()) / len(self.before)
-        if len(self.before) > 1 and alike > MOST_ALIKE:
-            yield (
-                f"the classifier puts {alike:.0%} of the images into one class, so that flips say "
-                "nothing: it is not trained, or its inputs need normalize"
-            )
-
-
-def predictions(classifier: nn.Module, normalization: Normalization) -> Callable[[Tensor], Tensor]:
-    """A function that gives the classes (B,) of images in [0, 1]."""
-
     @torch.no_grad()
-    def predict(x: Tensor) -> Tensor:
-        x = x.to(next(classifier.parameters(), x).device)
-        inputs = normalization.apply(x.nan_to_num().clamp(0, 1))
-        with lent(classifier, "eval") as model:
+    def predict(self, x: Tensor) -> Tensor:
+        """The classes (B,) of images in [0, 1]."""
+        x = x.to(next(self.classifier.parameters(), x).device)
+        inputs = self.normalization.apply(x.nan_to_num().clamp(0, 1))
+        with lent(self.classifier, "eval") as model:
             try:
                 outputs = [model(part) for part in inputs.split(CHUNK)]
             except RuntimeError as error:
@@ -68,7 +56,14 @@ def predictions(classifier: nn.Module, normalization: Normalization) -> Callable
             )
         return torch.cat(outputs).argmax(dim=1)
 
-    return predict
+    def problems(self) -> Iterator[str]:
+        """Why the shares say nothing."""
+        alike = float(self.before.bincount().max()) / len(self.before)
+        if len(self.before) > 1 and alike > MOST_ALIKE:
+            yield (
+                f"the classifier puts {alike:.0%} of the images into one class, so that flips say "
+                "nothing: it is not trained, or its inputs need normalize"
+            )
 
 
 def shape_of(output: Any) -> str:
