@@ -22,7 +22,7 @@ from latent_aug.images import Normalization, encoded
 from latent_aug.measure import markdown_rows, mean_change, measure_flow, problems_of
 
 GREY_LEVELS = 10.0
-"""Mean change of a pixel that a suggested eps aims at; linf 0.25 makes it on CIFAR-10."""
+"""Mean change of a pixel that a suggested eps aims at; linf 0.25 makes about that on CIFAR-10."""
 
 CALIBRATED_ON = 200  # images
 FEW = 100  # images below which figures are rough
@@ -219,7 +219,7 @@ def remedy_for(flow: Flow, size: int | None) -> str:
     needed = "with their classes" if flow.num_classes else "labels not needed"
     return (
         f"fine-tune it on them, {needed}, with `latent-aug train DATA --init "
-        f"{shlex.quote(name)} {options}--output DIRECTORY --lr 2e-4 --steps 1000`, or use another."
+        f"{shlex.quote(name)} {options}--output DIRECTORY --lr 5e-4 --steps 1000`, or use another."
     )
 
 
