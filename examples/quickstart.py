@@ -124,6 +124,8 @@ def main() -> None:
         "--picture", type=Path, default=Path("quickstart.png"), help="where to draw"
     )
     args = parser.parse_args()
+    if args.seeds < 1 or not args.picture.absolute().parent.is_dir():
+        parser.error("--seeds must be at least 1, and the folder of --picture be there")
     images, labels = (t[:TRAIN_IMAGES] for t in load_images(train=True))
     test_images, test_labels = load_images(train=False)
 

@@ -20,8 +20,16 @@ from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 from latent_aug.arguments import natural, one_of, positive, store
-from latent_aug.data import EncodedImages, digest, image_of, spread, to_uint8
-from latent_aug.files import read_json, replaced, write_json, write_whole
+from latent_aug.data import (
+    EncodedImages,
+    check_dataset,
+    class_names,
+    digest,
+    image_of,
+    spread,
+    to_uint8,
+)
+from latent_aug.files import read_json, remove_partial, replaced, write_json, write_whole
 from latent_aug.images import GREY_MODES
 from latent_aug.randomness import mixed, rank_and_count
 from latent_aug.shards import Sample, write_files, write_tar
@@ -189,8 +197,7 @@ class Job:
     ) -> None:
         if not isinstance(transform, LatentPerturb):
             raise TypeError(f"transform must be a LatentPerturb, got {type(transform).__name__}")
-        if not hasattr(dataset, "__len__") or len(dataset) == 0:
-            raise ValueError(f"dataset must have a length above 0, got {type(dataset).__name__}")
+        check_dataset("dataset", dataset)
         if callable(transform.mask):
             raise ValueError(
                 "mask must be None or a tensor here, as copies are made of images and labels alone"
@@ -203,7 +210,7 @@ class Job:
         self.transform = transform.with_generator(self.generator)
         self.device = torch.device(device) if device else own_device()
         self.output = Path(config.output)
-        self.classes: list[str] = [str(name) for name in getattr(dataset, "classes", None) or []]
+        self.classes: list[str] = class_names(dataset)
         self.unreadable, self.left_out = 0, set[int]()  # samples, and the images that they are of
         self._order: tuple[int, list[int]] = (-1, [])  # the last one's copy and order
         self.samples = self.count * (config.copies + config.originals)
@@ -222,8 +229,7 @@ class Job:
     def write(self, shard: int, bar: Any) -> None:
         """Make a shard and put it in its place."""
         self.generator.manual_seed(mixed(self.config.seed, shard))
-        for left in self.output.glob(f".{self.path(shard).name}.*.partial"):  # by a kill
-            left.unlink(missing_ok=True)
+        remove_partial(self.path(shard))
         samples, suffix = self.perturbed(self.items(shard), bar), SUFFIXES[self.config.image_format]
         if self.config.form == "shards":
             write_tar(self.path(shard), samples, suffix)
@@ -347,14 +353,23 @@ class Job:
                 for name, value in own.items()
                 if not agree(then.get(name), value)
             ]
-            if changed:
+            if changed and not self.is_begun():
+                write_json(path, own)
+            elif changed:
                 raise ValueError(
                     f"output {self.output} holds copies of another kind: {'; '.join(changed)}; use "
                     "the same settings and images, or another output"
                 )
         if self.classes:
-            names = "".join(f"{name}\n" for name in self.classes)
-            write_whole(self.output / CLASSES_NAME, names.encode())
+            names = "".join(f"{name}\n" for name in self.classes).encode()
+            path = self.output / CLASSES_NAME
+            if not path.exists() or path.read_bytes() != names:  # by another worker
+                write_whole(path, names)
+
+    def is_begun(self) -> bool:
+        """Whether any copies lie in the output, and not its settings alone."""
+        names = {path.name for path in self.output.iterdir()} - {SETTINGS_NAME, CLASSES_NAME}
+        return any(not name.startswith(".") or name.endswith(".done") for name in names)
 
     def is_labelled(self) -> bool:
         """Whether the images have classes, by the first one where the data set names none."""

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from latent_aug.arguments import positive
-from latent_aug.data import spread
+from latent_aug.data import check_dataset, spread
 from latent_aug.files import read_json, write_json, write_whole
 from latent_aug.flows import Flow
 from latent_aug.images import from_float, to_batch
@@ -80,8 +80,7 @@ class LatentCache(Dataset[Any]):
             raise ValueError("perturb must not have normalize=: put Normalize into then=")
         if perturb.flow.num_classes and perturb.labels_getter != "default":
             raise ValueError("perturb must not have labels_getter=: labels are second in a sample")
-        if not hasattr(dataset, "__len__") or len(dataset) == 0:
-            raise ValueError(f"dataset must have a length above 0, got {type(dataset).__name__}")
+        check_dataset("dataset", dataset)
         if then is not None and not callable(then):
             raise TypeError(f"then must be callable or None, got {then!r}")
         positive("batch_size", batch_size)
@@ -166,7 +165,7 @@ def digests_of(dataset: Any, channels: int) -> tuple[str, str]:
     images, labels = hashlib.sha256(), hashlib.sha256()
     for index in spread(len(dataset), 16):
         pixels, label = sample_of(dataset[index], channels)
-        images.update(f"{tuple(pixels.shape)}".encode() + pixels.numpy().tobytes())
+        images.update(f"{tuple(pixels.shape)}".encode() + pixels.cpu().numpy().tobytes())
         labels.update(repr(None if label is None else label.tolist()).encode())
     return images.hexdigest(), labels.hexdigest()
 
@@ -182,7 +181,9 @@ def check_index(path: Path, index: dict[str, Any]) -> None:
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not the index of a cache: it holds {type(found).__name__}")
     other = [name for name in index if found.get(name) != index[name]]
-    if other:
+    if other and not any(path.parent.glob("*.safetensors")):
+        write_json(path, index)  # the run that wrote the other one got no further
+    elif other:
         raise ValueError(
             f"{path.parent} holds a cache that differs in its {' and '.join(other)}; choose "
             "another directory, or delete this one"

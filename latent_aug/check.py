@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from latent_aug import functional as LF
 from latent_aug.arguments import one_of, positive
-from latent_aug.data import check_sides, images_for, open_images, spread, with_classes
+from latent_aug.data import (
+    check_dataset,
+    check_sides,
+    images_for,
+    open_images,
+    spread,
+    with_classes,
+)
 from latent_aug.flips import CHUNK, Flips
 from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
 from latent_aug.hub import load_flow
@@ -152,6 +159,7 @@ def check_flow(
         raise TypeError(f"flow must be a Flow, a name or a path, got a {type(loaded).__name__}")
     if isinstance(images, (str, Path)):
         images = open_images(images)
+    check_dataset("images", images)
     pixels = images_for(loaded, images, size, keep_bytes=0)
     positive("count", count)
     check_sides(pixels, loaded)

@@ -10,6 +10,7 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import cache
+from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class EncodedImages(Dataset[Image.Image]):
         elif path.is_file():
             try:
                 content = read_tar(path)
-            except (tarfile.TarError, EOFError, zlib.error) as error:
+            except (tarfile.TarError, EOFError, zlib.error, LZMAError) as error:
                 raise ValueError(f"{path} is no folder and no readable tar") from error
             numbers = {key_of(n): data for n, data in content.items() if not is_image(n)}
             self.names = sorted(name for name in content if is_image(name))
@@ -104,10 +105,17 @@ def read_tar(path: Path) -> dict[str, bytes]:
     content = {}
     with tarfile.open(path) as tar:
         for member in tar:
-            if member.isfile() and (is_image(member.name) or member.name.endswith(".cls")):
+            if not (is_image(member.name) or member.name.endswith(".cls")):
+                continue
+            try:  # of a link, too
                 file = tar.extractfile(member)
+            except (KeyError, RecursionError) as error:
+                raise ValueError(
+                    f"{path}: {member.name} is a link to {member.linkname}, which is not there"
+                ) from error
+            if file is not None:
                 name = posixpath.normpath(member.name)  # "./a.png" lies in no folder
-                content[name] = b"" if file is None else file.read()
+                content[name] = file.read()
     return content
 
 
@@ -171,6 +179,22 @@ def open_images(source: str | Path, *, root: str | Path = "data", train: bool = 
         raise ValueError(f"torchvision's {name} needs more than a root folder: {error}") from error
     except RuntimeError as error:
         raise OSError(f"torchvision's {name} cannot be downloaded to {root}: {error}") from error
+
+
+def check_dataset(name: str, dataset: Any) -> None:
+    """Refuse what has no items, or none that can be asked for.
+
+    Raises:
+        ValueError: It has no length above 0.
+        TypeError: Its items cannot be asked for, as of a loader.
+    """
+    if not hasattr(dataset, "__len__") or len(dataset) == 0:
+        raise ValueError(f"{name} must have a length above 0, got {type(dataset).__name__}")
+    if not hasattr(dataset, "__getitem__"):
+        raise TypeError(
+            f"{name} must be a data set or a sequence of images (of a loader, its dataset), got a "
+            f"{type(dataset).__name__}"
+        )
 
 
 def image_of(sample: Any) -> Any:
@@ -248,13 +272,7 @@ class UInt8Images(Dataset[Tensor]):
         *,
         num_classes: int = 0,
     ) -> None:
-        if not hasattr(dataset, "__len__") or len(dataset) == 0:
-            raise ValueError(f"dataset must have a length above 0, got {type(dataset).__name__}")
-        if not hasattr(dataset, "__getitem__"):
-            raise TypeError(
-                "images must be a data set or a sequence of them (of a loader, its dataset), got a "
-                f"{type(dataset).__name__}"
-            )
+        check_dataset("dataset", dataset)
         if size is not None:
             positive("size", size)
         self.dataset, self.channels, self.size, self.count = dataset, channels, size, len(dataset)
@@ -309,6 +327,12 @@ class UInt8Images(Dataset[Tensor]):
         return self.kept[indices] if self.kept is not None else [self[i] for i in indices]
 
 
+def class_names(dataset: Any) -> list[str]:
+    """Names of a dataset's classes, in order; none where it has no `classes`."""
+    names = getattr(dataset, "classes", None)
+    return [] if names is None else [str(name) for name in names]
+
+
 def classes_in(dataset: Any, num_classes: int) -> Tensor:
     """The classes (N,) of a dataset: its `targets` or `labels`, or what is second in its samples.
 
@@ -316,13 +340,15 @@ def classes_in(dataset: Any, num_classes: int) -> Tensor:
         ValueError: A sample has no class, it is not in 0 to num_classes - 1, or the dataset names
             other than so many classes.
     """
-    names = getattr(dataset, "classes", None) or []
+    names = class_names(dataset)
     if names and len(names) != num_classes:
         raise ValueError(
-            f"the images are of {len(names)} classes ({', '.join(map(str, names[:5]))}, ...), the "
+            f"the images are of {len(names)} classes ({', '.join(names[:5])}, ...), the "
             f"flow has {num_classes}: as classes are numbered in their order, all must be there"
         )
     found = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    if getattr(dataset, "target_transform", None) is not None:
+        found = None  # samples have what it makes of these
     try:
         labels = torch.as_tensor(
             [int(dataset[i][1]) for i in range(len(dataset))] if found is None else found
@@ -346,12 +372,12 @@ def check_same_classes(images: Any, held_out: Any) -> None:
     Raises:
         ValueError: Both datasets name their classes, and not the same.
     """
-    own, others = (list(getattr(data, "classes", None) or []) for data in (images, held_out))
+    own, others = (class_names(data) for data in (images, held_out))
     if own and others and own != others:
         odd = sorted(set(own) ^ set(others)) or others
         raise ValueError(
             f"validation must have the classes of the training images, {len(own)}, got "
-            f"{len(others)}; of one of the two only: {', '.join(map(str, odd[:5]))}"
+            f"{len(others)}; of one of the two only: {', '.join(odd[:5])}"
         )
 
 
@@ -379,16 +405,16 @@ def images_for(
     return UInt8Images(dataset, flow.channels, size, keep_bytes, num_classes=flow.num_classes)
 
 
-def check_sides(images: UInt8Images, flow: Flow) -> None:
+def check_sides(images: UInt8Images, flow: Flow, name: str = "images") -> None:
     """Refuse images whose height and width a flow does not map."""
     height, width = images.shape[1:]
     if flow.size is not None and (height, width) != flow.size:
         raise ValueError(
-            f"images are {height}x{width}, this flow maps {flow.size[0]}x{flow.size[1]} only"
+            f"{name} are {height}x{width}, this flow maps {flow.size[0]}x{flow.size[1]} only"
         )
     if height % flow.multiple or width % flow.multiple:
         raise ValueError(
-            f"images are {height}x{width}, this flow needs sides that divide by {flow.multiple}: "
+            f"{name} are {height}x{width}, this flow needs sides that divide by {flow.multiple}: "
             "give a size to resize to, or a flow of fewer levels"
         )
 
@@ -397,5 +423,6 @@ def digest(tensors: Iterable[Tensor]) -> str:
     """A fingerprint of tensors' values."""
     sha = hashlib.sha256()
     for tensor in tensors:
-        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        sha.update(flat.view(torch.uint8).numpy().tobytes())  # NumPy knows no bfloat16
     return sha.hexdigest()

@@ -16,6 +16,7 @@ from latent_aug.arguments import number_range
 from latent_aug.data import image_of, spread
 from latent_aug.flows import Flow
 from latent_aug.images import downscaled, fit_to_flow, to_batch
+from latent_aug.randomness import seeded
 from latent_aug.structures import find_labels
 from latent_aug.transforms import LatentPerturb
 
@@ -143,8 +144,7 @@ def pictures_of(
         given = (sample, None)  # the mask is of the whole sample, its label included
     kind = transform.norm if transform._norm_holds else "eps"
     for size in sizes:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(seed, getattr(image, "device", torch.device("cpu"))):
             perturbed = shown(apply(transform.with_eps(size), *given), transform)
         yield f"{kind} {size:.3g}", perturbed
         yield f"difference times {amplify:g}", (perturbed - original) * amplify + 0.5

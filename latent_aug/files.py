@@ -31,6 +31,12 @@ def replaced(path: Path, *, flush: bool = False) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def remove_partial(path: Path) -> None:
+    """Remove what killed processes have left of a file that no other one is writing now."""
+    for left in path.parent.glob(f".{path.name}.*.partial"):
+        left.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file in one go, down to the disk."""
     with replaced(path, flush=True) as partial:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latent_aug.classifier import lent
+from latent_aug.classifier import classes_of, lent
 from latent_aug.images import Normalization
 
 CHUNK = 50  # images at a time
@@ -54,6 +54,7 @@ class Flips:
                 "classifier must take images (B, C, H, W) and return logits (B, classes), got "
                 f"{shape_of(outputs[0])}; wrap it in a module that does"
             )
+        classes_of(outputs[0], "wrap the classifier in a module that gives two")
         return torch.cat(outputs).argmax(dim=1)
 
     def problems(self) -> Iterator[str]:

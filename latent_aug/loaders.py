@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torchvision import tv_tensors
 
 from latent_aug.arguments import natural
 from latent_aug.images import is_tv_tensor
-from latent_aug.randomness import mixed, rank
+from latent_aug.randomness import mixed, rank, seeded
 from latent_aug.schedules import hooks_in, parts_of
 from latent_aug.structures import image_key, over_tensors, with_images, with_items
 from latent_aug.transforms import LatentPerturb
@@ -226,17 +225,6 @@ def plain(images: Tensor) -> Tensor:
     return images.as_subclass(Tensor)
 
 
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators of the CPU and a device start from a seed, and are put back."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.default_generator.manual_seed(seed)
-        for there in devices:
-            torch.cuda.default_generators[there.index].manual_seed(seed)
-        yield
-
-
 def images_of(batch: Any) -> Tensor:
     """The images of a batch.
 
@@ -263,7 +251,8 @@ def recorded(batch: Any, stream: torch.cuda.Stream) -> Any:
     """The same batch, its memory kept until the stream is done with it."""
 
     def record(t: Tensor) -> Tensor:
-        t.record_stream(stream)
+        if t.is_cuda:  # a transform may have added another
+            t.record_stream(stream)
         return t
 
     return over_tensors(batch, record)

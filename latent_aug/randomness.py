@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -58,6 +60,20 @@ def mixed(*numbers: int) -> int:
         seed = (seed ^ number) * 0x9E3779B1 % 2**32
         seed ^= seed >> 15
     return seed
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's global generators of the CPU and a device start from a seed, and are put back.
+
+    Of another accelerator than CUDA its own generator stays as it is.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(seed)
+        for there in devices:
+            torch.cuda.default_generators[there.index].manual_seed(seed)
+        yield
 
 
 class Shared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from latent_aug.arguments import natural, positive, probability, real, store
 from latent_aug.flows import Flow, Glow
+from latent_aug.flows.backend import full_precision
 
 COUNTS = ("steps", "batch_size", "validation_images", "accumulate")
 NATURAL = ("warmup", "crop", "workers", "seed")
@@ -90,8 +92,8 @@ class TrainConfig:
         store(self, real, *POSITIVE, "checkpoint_minutes")
         store(self, probability, "decay", "ema")
         for name in POSITIVE:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)!r}")
         if not self.checkpoint_minutes >= 0:
             raise ValueError(
                 f"checkpoint_minutes must not be negative, got {self.checkpoint_minutes!r}"
@@ -143,7 +145,8 @@ def resolve_dtype(config: TrainConfig, flow: Flow, device: torch.device) -> str:
         for _ in range(4):  # the last, warmed-up run counts
             started = time.perf_counter()
             for _ in range(8):
-                out = F.conv2d(x, weight)
+                with full_precision(device):
+                    out = F.conv2d(x, weight)
             float(out.flatten()[0])  # waits for an accelerator
             seconds[name] = time.perf_counter() - started
     return min(seconds, key=lambda name: seconds[name])

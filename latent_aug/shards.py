@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import re
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from latent_aug.files import replaced
+
+FOLDER = re.compile(r'(?!\.)[^\x00-\x1f<>:"/\\|?*]*[^\x00-\x1f<>:"/\\|?*. ]')  # on any system
 
 
 class Sample(NamedTuple):
@@ -55,5 +58,6 @@ def folder_of(label: int, classes: list[str]) -> str:
             f"a folder for each class needs labels of at least 0, got {label}: leave unlabelled "
             "images out, or write shards (form='shards'), which keep every label"
         )
-    usable = classes == sorted(classes) and not any("/" in c or c.startswith(".") for c in classes)
+    different = len({name.casefold() for name in classes}) == len(classes)  # on any file system
+    usable = different and classes == sorted(classes) and all(map(FOLDER.fullmatch, classes))
     return classes[label] if usable and label < len(classes) else f"{label:05}"

@@ -21,14 +21,15 @@ from latent_aug.batches import ImageDraws, StepSampler, cropped, draws_for, flip
 from latent_aug.data import (
     UInt8Images,
     as_batch,
+    check_dataset,
     check_same_classes,
     check_sides,
     digest,
     images_for,
 )
-from latent_aug.files import replaced
+from latent_aug.files import remove_partial, replaced
 from latent_aug.flows import Flow
-from latent_aug.flows.backend import keep_freed_memory
+from latent_aug.flows.backend import full_precision, keep_freed_memory
 from latent_aug.flows.base import RUN_NAME, WEIGHTS_NAME, bits_of, dequantized
 from latent_aug.processes import Processes
 from latent_aug.recipe import TrainConfig, learning_rate, resolve_dtype, warmed_up_ema
@@ -94,14 +95,17 @@ def train_flow(
         >>> flow.bits_per_dim(images).shape
         torch.Size([64])
     """
+    check_dataset("dataset", dataset)
+    if validation is not None:
+        check_dataset("validation", validation)
     processes = Processes(device, timeout_minutes=config.timeout_minutes)
     if flow.num_classes:
         check_same_classes(dataset, validation)
     images = images_for(flow, dataset, config.size)
     held_out = None if validation is None else images_for(flow, validation, config.size)
-    for pixels in (images, held_out):
-        if pixels is not None:
-            check_sides(pixels, flow)
+    check_sides(images, flow)
+    if held_out is not None:
+        check_sides(held_out, flow, "validation images")
     own_dtype = flow.network_dtype
     run = Run(flow.to(processes.device), config, images, processes)
     resumed = f"resumed at step {run.step}" if run.step else "training"
@@ -169,6 +173,8 @@ class Run:
         self.path = Path(config.output) / RUN_NAME
         self.identity = self._identity()
         processes.agree("what is trained on what", self.identity)
+        if processes.is_main:
+            remove_partial(self.path)
         saved = processes.from_main(self._load)
         self.dtype_name = (
             saved["dtype_name"]
@@ -262,7 +268,11 @@ class Run:
             places = range(first, first + len(part))
             draws = draws_for(self.config.seed, self.step, places, part.shape[1:], self.config.crop)
             x, noise = self.augment(part, draws), draws.noise.to(self.processes.device)
-            with self.processes.unshared(self.likelihood) if number < len(parts) else nullcontext():
+            last = number == len(parts)
+            with (
+                nullcontext() if last else self.processes.unshared(self.likelihood),
+                full_precision(self.processes.device),  # for the backward pass, too
+            ):
                 bits = self.likelihood(x, noise, own).sum() / self.batch_size
                 self.processes.backward(bits)
             first, loss = places.stop, loss + bits.detach()
@@ -353,6 +363,10 @@ class Run:
                 f"{self.path}, the state of the run, cannot be read; delete it to begin anew: "
                 f"{error}"
             ) from error
+        if not isinstance(saved, dict) or not self.identity.keys() <= saved.keys():
+            raise ValueError(
+                f"{self.path} is not the state of a training run: choose another output"
+            )
         for name, own in self.identity.items():
             if saved[name] != own:
                 changed = {

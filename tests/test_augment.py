@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import webdataset
-from conftest import ByClass, Identity, random_glow
+from conftest import ByClass, Identity, random_dense, random_glow
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from typer.testing import CliRunner
@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from latent_aug import AugmentConfig, LatentPerturb, augment_images
 from latent_aug.cli import app
 from latent_aug.data import EncodedImages, to_uint8
+from latent_aug.shards import folder_of
 
 CLASSES = ("bird", "cat", "dog")
 
@@ -216,6 +217,22 @@ def test_classes_out_of_order_are_folders_by_number(tmp_path):
     augment(images, tmp_path / "out", form="folder")
     assert ImageFolder(tmp_path / "out").classes == ["00000", "00001"]
     assert (tmp_path / "out" / "classes.txt").read_text() == "top/shirt\nboot\n"
+
+
+@pytest.mark.parametrize(
+    "classes", [("crane", "crane"), ("Cat", "cat"), ("a:b", "c"), ("a", "b."), ("", "a")]
+)
+def test_classes_that_are_no_folders_everywhere_are_numbers(classes):
+    assert folder_of(1, list(classes)) == "00001"
+    assert folder_of(1, ["grey wolf", "wolf-2.0 (ä)"]) == "wolf-2.0 (ä)"
+
+
+def test_what_failed_before_any_copy_can_be_corrected(data, tmp_path):
+    with pytest.raises(ValueError, match="maps images of size"):
+        augment(data, tmp_path / "out", flow=random_dense(side=8))
+    augment(data, tmp_path / "out", eps=0.1)
+    with pytest.raises(ValueError, match="copies of another kind"):
+        augment(data, tmp_path / "out", eps=0.2)
 
 
 def test_unlabelled_images_have_no_label(tmp_path):

@@ -230,6 +230,15 @@ def test_a_random_data_set_is_refused(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_what_failed_before_anything_was_encoded_can_be_corrected(tmp_path):
+    mixed = [*samples(3), *samples(1, size=(3, 8, 12))]
+    with pytest.raises(ValueError, match="images of one size"):
+        LatentCache(mixed, tmp_path, LatentPerturb(flow=Identity()))
+    assert len(LatentCache(samples(3), tmp_path, LatentPerturb(flow=Identity()))) == 3
+    with pytest.raises(ValueError, match="differs in its count"):
+        LatentCache(samples(4), tmp_path, LatentPerturb(flow=Identity()))
+
+
 def test_transforms_of_images_alone_cannot_follow_where_there_are_labels(tmp_path):
     perturb, then = LatentPerturb(0.0, flow=Identity()), transforms.Compose([])
     with pytest.raises(TypeError, match=r"as v2\.Compose does"):

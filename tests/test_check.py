@@ -178,6 +178,9 @@ def test_a_classifier_of_one_answer_is_no_measure():
         check_flow("glow-fashionmnist", smooth(), classifier=nn.Conv2d(3, 1, 1))
     with pytest.raises(TypeError, match=r"classifier must be an nn\.Module, got a str"):
         check_flow("glow-fashionmnist", smooth(), classifier="mine:net")
+    one = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 1))
+    with pytest.raises(ValueError, match="at least 2 classes are needed"):
+        check_flow("glow-fashionmnist", smooth(), classifier=one)
 
 
 def test_a_folder_is_opened(tmp_path, usual):

@@ -4,15 +4,16 @@ import gzip
 import io
 import tarfile
 
+import numpy as np
 import pytest
 import torch
 from conftest import stripes
 from PIL import Image
 from torch.utils.data import TensorDataset
-from torchvision import datasets
+from torchvision import datasets, transforms
 from torchvision.transforms.v2.functional import to_pil_image
 
-from latent_aug.data import EncodedImages, UInt8Images, open_images, spread
+from latent_aug.data import EncodedImages, UInt8Images, digest, open_images, spread
 
 
 @pytest.fixture(params=["w", "w:gz"])
@@ -163,6 +164,47 @@ def test_a_flat_tar_has_no_classes(tmp_path):
     image.save(file, "png")
     images = EncodedImages(tar_of(tmp_path / "flat.tar", {"./0.png": file.getvalue()}))
     assert (images.names, images.classes, images.labels) == (["0.png"], [], None)
+
+
+def test_linked_members_of_a_tar_are_images_too(tmp_path):
+    file = io.BytesIO()
+    to_pil_image(stripes(1)[0]).save(file, "png")
+    path = tar_of(tmp_path / "linked.tar", {"a/0.png": file.getvalue()})
+    with tarfile.open(path, "a") as tar:
+        for name, kind, target in (
+            ("b/0.png", tarfile.LNKTYPE, "a/0.png"),
+            ("c/0.png", tarfile.SYMTYPE, "../a/0.png"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    images = EncodedImages(path)
+    assert (images.classes, images.labels) == (["a", "b", "c"], [0, 1, 2])
+    assert len({images[i].tobytes() for i in range(3)}) == 1
+    with tarfile.open(path, "a") as tar:
+        info.name, info.linkname = "c/1.png", "../a/1.png"
+        tar.addfile(info)
+    with pytest.raises(
+        ValueError, match=r"c/1\.png is a link to \.\./a/1\.png, which is"
+    ):
+        EncodedImages(path)
+
+
+def test_classes_are_what_a_data_set_gives(folder):
+    grey = transforms.Grayscale()
+    data = datasets.ImageFolder(folder, grey, target_transform=lambda label: 1 - label)
+    assert UInt8Images(data, 1, num_classes=2).labels.tolist() == [1] * 12 + [0] * 12
+    data = TensorDataset(stripes(3), torch.arange(3))
+    data.classes = np.array(["a", "b", "c"])
+    assert UInt8Images(data, 1, num_classes=3).labels.tolist() == [0, 1, 2]
+
+
+def test_tensors_of_any_dtype_have_a_digest():
+    values = torch.rand(3, 2)
+    digests = {digest([values.to(dtype)]) for dtype in (torch.float32, torch.bfloat16)}
+    assert digest([values.bfloat16()]) in digests
+    assert len(digests) == 2
+    assert digest([torch.tensor(2.0)]) != digest([torch.tensor(3.0)])
 
 
 @pytest.mark.parametrize("how", ["damaged", "16 bits"])

@@ -12,7 +12,7 @@ from conftest import Identity, random_glow
 from safetensors.torch import load_file, save_file
 from torchvision.datasets import FashionMNIST
 
-from latent_aug import Glow, LatentPerturb, hub, load_flow
+from latent_aug import Glow, LatentPerturb, files, hub, load_flow
 from latent_aug.hub import bundled_flows
 
 
@@ -95,6 +95,17 @@ def test_transforms_share_a_flow_until_its_file_changes(saved):
     assert first is second
     random_glow(seed=1).save_pretrained(saved)
     assert LatentPerturb(flow=saved).flow is not first
+
+
+def test_a_full_disk_leaves_the_flow_that_was_there(saved, monkeypatch):
+    def full(_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        random_glow(seed=1).save_pretrained(saved)
+    assert load_flow(saved).fingerprint() == random_glow().fingerprint()
+    assert not list(saved.glob(".*"))
 
 
 def test_loading_leaves_the_random_state_alone(saved):

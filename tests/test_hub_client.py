@@ -153,6 +153,7 @@ def test_a_bundled_flow_is_pushed_with_its_card(hub, monkeypatch):
     load_flow("glow-fashionmnist").push_to_hub("someone/fashion")
     card = hub.commits["someone/fashion", hub.heads["someone/fashion"]]["README.md"].decode()
     assert "bits per dimension" in card
+    assert 'LatentPerturb(eps=0.25, flow="someone/fashion")' in card
 
 
 def test_a_card_s_pictures_are_pushed_with_it_until_the_weights_change(hub, monkeypatch, tmp_path):

@@ -12,6 +12,8 @@ from conftest import stripes
 
 from latent_aug import Glow, LatentPerturb, TrainConfig, load_flow, train_flow
 from latent_aug.data import UInt8Images
+from latent_aug.flows.backend import settings
+from latent_aug.processes import Processes
 from latent_aug.report import append_to_log, minutes_of
 from latent_aug.train import Run
 
@@ -90,12 +92,14 @@ train_flow(small_flow(), stripes(), config(sys.argv[1], checkpoint_minutes=0), p
 def test_killed_while_saving_and_resumed_is_as_if_undisturbed(tmp_path):
     killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "a"], check=False)
     assert killed.returncode == -signal.SIGKILL
+    assert list((tmp_path / "a").glob(".*.partial"))
     assert not (tmp_path / "a" / "model.safetensors").exists()
     resumed, undisturbed = (
         train_flow(small_flow(), stripes(), config(tmp_path / name), progress=False)
         for name in "ab"
     )
     assert torch.equal(weights(resumed), weights(undisturbed))
+    assert not list((tmp_path / "a").glob(".*.partial"))
     steps = [json.loads(x)["step"] for x in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     assert steps == [*range(1, 8), 12]  # resumed at the sixth, which was whole
 
@@ -221,6 +225,32 @@ def test_a_damaged_state_is_named(tmp_path, left):
         train_flow(small_flow(), stripes(), config(tmp_path), progress=False)
 
 
+def test_what_is_no_state_of_a_run_is_named(tmp_path):
+    torch.save([1, 2], tmp_path / "run.pt")
+    with pytest.raises(ValueError, match=r"run\.pt is not the state of a training run"):
+        train_flow(small_flow(), stripes(), config(tmp_path), progress=False)
+
+
+def test_gradients_of_float32_are_so_whatever_torch_may_use(tmp_path, monkeypatch):
+    def is_full():
+        return all(setting.read() in setting.full for setting in settings("cpu"))
+
+    found = []
+    monkeypatch.setattr(
+        Processes,
+        "backward",
+        lambda self, loss: (found.append(is_full()), loss.backward()),
+    )
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        train_flow(small_flow(), stripes(), config(tmp_path, steps=1), progress=False)
+        assert not is_full()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert found == [True]
+
+
 def test_a_torn_line_of_the_log_harms_no_other(tmp_path):
     append_to_log(tmp_path, {"minutes": 1.0})
     os.truncate(tmp_path / "log.jsonl", 5)
@@ -231,7 +261,7 @@ def test_a_torn_line_of_the_log_harms_no_other(tmp_path):
 @pytest.mark.parametrize(
     ("dataset", "words"),
     [
-        ([], "length above 0"),
+        ([], "dataset must have a length above 0"),
         (torch.zeros(4, 3, 8, 8).byte(), "1-channel images"),
         ([torch.zeros(1, 8, 8).byte(), torch.zeros(1, 8, 16).byte()], "give a size"),
         (torch.zeros(4, 1, 8, 8, dtype=torch.uint16), "must be uint8.*got torch.uint16"),

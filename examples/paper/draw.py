@@ -51,11 +51,11 @@ Drawn by `python examples/paper/draw.py` from the runs in
 versions, time and figures. Accuracies are in per cent, mean ± standard deviation over seeds;
 every method of a table has the same images, network and epochs, and seeds count up from 0. A seed
 is of the training: the labelled images of a table are one draw from the training set, the same for
-all seeds. Nothing was chosen by test accuracy, but for a row whose table says so. Bold are the best mean and those within its standard
-deviation, if it has three seeds or more. Minutes are of one CPU core, computing, on average over a
-row's runs on the processor of its first; the very first runs did not record them. Minutes with a
-star are of another processor than the table's first row: compare them with each other only.
-Releases of torch were two: each run's JSON names its own.
+all seeds. Nothing was chosen by test accuracy, but for a row whose table says so. Bold are the
+best mean and those within its standard deviation, if it has three seeds or more. Minutes are of one
+CPU core, computing, on average over a row's runs on the processor of its first; the very first runs
+did not record them. Minutes with a star are of another processor than the table's first row:
+compare them with each other only. Releases of torch were two: each run's JSON names its own.
 """
 
 

@@ -141,7 +141,8 @@ def train(
         measured = images_for(trained, with_classes(*some.some(most)))
         typer.echo(f"measuring the flow on {len(measured)} images, for its card and eps", err=True)
         directory = output.resolve()  # the verdict names it
-        found = check_flow(directory, measured, size=size)
+        where = next(trained.parameters()).device
+        found = check_flow(load_flow(directory, device=where), measured, size=size)
         card = write_card(
             trained,
             measured,

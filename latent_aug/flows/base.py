@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from latent_aug.files import write_whole
 from latent_aug.randomness import uniform
 
 CONFIG_NAME = "config.json"
@@ -255,8 +256,9 @@ class Flow(nn.Module):
         weights = save(tensors, {DIGEST_KEY: digest_of(config, tensors)})
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-        (directory / WEIGHTS_NAME).write_bytes(weights)
+        # The large file first: where it fails, a flow that was there stays as it was.
+        write_whole(directory / WEIGHTS_NAME, weights)
+        write_whole(directory / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None) -> str:
         """Upload config, weights, card and its pictures to "org/repo" on the Hugging Face hub.
@@ -288,8 +290,9 @@ class Flow(nn.Module):
     def _write_card(self, directory: Path, repo_id: str) -> None:
         """Of what is pushed, with its pictures: others may show training images."""
         if self.card and self.is_as_loaded():
-            shutil.copy(self.card, directory)
             text = self.card.read_text(encoding="utf-8", errors="replace")
+            named = text.replace(f'flow="{self.card.parent.name}"', f'flow="{repo_id}"')
+            (directory / CARD_NAME).write_text(named, encoding="utf-8")
             for path in self.card.parent.glob("*.png"):
                 if f"]({path.name})" in text:
                     shutil.copy(path, directory)
