@@ -184,9 +184,7 @@ def test_linked_members_of_a_tar_are_images_too(tmp_path):
     with tarfile.open(path, "a") as tar:
         info.name, info.linkname = "c/1.png", "../a/1.png"
         tar.addfile(info)
-    with pytest.raises(
-        ValueError, match=r"c/1\.png is a link to \.\./a/1\.png, which is"
-    ):
+    with pytest.raises(ValueError, match=r"c/1\.png is a link to \.\./a/1\.png, which is"):
         EncodedImages(path)
 
 
