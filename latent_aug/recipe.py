@@ -144,8 +144,8 @@ def resolve_dtype(config: TrainConfig, flow: Flow, device: torch.device) -> str:
         weight = x.new_ones(flow.hidden, flow.hidden, 1, 1)
         for _ in range(4):  # the last, warmed-up run counts
             started = time.perf_counter()
-            for _ in range(8):
-                with full_precision(device):
+            with full_precision(device):
+                for _ in range(8):
                     out = F.conv2d(x, weight)
             float(out.flatten()[0])  # waits for an accelerator
             seconds[name] = time.perf_counter() - started

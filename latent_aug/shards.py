@@ -6,6 +6,7 @@ import io
 import re
 import tarfile
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +59,13 @@ def folder_of(label: int, classes: list[str]) -> str:
             f"a folder for each class needs labels of at least 0, got {label}: leave unlabelled "
             "images out, or write shards (form='shards'), which keep every label"
         )
-    different = len({name.casefold() for name in classes}) == len(classes)  # on any file system
-    usable = different and classes == sorted(classes) and all(map(FOLDER.fullmatch, classes))
-    return classes[label] if usable and label < len(classes) else f"{label:05}"
+    usable = label < len(classes) and are_folders(tuple(classes))
+    return classes[label] if usable else f"{label:05}"
+
+
+@cache
+def are_folders(classes: tuple[str, ...]) -> bool:
+    """Whether classes can be folders by their names, on any file system and in their order."""
+    different = len({name.casefold() for name in classes}) == len(classes)
+    in_order = list(classes) == sorted(classes)
+    return different and in_order and all(map(FOLDER.fullmatch, classes))
