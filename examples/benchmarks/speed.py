@@ -7,7 +7,7 @@ IMAGES is a folder or tar of 32 x 32 colour images. For Glow flows of three leve
 H hidden channels, and the bundled CIFAR-10 flows: images per second of encode, decode, round trip,
 the gradient of decode to the latents (fast and lean), a whole adversarial step (3 steps, CIFAR
 ResNet-18) and a training step, for normflows' own methods and for ours with coupling networks in
-float32 and bfloat16. Each contestant runs in a process of its own, as it would in use, and they
+float32 and bfloat16. On a CPU each contestant runs in a process of its own, as in use, and they
 take turns; medians over calls, then over rounds. "peak" is the machine's own best rate of
 multiplying matrices of that dtype (torch.mm or a 1x1 convolution, whichever is faster), "share"
 what of it the round trip's products reach. --ways leaves contestants out: bfloat16 on a processor
@@ -107,6 +107,16 @@ def measure(name: str, batch: int, way: str, images: str) -> dict[str, float]:
     return found
 
 
+def measure_apart(name: str, batch: int, way: str, images: str) -> dict[str, float]:
+    """Of one contestant, in a process of its own; on a GPU, where that plays no part, in this."""
+    if torch.cuda.is_available():
+        return measure(name, batch, way, images)
+    command = [sys.executable, __file__, images, "--one", name, str(batch), way]
+    output = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
+    found: dict[str, float] = json.loads(output.splitlines()[-1])
+    return found
+
+
 def matmul_peak(dtype: torch.dtype, device: str) -> float:
     """Products per second, times two, of the machine's best matrix multiplication."""
     a, b = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
@@ -124,9 +134,7 @@ def rows_of(args: argparse.Namespace) -> Iterator[list[dict[str, object]]]:
         rows = []
         found: dict[str, list[dict[str, float]]] = {way: [] for way in args.ways}
         for _, way in itertools.product(range(args.rounds), args.ways):
-            command = [sys.executable, __file__, args.images, "--one", name, str(batch), way]
-            output = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
-            found[way].append(json.loads(output.splitlines()[-1]))
+            found[way].append(measure_apart(name, batch, way, args.images))
         for way, runs in found.items():
             row: dict[str, object] = {"flow": name, "batch": batch, "way": way}
             for key in runs[0]:
@@ -162,14 +170,17 @@ def table(path: Path) -> None:
         row = found[flow, batch, way]
         if way.startswith("normflows"):
             continue
-        plain, kept = found[flow, batch, "normflows"], found[flow, batch, "normflows kept"]
-        cells = [
-            f"{row[key] / plain[key]:.1f} ({row[key] / kept[key]:.1f})" if key in plain else ""
-            for key in keys
-        ]
+        bars = [found.get((flow, batch, way), {}) for way in WAYS if way.startswith("normflows")]
+        cells = [ratios(row, bars, key) for key in keys]
         named = flow.replace(",", ", ") if "," in flow else f"`{flow}`"
         rate = f"{row['round_trip']:.0f}"
         print(f"| {' | '.join((named, str(batch), way, rate, *cells))} | {row['share']:.0%} |")
+
+
+def ratios(row: dict[str, float], bars: list[dict[str, float]], key: str) -> str:
+    """Of a figure to that of normflows, and in brackets to that of normflows kept, if measured."""
+    first, *more = [f"{row[key] / bar[key]:.1f}" for bar in bars if key in bar] or [""]
+    return f"{first} ({more[0]})" if more else first
 
 
 def main() -> None:

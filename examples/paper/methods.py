@@ -80,7 +80,7 @@ def build(settings: dict[str, Any], flows: Path | None, model: nn.Module, classe
         if pixels != "none":
             x = cropped_and_flipped(x, flip)
         if peer is not None:
-            x = torch.stack([peer(image) for image in x])
+            x = torch.stack([peer(image) for image in x.cpu()]).to(x.device)
         x = unit(x)
         if not latent_first:
             x, y = perturb(x, y)

@@ -168,7 +168,7 @@ def run(
         if begin is not None:
             begin(epoch / protocol.epochs)
         order = torch.randperm(len(train.labels))
-        total = torch.zeros(())
+        total = torch.zeros((), device=device)
         batches = order.split(protocol.batch_size)[: len(order) // protocol.batch_size]
         for chosen in batches:
             x, y = augment(train.pixels[chosen].to(device), train.labels[chosen].to(device))
@@ -177,7 +177,7 @@ def run(
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += loss.detach().cpu()
+            total += loss.detach()
         on_epoch(float(total) / len(batches))
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - computed
     accuracy, loss = evaluate(model, evaluated)
