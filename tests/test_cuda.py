@@ -1,6 +1,7 @@
 """What only a CUDA GPU can show: skipped where there is none."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -79,13 +80,21 @@ def test_gradients_are_those_of_the_cpu(dtype):
         assert (found - expected).norm() < (1e-4 if dtype is None else 0.05) * expected.norm()
 
 
+@pytest.fixture(params=[False, True], ids=["launched", "graphs"])
+def flow(request):
+    flow = random_glow()
+    flow.cuda_graphs = request.param
+    return flow
+
+
 @pytest.mark.usefixtures("_precision")
 @pytest.mark.parametrize("where", [None, "cpu", "cuda"])
-def test_perturb(glow, gpu_batch, where, no_waiting):
+def test_perturb(flow, gpu_batch, where, no_waiting):
     generator = where and torch.Generator(where).manual_seed(0)
-    transform = LatentPerturb(0.25, flow=glow, generator=generator)
+    transform = LatentPerturb(0.25, flow=flow, generator=generator)
     images, labels = gpu_batch
-    transform(images)
+    for _ in range(3):
+        transform(images)
     if where != "cpu":  # whose draws are copied
         no_waiting()
     changed, same = transform(images, labels)
@@ -100,11 +109,12 @@ def test_perturb(glow, gpu_batch, where, no_waiting):
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("p", [1.0, 0.5])
-def test_attack(glow, gpu_model, gpu_batch, autocast, p, no_waiting):
-    attack = LatentAdversarial(gpu_model, flow=glow, eps=2.0, alpha=1.0, p=p)
+def test_attack(flow, gpu_model, gpu_batch, autocast, p, no_waiting):
+    attack = LatentAdversarial(gpu_model, flow=flow, eps=2.0, alpha=1.0, p=p)
     images, labels = gpu_batch
     before = trace_of(gpu_model)
-    attack(images, labels)
+    for _ in range(3):
+        attack(images, labels)
     no_waiting()
     with torch.autocast("cuda", autocast or torch.float16, enabled=autocast is not None):
         changed = attack(images, labels)
@@ -114,7 +124,7 @@ def test_attack(glow, gpu_model, gpu_batch, autocast, p, no_waiting):
         gpu_model.eval()
         loss = torch.nn.functional.cross_entropy
         assert loss(gpu_model(changed), labels) > loss(gpu_model(images), labels)
-        moved = length(glow.encode(changed.clamp(0, 1)) - glow.encode(images), "l2")
+        moved = length(flow.encode(changed.clamp(0, 1)) - flow.encode(images), "l2")
         assert moved.max() < 2.1
         assert ((changed != images).flatten(1).any(dim=1).sum()) == round(p * len(images))
 
@@ -146,6 +156,7 @@ class TestLoader:
         x = torch.rand(512, 3, 16, 16)
         loader = DataLoader(TensorDataset(x, torch.arange(len(x))), 64)
         flow, seen = random_glow(), []
+        flow.cuda_graphs = True
         for images, _ in LatentLoader(loader, LatentPerturb(0.0, flow=flow), device="cuda"):
             work = images.clone()
             for _ in range(20):
@@ -183,6 +194,101 @@ def test_training(tmp_path, network_dtype):
     torch.testing.assert_close(again.encode(x), flow.encode(x))
     again = train_flow(Glow(1, levels=1, steps=2, hidden=8), stripes(), config, progress=False)
     torch.testing.assert_close(again.encode(x), flow.encode(x))
+
+
+class TestGraphs:
+    @pytest.fixture
+    def flows(self):
+        """One flow twice: with graphs and without."""
+        flow = random_glow(levels=3, hidden=32)
+        recorded = copy.deepcopy(flow)
+        recorded.cuda_graphs = True
+        return recorded, flow
+
+    def gradient(self, flow, z):
+        latents = z.clone().requires_grad_(True)
+        return torch.autograd.grad(flow.decode(latents).square().sum(), latents)[0]
+
+    @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+    def test_results_are_the_same(self, flows, dtype):
+        for flow in flows:
+            flow.network_dtype = dtype
+        recorded, launched = flows
+        for _ in range(4):
+            for count in (1, 5, 64):
+                x = torch.rand(count, 3, 32, 32, device="cuda")
+                z = recorded.encode(x)
+                torch.testing.assert_close(z, launched.encode(x))
+                torch.testing.assert_close(recorded.decode(z), launched.decode(z))
+                found, expected = self.gradient(recorded, z), self.gradient(launched, z)
+                assert (found - expected).norm() < 1e-3 * expected.norm()
+
+    def test_gradients_of_several_calls(self, flows):
+        z = [torch.randn(4, 3, 16, 16, device="cuda") for _ in range(3)]
+        expected = [self.gradient(flows[1], t) for t in z]
+        for _ in range(2):
+            self.gradient(flows[0], z[0])
+        latents = [t.clone().requires_grad_(True) for t in z]
+        losses = [flows[0].decode(t).square().sum() for t in latents]
+        for place in (2, 0, 1):
+            losses[place].backward(retain_graph=True)
+            torch.testing.assert_close(latents[place].grad, expected[place], rtol=1e-3, atol=1e-4)
+
+    def test_threads_and_streams(self, flows):
+        """Each with a stream of its own, at once."""
+        recorded, launched = flows
+        inputs = [torch.rand(16, 3, 32, 32, device="cuda") for _ in range(4)]
+        expected = [launched.encode(x) for x in inputs]
+        gradients = [self.gradient(launched, z) for z in expected]
+        torch.cuda.synchronize()
+        errors = []
+
+        def work(number):
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                for _ in range(30):
+                    z = recorded.encode(inputs[number])
+                    found = self.gradient(recorded, expected[number])
+                    errors.append((z - expected[number]).abs().max())
+                    errors.append((found - gradients[number]).abs().max())
+            stream.synchronize()
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(errors) == 240
+        assert torch.stack(errors).max() < 1e-2
+
+    def test_inference_mode(self, flows):
+        x = torch.rand(4, 3, 16, 16, device="cuda")
+        with torch.inference_mode():
+            inside = [flows[0].encode(x) for _ in range(3)]
+        outside = flows[0].encode(x)
+        assert all(torch.equal(outside, t) for t in inside)
+        assert self.gradient(flows[0], outside).isfinite().all()
+
+    def test_inside_a_user_s_own_graph(self, flows):
+        x = torch.rand(4, 3, 16, 16, device="cuda")
+        for _ in range(3):
+            expected = flows[0].encode(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            z = flows[0].encode(x)
+        graph.replay()
+        torch.testing.assert_close(z, expected)
+
+    def test_changed_weights(self, flows):
+        x = torch.rand(4, 3, 16, 16, device="cuda")
+        for _ in range(3):
+            flows[0].encode(x)
+        for flow in flows:
+            with torch.no_grad():
+                for parameter in flow.parameters():
+                    parameter.add_(0.01)
+        for _ in range(3):
+            torch.testing.assert_close(flows[0].encode(x), flows[1].encode(x))
 
 
 def test_compiled(glow):

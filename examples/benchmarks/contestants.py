@@ -58,14 +58,18 @@ def random_glow(steps: int, hidden: int) -> Glow:
 
 
 def contestant(name: str, way: str) -> Flow:
-    """A flow by a bundled name or "K,H", computed one way: "normflows" or a network dtype."""
+    """A flow by a bundled name or "K,H", computed one way.
+
+    That is "normflows" or a network dtype, which may be followed by "graphs".
+    """
     flow = random_glow(*map(int, name.split(","))) if "," in name else load_flow(name)
     if not isinstance(flow, Glow):
         raise TypeError(f"{name} is no Glow")
     flow = copy.deepcopy(flow)
     if way == "normflows":
         return Normflows(flow)
-    flow.network_dtype = NETWORK_DTYPES[way]
+    dtype, *graphs = way.split()
+    flow.network_dtype, flow.cuda_graphs = NETWORK_DTYPES[dtype], graphs == ["graphs"]
     return flow
 
 
@@ -95,8 +99,14 @@ def wait() -> None:
 
 
 def seconds(call: Callable[[], object], *, repeats: int = 5, patience: float = 2.0) -> float:
-    """Median over some calls after one to warm up; fewer once they took `patience` seconds."""
+    """Median over some calls after one to warm up; fewer once they took `patience` seconds.
+
+    On a GPU calls are many times as many, and two more warm up: the second may record a graph.
+    """
     found: list[float] = []
+    if torch.cuda.is_available():
+        repeats = 10 * repeats
+        call(), call()
     for _ in range(repeats + 1):
         wait()
         started = time.perf_counter()

@@ -43,6 +43,7 @@ from latent_aug.flows.backend import keep_freed_memory
 RESULTS = Path(__file__).parents[1] / "results" / "speed.json"
 FLOWS = ("8,64", "8,128", "16,128", "16,256", "32,512", "glow-cifar10", "glow-cifar10-small")
 WAYS = ("normflows", "normflows kept", "float32", "bfloat16")
+GPU_WAYS = ("normflows", "float32", "bfloat16", "float32 graphs", "bfloat16 graphs")
 LARGEST = 2**32  # bytes that autograd may keep
 
 
@@ -74,7 +75,7 @@ def measure(name: str, batch: int, way: str, images: str) -> dict[str, float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if way == "normflows kept":
         keep_freed_memory()
-    flow = contestant(name, way.split()[0]).to(device)
+    flow = contestant(name, way.removesuffix(" kept")).to(device)
     glow = flow.glow if isinstance(flow, Normflows) else flow
     assert isinstance(glow, Glow)
     data = UInt8Images(open_images(images), 3)
@@ -87,7 +88,7 @@ def measure(name: str, batch: int, way: str, images: str) -> dict[str, float]:
         found["decode_peak_mib"] = peak_bytes(lambda: flow.decode(z)) / 2**20
     for key, spent in (("encode", encode), ("decode", decode), ("round_trip", encode + decode)):
         found[key] = batch / spent
-    dtype = torch.bfloat16 if way == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if way.startswith("bfloat16") else torch.float32
     found["peak_gflops"] = matmul_peak(dtype, device) / 1e9
     products = 2 * network_flops(glow, 32, 32) * batch / (encode + decode)
     found["share"] = products / found["peak_gflops"] / 1e9
@@ -119,11 +120,12 @@ def measure_apart(name: str, batch: int, way: str, images: str) -> dict[str, flo
 
 def matmul_peak(dtype: torch.dtype, device: str) -> float:
     """Products per second, times two, of the machine's best matrix multiplication."""
-    a, b = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
+    side = 1024 if device == "cpu" else 8192  # so that it is busy all over
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     x = torch.randn(32, 256, 16, 16, device=device).to(dtype, memory_format=torch.channels_last)
     weight = torch.randn(256, 256, 1, 1, device=device).to(dtype)
     return max(
-        2 * 1024**3 / seconds(lambda: a @ b, repeats=15),
+        2 * side**3 / seconds(lambda: a @ b, repeats=15),
         2 * len(x) * 256**3 / seconds(lambda: F.conv2d(x, weight), repeats=15),
     )
 
@@ -189,7 +191,8 @@ def main() -> None:
     parser.add_argument("images", nargs="?", help="a folder or tar of 32 x 32 colour images")
     parser.add_argument("--flows", nargs="*", default=FLOWS)
     parser.add_argument("--batches", nargs="*", type=int, default=[32, 128])
-    parser.add_argument("--ways", nargs="*", default=WAYS, choices=WAYS)
+    ways = GPU_WAYS if torch.cuda.is_available() else WAYS
+    parser.add_argument("--ways", nargs="*", default=ways, choices={*WAYS, *GPU_WAYS})
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--one", nargs=3, metavar=("FLOW", "BATCH", "WAY"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from latent_aug.arguments import one_of, positive, real
 from latent_aug.flows import engine, latent_gradient
 from latent_aug.flows.backend import full_precision, keep_freed_memory
 from latent_aug.flows.base import Flow, check_config, check_parameters, postprocess, preprocess
+from latent_aug.flows.graphs import Graph, Graphs, can_record
 from latent_aug.flows.latent_gradient import Gradient
 
 
@@ -29,6 +30,7 @@ class Prepared:
         networks: What both directions share.
         levels: By direction, True for decoding; read when first asked for.
         adjoints: Of the decoding levels; empty until a gradient is asked for.
+        graphs: CUDA graphs of all of this.
     """
 
     version: tuple[Any, ...]
@@ -36,6 +38,7 @@ class Prepared:
     networks: dict[nn.Module, engine.Network] = field(default_factory=dict)
     levels: dict[bool, tuple[engine.Level, ...]] = field(default_factory=dict)
     adjoints: list[latent_gradient.Adjoints] = field(default_factory=list)
+    graphs: Graphs = field(default_factory=Graphs)
 
 
 class Glow(Flow):
@@ -66,6 +69,9 @@ class Glow(Flow):
         compiled: Have torch.compile fuse each step, where no gradient is wanted. Every new shape
             of input is compiled, a time a level, which takes seconds; torch gives up after eight
             (`torch._dynamo.config.recompile_limit`), so it is for one or two batch sizes.
+        cuda_graphs: On a CUDA GPU, record what a frozen flow computes for a shape of input, when
+            that comes for the second time, and replay it from then on. It takes memory for each
+            shape, of sixteen at most, gradients of `decode` included.
 
     Raises:
         ValueError: An argument is out of range; an image does not fit; the flow is untrained.
@@ -103,6 +109,7 @@ class Glow(Flow):
         self.log_scale_bound = float(log_scale_bound)
         self.network_dtype = None
         self.compiled = False
+        self.cuda_graphs = False
         from latent_aug.flows.blocks import multiscale_glow  # normflows takes long to import
 
         self.multiscale = multiscale_glow(channels, levels, steps, hidden, self.log_scale_bound)
@@ -116,8 +123,13 @@ class Glow(Flow):
         self._check(x, "x")
         if not len(x):
             return x.clone()
+
+        def encode(x: Tensor) -> Tensor:
+            return engine.encode(preprocess(x), levels).contiguous()
+
         with full_precision(x.device):
-            return engine.encode(preprocess(x), self._levels(x, inverse=False)).contiguous()
+            levels = self._levels(x, inverse=False)
+            return self._run("encode", encode, x)
 
     def decode(self, z: Tensor, y: Tensor | None = None, *, gradient: Gradient = "auto") -> Tensor:
         """Exact inverse of `encode`; (B, C, H, W), not clamped.
@@ -138,22 +150,44 @@ class Glow(Flow):
         if not len(z):
             return z.clone()
         with full_precision(z.device):
-            return postprocess(self._decode(z, gradient)).contiguous()
+            return self._decode(z, gradient)
 
     def _decode(self, z: Tensor, gradient: Gradient) -> Tensor:
         """Choose the way by who wants gradients, and how much may be kept for them."""
+
+        def decode(z: Tensor) -> Tensor:
+            return postprocess(engine.decode(z, levels)).contiguous()
+
         if self._weights_want_gradients():
             if gradient == "lean":
                 raise ValueError("gradient='lean' needs frozen weights: flow.requires_grad_(False)")
-            return engine.decode(z, self._levels(z, inverse=True))
+            levels = self._levels(z, inverse=True)
+            return decode(z)
         levels = self._levels(z, inverse=True)
         if not (torch.is_grad_enabled() and z.requires_grad):
-            return engine.decode(z, levels)
+            return self._run("decode", decode, z)
         lean = gradient == "lean" or (
             gradient == "auto" and latent_gradient.prefers_lean(z, levels)
         )
         inverse = self._levels(z, inverse=False) if lean else None
-        return latent_gradient.decode(z, levels, self._adjoints(z), inverse)
+        graphs = self._graphs(z) if inverse is None else None
+        x = latent_gradient.decode(z, levels, self._adjoints(z), inverse, graphs)
+        return postprocess(x).contiguous()
+
+    def _run(self, name: str, function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+        """The function of t; by a graph, if there is one and nobody wants gradients."""
+        graphs = None
+        if not (torch.is_grad_enabled() and (t.requires_grad or self._weights_want_gradients())):
+            graphs = self._graphs(t)
+        graph = graphs and graphs.get(name, t, lambda: Graph(function, t))
+        return graph(t) if graph else function(t)
+
+    def _graphs(self, t: Tensor) -> Graphs | None:
+        """The graphs for t's device and dtype, where such are wanted; after `_levels`."""
+        if not (self.cuda_graphs and can_record(t)):
+            return None
+        prepared = self._prepared.get((t.device, t.dtype))
+        return prepared.graphs if prepared else None
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Log-density of x in [0, 1], exact at x: (B,), in nats."""

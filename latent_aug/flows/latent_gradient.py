@@ -21,6 +21,7 @@ from latent_aug.flows import engine
 from latent_aug.flows.backend import full_precision
 from latent_aug.flows.convolution import Conv, convolve, packed
 from latent_aug.flows.engine import Activations, Level, Step
+from latent_aug.flows.graphs import DifferentiableGraph, Graphs
 
 Gradient = Literal["auto", "fast", "lean"]
 
@@ -84,6 +85,7 @@ def decode(
     levels: Sequence[Level],
     adjoints: Adjoints,
     inverse: Sequence[Level] | None,
+    graphs: Graphs | None = None,
 ) -> Tensor:
     """`engine.decode`, differentiable once in z.
 
@@ -92,8 +94,55 @@ def decode(
         levels: Read for decoding.
         adjoints: Of those levels.
         inverse: The same levels read for encoding: to undo steps with, "lean". None is "fast".
+        graphs: To record "fast" in, and to replay it from; None for neither.
     """
+    if graphs is not None:
+        graph = graphs.get("gradient", z, lambda: recorded(z, levels, adjoints))
+        if graph is not None:
+            return _Replay.apply(z, levels, adjoints, graph)
     return _Decode.apply(z, levels, adjoints, inverse)
+
+
+def recorded(z: Tensor, levels: Sequence[Level], adjoints: Adjoints) -> DifferentiableGraph:
+    """Decoding latents like z, "fast", as a graph."""
+    return DifferentiableGraph(
+        lambda z: decode_and_keep(z, levels),
+        lambda grad, x, kept: gradient(grad, levels, adjoints, x, None, kept),
+        z.detach(),
+    )
+
+
+def decode_and_keep(z: Tensor, levels: Sequence[Level]) -> tuple[Tensor, Kept]:
+    """Decoded images, and what their gradient needs."""
+    kept: Kept = [[] for _ in levels]
+    return engine.decode(z, levels, kept), kept
+
+
+class _Replay(torch.autograd.Function):
+    """`_Decode`, "fast", by a graph, in whose memory the activations are."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        levels: Sequence[Level],
+        adjoints: Adjoints,
+        graph: DifferentiableGraph,
+    ) -> Tensor:
+        x, ctx.call = graph(z)
+        ctx.levels, ctx.adjoints, ctx.graph = levels, adjoints, graph
+        ctx.save_for_backward(z)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        z_grad = ctx.graph.gradient(grad, ctx.call)
+        if z_grad is None:  # the graph has decoded others since
+            with full_precision(grad.device):
+                x, kept = decode_and_keep(ctx.saved_tensors[0], ctx.levels)
+                z_grad = gradient(grad, ctx.levels, ctx.adjoints, x, None, kept)
+        return z_grad, None, None, None
 
 
 class _Decode(torch.autograd.Function):

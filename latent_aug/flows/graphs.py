@@ -1,0 +1,156 @@
+"""CUDA graphs of a flow: its kernels recorded once for a shape, then launched all at once.
+
+A flow is hundreds of small kernels. Launched one by one they take a processor several times as long
+as they take a GPU. A recorded graph reads and writes memory of its own: inputs are copied
+into it and results out of it, and whoever replays it waits for the last replay.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+MOST = 16
+"""Graphs that are kept of the same weights; further shapes are computed as ever."""
+
+T = TypeVar("T")
+
+
+class Graphs:
+    """The graphs of a flow's weights, by what they compute and of which shape.
+
+    A shape is recorded when it comes for the second time, as recording takes a moment and a last
+    batch comes once an epoch.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[Any, Any] = {}
+        self._lock = threading.Lock()
+
+    def get(self, what: str, like: Tensor, record: Callable[[], T]) -> T | None:
+        """The graph of what is computed of tensors like this one; None where there is none yet.
+
+        Args:
+            what: A name for it.
+            like: A tensor of that shape; device and dtype are always the same.
+            record: Makes the graph.
+        """
+        key = what, like.shape
+        with self._lock:
+            if key not in self._found:
+                if len(self._found) < MOST:
+                    self._found[key] = None
+            elif self._found[key] is None:
+                self._found[key] = record()
+            return self._found.get(key)
+
+
+def can_record(t: Tensor) -> bool:
+    """Whether what is computed of t may come from a graph: on a GPU, and nobody looks on."""
+    return (
+        t.is_cuda
+        and not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+class Replays:
+    """What graphs that share memory share: one is replayed at a time, after the last one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.lock = threading.RLock()
+        with torch.cuda.device(device):
+            self.done = torch.cuda.Event()
+            self.pool = torch.cuda.graph_pool_handle()
+
+
+class Graph:
+    """A function of one tensor, recorded; called with a tensor it gives the result for that.
+
+    Args:
+        function: Of a tensor; it gives a tensor, or a tensor and something more that stays in the
+            graph's memory, `more`, until the next call. It waits for nothing on the processor.
+        like: A tensor of the shape, dtype and device of those to come.
+        replays: Shared with other graphs that read this one's memory, or None.
+    """
+
+    def __init__(
+        self, function: Callable[[Tensor], Any], like: Tensor, replays: Replays | None = None
+    ) -> None:
+        self._replays = replays or Replays(like.device)
+        with torch.cuda.device(like.device), torch.inference_mode(False), torch.no_grad():
+            self._input = torch.zeros_like(like, memory_format=torch.contiguous_format)
+            self._input.copy_(like)
+            # What a first call does besides, as choosing kernels, is not to be recorded.
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(2):
+                    function(self._input)
+            torch.cuda.current_stream().wait_stream(aside)
+            self._graph = torch.cuda.CUDAGraph()
+            # Other threads, which load data, may go on allocating.
+            with torch.cuda.graph(
+                self._graph,
+                pool=self._replays.pool,
+                stream=aside,
+                capture_error_mode="thread_local",
+            ):
+                result = function(self._input)
+        self._output, self.more = result if isinstance(result, tuple) else (result, None)
+
+    @property
+    def output(self) -> Tensor:
+        """The graph's own memory of the last result."""
+        return self._output
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The result for x, of the recorded shape, in memory of the caller's."""
+        with self._replays.lock, torch.cuda.device(x.device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._replays.done)
+            self._input.copy_(x)
+            self._input.record_stream(stream)
+            self._graph.replay()
+            result = self._output.clone()
+            self._replays.done.record(stream)
+        return result
+
+
+class DifferentiableGraph:
+    """A function and its gradient, which needs what the function kept in the graph's memory.
+
+    Args:
+        function: Of a tensor: its value, and what the gradient needs.
+        gradient: Of the value's gradient, the value and what was kept: the tensor's gradient.
+        like: A tensor of the shape, dtype and device of those to come.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], tuple[Tensor, Any]],
+        gradient: Callable[[Tensor, Tensor, Any], Tensor],
+        like: Tensor,
+    ) -> None:
+        self._replays = Replays(like.device)
+        self._function = Graph(function, like, self._replays)
+        value, kept = self._function.output, self._function.more
+        self._gradient = Graph(lambda grad: gradient(grad, value, kept), value, self._replays)
+        self._calls = 0
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, int]:
+        """The value, and the number of this call."""
+        with self._replays.lock:
+            self._calls += 1
+            return self._function(x), self._calls
+
+    def gradient(self, grad: Tensor, call: int) -> Tensor | None:
+        """The gradient at the tensor of that call, from the value's; None after another call."""
+        with self._replays.lock:
+            return self._gradient(grad) if call == self._calls else None
