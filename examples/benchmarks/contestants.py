@@ -105,7 +105,7 @@ def seconds(call: Callable[[], object], *, repeats: int = 5, patience: float = 2
     """
     found: list[float] = []
     if torch.cuda.is_available():
-        repeats = 10 * repeats
+        repeats, patience = 10 * repeats, patience / 5
         call(), call()
     for _ in range(repeats + 1):
         wait()
