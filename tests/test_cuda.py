@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import warnings
 
 import pytest
 import torch
@@ -38,7 +39,9 @@ def no_waiting():
 
     def start():
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():  # it is a prototype
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
 
     yield start
     torch.cuda.set_sync_debug_mode("default")
@@ -291,6 +294,7 @@ class TestGraphs:
             torch.testing.assert_close(flows[0].encode(x), flows[1].encode(x))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
 def test_compiled(glow):
     flow, x = copy.deepcopy(glow), torch.rand(8, 3, 16, 16, device="cuda")
     expected = flow.encode(x)

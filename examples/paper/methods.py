@@ -162,5 +162,6 @@ def flow_of(name: str, flows: Path | None, dtype: str | None) -> Flow:
     flow = load_flow(next((folder for folder in folders if folder.is_dir()), name))
     if torch.cuda.is_available():
         flow = flow.to("cuda")
+        flow.cuda_graphs = True
     flow.network_dtype = dtype and getattr(torch, dtype)
     return flow

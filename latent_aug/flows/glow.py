@@ -307,16 +307,18 @@ class Glow(Flow):
         if inverse not in prepared.levels:
             # Tensors made in inference mode could not serve a later attack's backward pass.
             with torch.inference_mode(False):
-                prepared.levels[inverse] = self._read(
-                    t, inverse=inverse, frozen=True, networks=prepared.networks
-                )
+                levels = self._read(t, inverse=inverse, frozen=True, networks=prepared.networks)
+            wait_for(t)
+            prepared.levels[inverse] = levels
         return prepared.levels[inverse]
 
     def _adjoints(self, t: Tensor) -> latent_gradient.Adjoints:
         """The transposed maps of the decoding levels that `_levels` gives for t."""
         prepared = self._prepared_for(t)
         if not prepared.adjoints:
-            prepared.adjoints.append(latent_gradient.read_adjoints(prepared.levels[True]))
+            adjoints = latent_gradient.read_adjoints(prepared.levels[True])
+            wait_for(t)
+            prepared.adjoints.append(adjoints)
         return prepared.adjoints[0]
 
     def _prepared_for(self, t: Tensor) -> Prepared:
@@ -364,3 +366,9 @@ class Glow(Flow):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": {}}
+
+
+def wait_for(t: Tensor) -> None:
+    """Until a GPU is done with what it was asked for t's sake: other streams may use it then."""
+    if t.is_cuda:
+        torch.cuda.current_stream(t.device).synchronize()

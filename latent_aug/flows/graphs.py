@@ -84,6 +84,7 @@ class Graph:
         self, function: Callable[[Tensor], Any], like: Tensor, replays: Replays | None = None
     ) -> None:
         self._replays = replays or Replays(like.device)
+        self._function = function  # and with it whatever the kernels read
         with torch.cuda.device(like.device), torch.inference_mode(False), torch.no_grad():
             self._input = torch.zeros_like(like, memory_format=torch.contiguous_format)
             self._input.copy_(like)
