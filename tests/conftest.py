@@ -176,6 +176,16 @@ FLOWS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _on_the_cpu(request):
+    """Also where there is a GPU, but for the tests that need one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ != "test_cuda":
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for other processes
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)

@@ -108,6 +108,7 @@ def test_on_a_cpu_a_wider_setting_decides_afterwards_as_before():
 import torch
 from latent_aug.flows.backend import full_precision
 b = torch.backends
+b.cudnn.conv.fp32_precision = "none"  # which is a default in some releases of torch only
 with full_precision(torch.device("cpu")):
     pass
 b.fp32_precision = "ieee"
