@@ -81,7 +81,7 @@ def test_the_tables_of_scale_are_drawn_from_the_results(monkeypatch):
         assert f"{scale.MARK.format(name)}\n\n{table}\n\n{scale.END}" in text
 
 
-@pytest.mark.parametrize("results", ["speed.json", "speed-avx2.json"])
+@pytest.mark.parametrize("results", ["speed.json", "speed-avx2.json", "speed-gpu.json"])
 def test_the_tables_of_speed_are_those_of_the_results(monkeypatch, capsys, results):
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
     import speed

@@ -176,7 +176,8 @@ def table(path: Path) -> None:
         cells = [ratios(row, bars, key) for key in keys]
         named = flow.replace(",", ", ") if "," in flow else f"`{flow}`"
         rate = f"{row['round_trip']:.0f}"
-        print(f"| {' | '.join((named, str(batch), way, rate, *cells))} | {row['share']:.0%} |")
+        share = f"{row['share']:.0%}" if "share" in row else ""
+        print(f"| {' | '.join((named, str(batch), way, rate, *cells))} | {share} |")
 
 
 def ratios(row: dict[str, float], bars: list[dict[str, float]], key: str) -> str:
