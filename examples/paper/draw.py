@@ -93,9 +93,11 @@ def timed(runs: list[dict[str, Any]]) -> tuple[float | None, str]:
     """What a run of a method took of a CPU core, in minutes, and on which processor.
 
     On average over those that recorded it and were on the same kind of processor as the first of
-    them; the first runs of all, on one kind, do not name theirs.
+    them; the first runs of all, on one kind, do not name theirs. Several runs shared a GPU, so that
+    their times say nothing.
     """
-    found = [(r.get("processor", ""), r["cpu_seconds"] / 60) for r in runs if "cpu_seconds" in r]
+    on_cpu = [run for run in runs if "cpu_seconds" in run and run["device"] == "cpu"]
+    found = [(run.get("processor", ""), run["cpu_seconds"] / 60) for run in on_cpu]
     if not found:
         return None, ""
     usual = found[0][0]
@@ -117,13 +119,19 @@ def best_of(methods: dict[str, list[float]]) -> set[str]:
     return {name for name, mean in means.items() if mean >= least}
 
 
+def device_of(run: dict[str, Any]) -> str:
+    """Where a run was computed."""
+    return f"cpu, {run['threads']} thread(s)" if run["device"] == "cpu" else run["device"]
+
+
 def table(runs: dict[str, list[dict[str, Any]]], paper: dict[str, float]) -> list[str]:
     """A row for each method."""
     best = best_of({name: accuracies(own) for name, own in runs.items()})
     times = {name: timed(own) for name, own in runs.items()}
     usual = next((where for took, where in times.values() if took is not None), "")
-    columns = ["method", "accuracy", "seeds", "train accuracy", "minutes a run"]
-    lines = [columns + ["the paper"] * bool(paper)]
+    are_timed = any(took is not None for took, _ in times.values())
+    columns = ["method", "accuracy", "seeds", "train accuracy"]
+    lines = [columns + ["minutes a run"] * are_timed + ["the paper"] * bool(paper)]
     lines.append(["---"] * len(lines[0]))
     for name, own in runs.items():
         accuracy, (took, where) = spread(accuracies(own)), times[name]
@@ -132,8 +140,9 @@ def table(runs: dict[str, list[dict[str, Any]]], paper: dict[str, float]) -> lis
             f"**{accuracy}**" if name in best else accuracy,
             str(len(own)),
             spread([r["train_accuracy"] for r in own]),
-            "" if took is None else f"{took:.1f}{'*' * (where != usual)}",
         ]
+        if are_timed:
+            row.append("" if took is None else f"{took:.1f}{'*' * (where != usual)}")
         lines.append(row + ([f"{paper[name]:.1f}" if name in paper else ""] if paper else []))
     return [f"| {' | '.join(row)} |" for row in lines]
 
@@ -177,12 +186,12 @@ def section(recipe: str) -> list[str]:
         lines += [
             "",
             f"Trained on {some['train_images']:,} images for {some['protocol']['epochs']} epochs, "
-            f"evaluated on {some['evaluated_on']}; {some['device']}, {some['threads']} thread(s), "
+            f"evaluated on {some['evaluated_on']}; {device_of(some)}, "
             f"{some['protocol'].get('precision', 'bfloat16')}.",
             "",
             *table(runs, says.get("paper", {}) if kind == "test" else {}),
         ]
-        if kind == "test" and len(runs) > 1:
+        if kind == "test" and sum(minutes(own) is not None for own in runs.values()) > 1:
             picture = PICTURES / f"{recipe}.png"
             plot(runs, picture)
             lines += ["", f"![accuracy against time]({picture.relative_to(ROOT)})"]
