@@ -122,16 +122,19 @@ def test_minutes_are_what_was_computed_where_that_is_known(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import draw
 
-    by_clock, known = {"seconds": 600.0}, {"seconds": 900.0, "cpu_seconds": 120.0}
+    by_clock = {"seconds": 600.0, "device": "cpu"}
+    known = {"seconds": 900.0, "cpu_seconds": 120.0, "device": "cpu"}
     assert draw.minutes([by_clock, known]) == 2.0
     assert draw.minutes([by_clock, by_clock]) is None
-    elsewhere = {"cpu_seconds": 60.0, "processor": "another"}
+    assert draw.minutes([{**known, "device": "NVIDIA"}]) is None  # it was shared
+    elsewhere = {"cpu_seconds": 60.0, "processor": "another", "device": "cpu"}
     assert draw.minutes([known, elsewhere]) == 2.0
     figures = {"accuracy": 50.0, "train_accuracy": 60.0}
     rows = {"untimed": [by_clock], "usual": [known, elsewhere], "late": [by_clock, elsewhere]}
     runs = {name: [{**run, **figures} for run in own] for name, own in rows.items()}
     ends = [row.split(" | ")[-1] for row in draw.table(runs, {})[2:]]
     assert ends == [" |", "2.0 |", "1.0* |"]
+    assert "minutes" not in draw.table({"untimed": runs["untimed"]}, {})[0]
 
 
 def test_bold_is_what_the_best_is_not_clearly_above(monkeypatch):
