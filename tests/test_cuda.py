@@ -83,11 +83,17 @@ def test_gradients_are_those_of_the_cpu(dtype):
         assert (found - expected).norm() < (1e-4 if dtype is None else 0.05) * expected.norm()
 
 
+def graphs_of(flow):
+    """How many a flow has recorded."""
+    return sum(len(prepared.graphs) for prepared in flow._prepared.values())
+
+
 @pytest.fixture(params=[False, True], ids=["launched", "graphs"])
 def flow(request):
     flow = random_glow()
     flow.cuda_graphs = request.param
-    return flow
+    yield flow
+    assert bool(graphs_of(flow)) == request.param
 
 
 @pytest.mark.usefixtures("_precision")
@@ -206,17 +212,20 @@ class TestGraphs:
         flow = random_glow(levels=3, hidden=32)
         recorded = copy.deepcopy(flow)
         recorded.cuda_graphs = True
-        return recorded, flow
+        yield recorded, flow
+        assert graphs_of(recorded)
+        assert not graphs_of(flow)
 
     def gradient(self, flow, z):
         latents = z.clone().requires_grad_(True)
         return torch.autograd.grad(flow.decode(latents).square().sum(), latents)[0]
 
-    @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
     def test_results_are_the_same(self, flows, dtype):
+        recorded, launched = flows
+        recorded.encode(torch.rand(2, 3, 16, 16, device="cuda"))  # in another precision
         for flow in flows:
             flow.network_dtype = dtype
-        recorded, launched = flows
         for _ in range(4):
             for count in (1, 5, 64):
                 x = torch.rand(count, 3, 32, 32, device="cuda")
@@ -225,6 +234,7 @@ class TestGraphs:
                 torch.testing.assert_close(recorded.decode(z), launched.decode(z))
                 found, expected = self.gradient(recorded, z), self.gradient(launched, z)
                 assert (found - expected).norm() < 1e-3 * expected.norm()
+        assert graphs_of(recorded) == 9
 
     def test_gradients_of_several_calls(self, flows):
         z = [torch.randn(4, 3, 16, 16, device="cuda") for _ in range(3)]
@@ -233,7 +243,8 @@ class TestGraphs:
             self.gradient(flows[0], z[0])
         latents = [t.clone().requires_grad_(True) for t in z]
         losses = [flows[0].decode(t).square().sum() for t in latents]
-        for place in (2, 0, 1):
+        for place in (2, 0, 1, 2, 0):
+            latents[place].grad = None
             losses[place].backward(retain_graph=True)
             torch.testing.assert_close(latents[place].grad, expected[place], rtol=1e-3, atol=1e-4)
 
@@ -292,6 +303,15 @@ class TestGraphs:
                     parameter.add_(0.01)
         for _ in range(3):
             torch.testing.assert_close(flows[0].encode(x), flows[1].encode(x))
+            found, expected = (self.gradient(flow, x) for flow in flows)
+            assert (found - expected).norm() < 1e-3 * expected.norm()
+
+    def test_forward_derivatives_pass(self, flows):
+        x = torch.rand(4, 3, 16, 16, device="cuda")
+        for _ in range(3):
+            flows[0].encode(x)
+        found, expected = (torch.func.jvp(f.encode, (x,), (torch.ones_like(x),)) for f in flows)
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own

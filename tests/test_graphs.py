@@ -8,8 +8,8 @@ import torch
 from conftest import random_glow
 
 from latent_aug import LatentAdversarial
+from latent_aug.flows import engine, graphs
 from latent_aug.flows import glow as glow_module
-from latent_aug.flows import graphs
 
 
 class Standin:
@@ -99,7 +99,10 @@ def test_gradients_of_several_calls(flow):
     latents = [t.clone().requires_grad_(True) for t in z]
     losses = [flow.decode(t).square().sum() for t in latents]
     assert Standin.recorded == 2
-    for place in (2, 0, 1):
+    with torch.no_grad():
+        latents[1] += 1  # it is used no more
+    for place in (2, 0, 1, 2, 0):
+        latents[place].grad = None
         losses[place].backward(retain_graph=True)
         torch.testing.assert_close(latents[place].grad, expected[place])
 
@@ -109,9 +112,9 @@ def test_a_shape_is_recorded_when_it_comes_again(flow, monkeypatch):
     for count in (1, 2, 3, 4, 5):
         flow.encode(torch.rand(count, 3, 16, 16))
     assert Standin.recorded == 0
-    for count in (5, 4, 3, 3):
+    for count in (5, 4, 3, 3, 2, 2, 5):
         flow.encode(torch.rand(count, 3, 16, 16))
-    assert Standin.recorded == 1
+    assert Standin.recorded == 3
 
 
 def test_changed_weights_are_recorded_anew(flow):
@@ -141,6 +144,29 @@ def test_lean_keeps_nothing(flow):
     for _ in range(3):
         flow.decode(z.clone().requires_grad_(True), gradient="lean").sum().backward()
     assert Standin.recorded == 0
+
+
+def test_what_fails_half_way_leaves_nothing(flow, monkeypatch):
+    x = torch.rand(2, 3, 16, 16)
+    expected = plain(flow).encode(x)
+    read, calls = engine.read_mix, []
+
+    def fails(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("not while it is recorded")
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "read_mix", fails)
+    with pytest.raises(RuntimeError, match="not while"):
+        flow.encode(x)
+    (prepared,) = flow._prepared.values()
+    assert not prepared.networks
+    assert torch.equal(flow.encode(x), expected)
+
+
+def test_not_on_a_cpu():
+    assert not graphs.can_record(torch.rand(1))
 
 
 def test_attack(flow, model, batch):

@@ -7,10 +7,11 @@ IMAGES is a folder or tar of 32 x 32 colour images. For Glow flows of three leve
 H hidden channels, and the bundled CIFAR-10 flows: images per second of encode, decode, round trip,
 the gradient of decode to the latents (fast and lean), a whole adversarial step (3 steps, CIFAR
 ResNet-18) and a training step, for normflows' own methods and for ours with coupling networks in
-float32 and bfloat16. On a CPU each contestant runs in a process of its own, as in use, and they
-take turns; medians over calls, then over rounds. "peak" is the machine's own best rate of
-multiplying matrices of that dtype (torch.mm or a 1x1 convolution, whichever is faster), "share"
-what of it the round trip's products reach. --ways leaves contestants out: bfloat16 on a processor
+float32 and bfloat16; on a GPU also with CUDA graphs, whose own memory the peaks leave out. On a CPU
+each contestant runs in a process of its own, as in use, and they take turns; medians over calls,
+then over rounds. "peak" is the machine's own best rate of multiplying matrices of that dtype
+(torch.mm or a 1x1 convolution, whichever is faster), "share" what of it the round trip's products
+reach. --ways leaves contestants out: bfloat16 on a processor
 without AVX-512, where it is slow. "kept" tells normflows after glibc was told to keep
 freed memory, as our engine does and as a program full of large tensors may have done anyway.
 """
@@ -109,7 +110,7 @@ def measure(name: str, batch: int, way: str, images: str) -> dict[str, float]:
 
 
 def measure_apart(name: str, batch: int, way: str, images: str) -> dict[str, float]:
-    """Of one contestant, in a process of its own; on a GPU, where that plays no part, in this."""
+    """Of one contestant, in a process of its own; on a GPU in this one, as starting takes long."""
     if torch.cuda.is_available():
         return measure(name, batch, way, images)
     command = [sys.executable, __file__, images, "--one", name, str(batch), way]
@@ -182,8 +183,8 @@ def table(path: Path) -> None:
 
 def ratios(row: dict[str, float], bars: list[dict[str, float]], key: str) -> str:
     """Of a figure to that of normflows, and in brackets to that of normflows kept, if measured."""
-    first, *more = [f"{row[key] / bar[key]:.1f}" for bar in bars if key in bar] or [""]
-    return f"{first} ({more[0]})" if more else first
+    plain, kept = (f"{row[key] / bar[key]:.1f}" if key in bar else "" for bar in bars)
+    return f"{plain} ({kept})" if kept else plain
 
 
 def main() -> None:
@@ -193,7 +194,7 @@ def main() -> None:
     parser.add_argument("--flows", nargs="*", default=FLOWS)
     parser.add_argument("--batches", nargs="*", type=int, default=[32, 128])
     ways = GPU_WAYS if torch.cuda.is_available() else WAYS
-    parser.add_argument("--ways", nargs="*", default=ways, choices={*WAYS, *GPU_WAYS})
+    parser.add_argument("--ways", nargs="*", default=ways, choices=sorted({*WAYS, *GPU_WAYS}))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--one", nargs=3, metavar=("FLOW", "BATCH", "WAY"))

@@ -156,7 +156,7 @@ def run(
 ) -> dict[str, float]:
     """Train and evaluate; accuracies in per cent, losses in nats, seconds."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cudnn.benchmark = True  # a GPU's shapes are always the same
+    torch.backends.cudnn.benchmark = True  # on a GPU: nearly all batches are of one shape
     torch.manual_seed(seed)
     network = NETWORKS[protocol.network](protocol.channels, train.classes, protocol.width)
     model = Standardized(network, train.pixels, protocol.precision).to(device)

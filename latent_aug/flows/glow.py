@@ -69,9 +69,11 @@ class Glow(Flow):
         compiled: Have torch.compile fuse each step, where no gradient is wanted. Every new shape
             of input is compiled, a time a level, which takes seconds; torch gives up after eight
             (`torch._dynamo.config.recompile_limit`), so it is for one or two batch sizes.
-        cuda_graphs: On a CUDA GPU, record what a frozen flow computes for a shape of input, when
-            that comes for the second time, and replay it from then on. It takes memory for each
-            shape, of sixteen at most, gradients of `decode` included.
+        cuda_graphs: On a CUDA GPU, record what a frozen flow's encode, decode and "fast" gradient
+            of decode do for a shape of input, when it comes for the second time, and replay it
+            from then on. Each of these, of sixteen at most, takes memory for its shape until it
+            runs on other weights; a recording for which there is none fails. Nothing else may be
+            recorded at the same time, by other threads.
 
     Raises:
         ValueError: An argument is out of range; an image does not fit; the flow is untrained.
@@ -128,8 +130,9 @@ class Glow(Flow):
             return engine.encode(preprocess(x), levels).contiguous()
 
         with full_precision(x.device):
-            levels = self._levels(x, inverse=False)
-            return self._run("encode", encode, x)
+            prepared = self._prepared_for(x)
+            levels = self._levels(prepared, x, inverse=False)
+            return self._run("encode", encode, x, prepared)
 
     def decode(self, z: Tensor, y: Tensor | None = None, *, gradient: Gradient = "auto") -> Tensor:
         """Exact inverse of `encode`; (B, C, H, W), not clamped.
@@ -158,36 +161,33 @@ class Glow(Flow):
         def decode(z: Tensor) -> Tensor:
             return postprocess(engine.decode(z, levels)).contiguous()
 
-        if self._weights_want_gradients():
-            if gradient == "lean":
-                raise ValueError("gradient='lean' needs frozen weights: flow.requires_grad_(False)")
-            levels = self._levels(z, inverse=True)
-            return decode(z)
-        levels = self._levels(z, inverse=True)
-        if not (torch.is_grad_enabled() and z.requires_grad):
-            return self._run("decode", decode, z)
+        if gradient == "lean" and self._weights_want_gradients():
+            raise ValueError("gradient='lean' needs frozen weights: flow.requires_grad_(False)")
+        prepared = self._prepared_for(z)
+        levels = self._levels(prepared, z, inverse=True)
+        if prepared is None or not (torch.is_grad_enabled() and z.requires_grad):
+            return self._run("decode", decode, z, prepared)
         lean = gradient == "lean" or (
             gradient == "auto" and latent_gradient.prefers_lean(z, levels)
         )
-        inverse = self._levels(z, inverse=False) if lean else None
-        graphs = self._graphs(z) if inverse is None else None
-        x = latent_gradient.decode(z, levels, self._adjoints(z), inverse, graphs)
+        inverse = self._levels(prepared, z, inverse=False) if lean else None
+        graphs = prepared.graphs if self.cuda_graphs and can_record(z) else None
+        x = latent_gradient.decode(z, levels, self._adjoints(prepared, z), inverse, graphs)
         return postprocess(x).contiguous()
 
-    def _run(self, name: str, function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    def _run(
+        self,
+        name: str,
+        function: Callable[[Tensor], Tensor],
+        t: Tensor,
+        prepared: Prepared | None,
+    ) -> Tensor:
         """The function of t; by a graph, if there is one and nobody wants gradients."""
-        graphs = None
-        if not (torch.is_grad_enabled() and (t.requires_grad or self._weights_want_gradients())):
-            graphs = self._graphs(t)
-        graph = graphs and graphs.get(name, t, lambda: Graph(function, t))
-        return graph(t) if graph else function(t)
-
-    def _graphs(self, t: Tensor) -> Graphs | None:
-        """The graphs for t's device and dtype, where such are wanted; after `_levels`."""
-        if not (self.cuda_graphs and can_record(t)):
-            return None
-        prepared = self._prepared.get((t.device, t.dtype))
-        return prepared.graphs if prepared else None
+        wanted = torch.is_grad_enabled() and t.requires_grad
+        if prepared is None or wanted or not (self.cuda_graphs and can_record(t)):
+            return function(t)
+        graph = prepared.graphs.get(name, t, lambda: Graph(function, t))
+        return function(t) if graph is None else graph(t)
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Log-density of x in [0, 1], exact at x: (B,), in nats."""
@@ -197,7 +197,8 @@ class Glow(Flow):
         dims = x[0].numel()
         terms: list[Tensor] = []
         with full_precision(x.device):
-            z = engine.encode(preprocess(x), self._levels(x, inverse=False), terms)
+            levels = self._levels(self._prepared_for(x), x, inverse=False)
+            z = engine.encode(preprocess(x), levels, terms)
         prior = -0.5 * (z.square().sum(dim=(1, 2, 3)) + dims * math.log(2 * math.pi))
         return prior + sum(terms) + dims * math.log(255 / 256)
 
@@ -292,42 +293,49 @@ class Glow(Flow):
                 "or set its ActNorms from a batch of images with initialize"
             )
 
-    def _levels(self, t: Tensor, *, inverse: bool) -> tuple[engine.Level, ...]:
-        """The parameters as the engine reads them, on t's device and in its dtype.
+    def _prepared_for(self, t: Tensor) -> Prepared | None:
+        """What was prepared for t's device and dtype; new where the weights have changed.
 
-        In training mode weights that require gradients are read anew, as a fused optimizer's step
-        leaves no sign on them; others come from a cache that notices every in-place change of a
-        parameter that torch counts (its version counter) at no cost on the device.
+        It notices every in-place change of a parameter that torch counts (its version counter) at
+        no cost on the device. None where weights are to be read at every call: gradients go to
+        them, or they are in training, as a fused optimizer's step leaves no sign on them.
         """
-        wanted = self._weights_want_gradients()
-        if wanted or (self.training and any(p.requires_grad for p in self._tensors())):
+        in_training = self.training and any(p.requires_grad for p in self._tensors())
+        if in_training or self._weights_want_gradients():
             self._prepared.clear()
-            return self._read(t, inverse=inverse, frozen=not wanted, networks={})
-        prepared = self._prepared_for(t)
+            return None
+        version, key = self.weights_version(), (t.device, t.dtype)
+        prepared = self._prepared.get(key)
+        if prepared is None or prepared.version != version:
+            keep_freed_memory()
+            prepared = Prepared(version, [w.detach() for w in self._tensors()])
+            self._prepared[key] = prepared
+        return prepared
+
+    def _levels(
+        self, prepared: Prepared | None, t: Tensor, *, inverse: bool
+    ) -> tuple[engine.Level, ...]:
+        """The parameters as the engine reads them, on t's device and in its dtype."""
+        if prepared is None:
+            frozen = not self._weights_want_gradients()
+            return self._read(t, inverse=inverse, frozen=frozen, networks={})
         if inverse not in prepared.levels:
+            networks = dict(prepared.networks)
             # Tensors made in inference mode could not serve a later attack's backward pass.
             with torch.inference_mode(False):
-                levels = self._read(t, inverse=inverse, frozen=True, networks=prepared.networks)
+                levels = self._read(t, inverse=inverse, frozen=True, networks=networks)
             wait_for(t)
+            prepared.networks.update(networks)
             prepared.levels[inverse] = levels
         return prepared.levels[inverse]
 
-    def _adjoints(self, t: Tensor) -> latent_gradient.Adjoints:
-        """The transposed maps of the decoding levels that `_levels` gives for t."""
-        prepared = self._prepared_for(t)
+    def _adjoints(self, prepared: Prepared, t: Tensor) -> latent_gradient.Adjoints:
+        """The transposed maps of the decoding levels that were prepared for t."""
         if not prepared.adjoints:
             adjoints = latent_gradient.read_adjoints(prepared.levels[True])
             wait_for(t)
             prepared.adjoints.append(adjoints)
         return prepared.adjoints[0]
-
-    def _prepared_for(self, t: Tensor) -> Prepared:
-        """What was prepared for t's device and dtype; new where the weights have changed."""
-        version, key = self.weights_version(), (t.device, t.dtype)
-        if key not in self._prepared or self._prepared[key].version != version:
-            keep_freed_memory()
-            self._prepared[key] = Prepared(version, [w.detach() for w in self._tensors()])
-        return self._prepared[key]
 
     def _weights_want_gradients(self) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in self._tensors())
@@ -369,6 +377,6 @@ class Glow(Flow):
 
 
 def wait_for(t: Tensor) -> None:
-    """Until a GPU is done with what it was asked for t's sake: other streams may use it then."""
+    """Block until the current stream of t's GPU is done: any other may read then what it wrote."""
     if t.is_cuda:
         torch.cuda.current_stream(t.device).synchronize()

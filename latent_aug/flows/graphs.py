@@ -1,14 +1,15 @@
 """CUDA graphs of a flow: its kernels recorded once for a shape, then launched all at once.
 
-A flow is hundreds of small kernels. Launched one by one they take a processor several times as long
-as they take a GPU. A recorded graph reads and writes memory of its own: inputs are copied
-into it and results out of it, and whoever replays it waits for the last replay.
+A flow is hundreds of small kernels. Launching them one by one may take a processor several times as
+long as they take a GPU. A recorded graph reads and writes memory of its own: inputs are copied
+into it and results out of it, and each replay comes after the last one, on whatever stream.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 MOST = 16
-"""Graphs that are kept of the same weights; further shapes are computed as ever."""
+"""Graphs that are kept of the same weights on a device and in a dtype; what else is asked for is
+launched as ever."""
+
+RECORDING = threading.Lock()
+"""Held while one is recorded: torch can do so in one thread at a time."""
 
 T = TypeVar("T")
 
@@ -24,13 +29,16 @@ T = TypeVar("T")
 class Graphs:
     """The graphs of a flow's weights, by what they compute and of which shape.
 
-    A shape is recorded when it comes for the second time, as recording takes a moment and a last
+    One is recorded when its shape comes for the second time, as recording takes a moment and a last
     batch comes once an epoch.
     """
 
     def __init__(self) -> None:
-        self._found: dict[Any, Any] = {}
-        self._lock = threading.Lock()
+        self._seen: set[Any] = set()
+        self._recorded: dict[Any, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._recorded)
 
     def get(self, what: str, like: Tensor, record: Callable[[], T]) -> T | None:
         """The graph of what is computed of tensors like this one; None where there is none yet.
@@ -41,23 +49,31 @@ class Graphs:
             record: Makes the graph.
         """
         key = what, like.shape
-        with self._lock:
-            if key not in self._found:
-                if len(self._found) < MOST:
-                    self._found[key] = None
-            elif self._found[key] is None:
-                self._found[key] = record()
-            return self._found.get(key)
+        if key not in self._recorded:
+            with RECORDING:
+                if key not in self._seen or len(self) >= MOST:
+                    self._seen.add(key)
+                    return None
+                if key not in self._recorded:  # by another thread meanwhile
+                    self._recorded[key] = record()
+        graph: T = self._recorded[key]
+        return graph
 
 
 def can_record(t: Tensor) -> bool:
-    """Whether what is computed of t may come from a graph: on a GPU, and nobody looks on."""
+    """Whether graphs may stand in for what is launched: on a GPU, and torch traces nothing."""
     return (
         t.is_cuda
         and not torch.compiler.is_compiling()
         and forward_ad._current_level < 0
         and not torch.cuda.is_current_stream_capturing()
     )
+
+
+@cache
+def stream_of(device: torch.device) -> torch.cuda.Stream:
+    """On which graphs of a device are recorded: blocks of memory are kept by stream."""
+    return torch.cuda.Stream(device)
 
 
 class Replays:
@@ -74,10 +90,14 @@ class Graph:
     """A function of one tensor, recorded; called with a tensor it gives the result for that.
 
     Args:
-        function: Of a tensor; it gives a tensor, or a tensor and something more that stays in the
-            graph's memory, `more`, until the next call. It waits for nothing on the processor.
+        function: Of a tensor; it gives a tensor, or a tensor and something more. It does not make
+            the processor wait.
         like: A tensor of the shape, dtype and device of those to come.
         replays: Shared with other graphs that read this one's memory, or None.
+
+    Attributes:
+        output: The last result, in the graph's memory.
+        more: What the function gave besides, there too.
     """
 
     def __init__(
@@ -86,17 +106,16 @@ class Graph:
         self._replays = replays or Replays(like.device)
         self._function = function  # and with it whatever the kernels read
         with torch.cuda.device(like.device), torch.inference_mode(False), torch.no_grad():
-            self._input = torch.zeros_like(like, memory_format=torch.contiguous_format)
-            self._input.copy_(like)
+            self._input = like.clone(memory_format=torch.contiguous_format)
             # What a first call does besides, as choosing kernels, is not to be recorded.
-            aside = torch.cuda.Stream()
+            aside = stream_of(like.device)
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 for _ in range(2):
                     function(self._input)
             torch.cuda.current_stream().wait_stream(aside)
             self._graph = torch.cuda.CUDAGraph()
-            # Other threads, which load data, may go on allocating.
+            # What other threads do at the same time, as loading data, is no error of this one's.
             with torch.cuda.graph(
                 self._graph,
                 pool=self._replays.pool,
@@ -104,12 +123,8 @@ class Graph:
                 capture_error_mode="thread_local",
             ):
                 result = function(self._input)
-        self._output, self.more = result if isinstance(result, tuple) else (result, None)
-
-    @property
-    def output(self) -> Tensor:
-        """The graph's own memory of the last result."""
-        return self._output
+        self.output: Tensor
+        self.output, self.more = result if isinstance(result, tuple) else (result, None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The result for x, of the recorded shape, in memory of the caller's."""
@@ -119,7 +134,7 @@ class Graph:
             self._input.copy_(x)
             self._input.record_stream(stream)
             self._graph.replay()
-            result = self._output.clone()
+            result = self.output.clone()
             self._replays.done.record(stream)
         return result
 
@@ -140,18 +155,19 @@ class DifferentiableGraph:
         like: Tensor,
     ) -> None:
         self._replays = Replays(like.device)
-        self._function = Graph(function, like, self._replays)
-        value, kept = self._function.output, self._function.more
-        self._gradient = Graph(lambda grad: gradient(grad, value, kept), value, self._replays)
+        self._forward = Graph(function, like, self._replays)
+        self._forward(like)  # recording computes nothing
+        value, kept = self._forward.output, self._forward.more
+        self._backward = Graph(lambda grad: gradient(grad, value, kept), value, self._replays)
         self._calls = 0
 
     def __call__(self, x: Tensor) -> tuple[Tensor, int]:
         """The value, and the number of this call."""
         with self._replays.lock:
             self._calls += 1
-            return self._function(x), self._calls
+            return self._forward(x), self._calls
 
     def gradient(self, grad: Tensor, call: int) -> Tensor | None:
         """The gradient at the tensor of that call, from the value's; None after another call."""
         with self._replays.lock:
-            return self._gradient(grad) if call == self._calls else None
+            return self._backward(grad) if call == self._calls else None

@@ -96,7 +96,7 @@ def decode(
         inverse: The same levels read for encoding: to undo steps with, "lean". None is "fast".
         graphs: To record "fast" in, and to replay it from; None for neither.
     """
-    if graphs is not None:
+    if graphs is not None and inverse is None:
         graph = graphs.get("gradient", z, lambda: recorded(z, levels, adjoints))
         if graph is not None:
             return _Replay.apply(z, levels, adjoints, graph)
@@ -131,7 +131,7 @@ class _Replay(torch.autograd.Function):
     ) -> Tensor:
         x, ctx.call = graph(z)
         ctx.levels, ctx.adjoints, ctx.graph = levels, adjoints, graph
-        ctx.save_for_backward(z)
+        ctx.save_for_backward(z.clone())  # z itself may be written to before
         return x
 
     @staticmethod
@@ -154,8 +154,7 @@ class _Decode(torch.autograd.Function):
         adjoints: Adjoints,
         inverse: Sequence[Level] | None,
     ) -> Tensor:
-        keep: Kept = [] if inverse else [[] for _ in levels]
-        x = engine.decode(z, levels, keep)
+        x, keep = (engine.decode(z, levels), []) if inverse else decode_and_keep(z, levels)
         ctx.levels, ctx.adjoints, ctx.inverse = levels, adjoints, inverse
         ctx.tiles = [len(tiles) for tiles in keep]
         kept = [activations for tiles in keep for tile in tiles for activations in tile]
