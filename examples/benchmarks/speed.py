@@ -11,9 +11,9 @@ float32 and bfloat16; on a GPU also with CUDA graphs, whose own memory the peaks
 each contestant runs in a process of its own, as in use, and they take turns; medians over calls,
 then over rounds. "peak" is the machine's own best rate of multiplying matrices of that dtype
 (torch.mm or a 1x1 convolution, whichever is faster), "share" what of it the round trip's products
-reach. --ways leaves contestants out: bfloat16 on a processor
-without AVX-512, where it is slow. "kept" tells normflows after glibc was told to keep
-freed memory, as our engine does and as a program full of large tensors may have done anyway.
+reach. --ways leaves contestants out: bfloat16 on a processor without AVX-512, where it is slow.
+"kept" tells normflows after glibc was told to keep freed memory, as our engine does and as a
+program full of large tensors may have done anyway.
 """
 
 import argparse

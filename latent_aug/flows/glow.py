@@ -171,7 +171,7 @@ class Glow(Flow):
             gradient == "auto" and latent_gradient.prefers_lean(z, levels)
         )
         inverse = self._levels(prepared, z, inverse=False) if lean else None
-        graphs = prepared.graphs if self.cuda_graphs and can_record(z) else None
+        graphs = self._graphs(prepared, z)
         x = latent_gradient.decode(z, levels, self._adjoints(prepared, z), inverse, graphs)
         return postprocess(x).contiguous()
 
@@ -184,10 +184,15 @@ class Glow(Flow):
     ) -> Tensor:
         """The function of t; by a graph, if there is one and nobody wants gradients."""
         wanted = torch.is_grad_enabled() and t.requires_grad
-        if prepared is None or wanted or not (self.cuda_graphs and can_record(t)):
-            return function(t)
-        graph = prepared.graphs.get(name, t, lambda: Graph(function, t))
+        graphs = None if wanted else self._graphs(prepared, t)
+        graph = None if graphs is None else graphs.get(name, t, lambda: Graph(function, t))
         return function(t) if graph is None else graph(t)
+
+    def _graphs(self, prepared: Prepared | None, t: Tensor) -> Graphs | None:
+        """Those for t, where graphs are asked for and may be."""
+        if prepared is None or not (self.cuda_graphs and can_record(t)):
+            return None
+        return prepared.graphs
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Log-density of x in [0, 1], exact at x: (B,), in nats."""

@@ -155,6 +155,7 @@ class DifferentiableGraph:
         like: Tensor,
     ) -> None:
         self._replays = Replays(like.device)
+        self._function, self._gradient = function, gradient
         self._forward = Graph(function, like, self._replays)
         self._forward(like)  # recording computes nothing
         value, kept = self._forward.output, self._forward.more
@@ -167,7 +168,12 @@ class DifferentiableGraph:
             self._calls += 1
             return self._forward(x), self._calls
 
-    def gradient(self, grad: Tensor, call: int) -> Tensor | None:
-        """The gradient at the tensor of that call, from the value's; None after another call."""
+    def gradient(self, grad: Tensor, x: Tensor, call: int) -> Tensor:
+        """The gradient at x, the tensor of that call, from the value's.
+
+        After another call, whose memory is the same, the function is computed again.
+        """
         with self._replays.lock:
-            return self._backward(grad) if call == self._calls else None
+            if call == self._calls:
+                return self._backward(grad)
+        return self._gradient(grad, *self._function(x))

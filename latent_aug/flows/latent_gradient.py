@@ -99,7 +99,7 @@ def decode(
     if graphs is not None and inverse is None:
         graph = graphs.get("gradient", z, lambda: recorded(z, levels, adjoints))
         if graph is not None:
-            return _Replay.apply(z, levels, adjoints, graph)
+            return _Replay.apply(z, graph)
     return _Decode.apply(z, levels, adjoints, inverse)
 
 
@@ -122,27 +122,17 @@ class _Replay(torch.autograd.Function):
     """`_Decode`, "fast", by a graph, in whose memory the activations are."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        z: Tensor,
-        levels: Sequence[Level],
-        adjoints: Adjoints,
-        graph: DifferentiableGraph,
-    ) -> Tensor:
+    def forward(ctx: Any, z: Tensor, graph: DifferentiableGraph) -> Tensor:
         x, ctx.call = graph(z)
-        ctx.levels, ctx.adjoints, ctx.graph = levels, adjoints, graph
+        ctx.graph = graph
         ctx.save_for_backward(z.clone())  # z itself may be written to before
         return x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        z_grad = ctx.graph.gradient(grad, ctx.call)
-        if z_grad is None:  # the graph has decoded others since
-            with full_precision(grad.device):
-                x, kept = decode_and_keep(ctx.saved_tensors[0], ctx.levels)
-                z_grad = gradient(grad, ctx.levels, ctx.adjoints, x, None, kept)
-        return z_grad, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        with full_precision(grad.device):  # as in _Decode
+            return ctx.graph.gradient(grad, *ctx.saved_tensors, ctx.call), None
 
 
 class _Decode(torch.autograd.Function):
