@@ -55,7 +55,7 @@ all seeds. Nothing was chosen by test accuracy, but for a row whose table says s
 best mean and those within its standard deviation, if it has three seeds or more. Minutes are of one
 CPU core, computing, on average over a row's runs on the processor of its first; the very first runs
 did not record them. Minutes with a star are of another processor than the table's first row:
-compare them with each other only. Releases of torch were two: each run's JSON names its own.
+compare them with each other only. Releases of torch differ: each run's JSON names its own.
 """
 
 
