@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import operator
 import os
@@ -32,7 +31,14 @@ from latent_aug.data import (
 from latent_aug.files import read_json, remove_partial, replaced, write_json, write_whole
 from latent_aug.images import GREY_MODES
 from latent_aug.randomness import mixed, rank_and_count
-from latent_aug.shards import Sample, write_files, write_tar
+from latent_aug.shards import (
+    UPRIGHT,
+    Sample,
+    encoded,
+    orientation_of,
+    write_files,
+    write_tar,
+)
 from latent_aug.transforms import LatentPerturb
 
 SETTINGS_NAME, CLASSES_NAME = "augment.json", "classes.txt"
@@ -108,11 +114,12 @@ class AugmentReport:
 
 
 class Item(NamedTuple):
-    """An image of the data set: uint8 (C, H, W), its label, and whether it came as a grey one."""
+    """An image of the data set: uint8 (C, H, W), its label, and what its file said of it."""
 
     image: Tensor
     label: int | None
     grey: bool
+    orientation: int
 
 
 def augment_images(
@@ -286,8 +293,13 @@ class Job:
             return None
         image = to_uint8(sample, self.channels, self.config.size)
         source = image_of(sample)
-        grey = isinstance(source, Image.Image) and source.mode in GREY_MODES
-        return Item(image, self.label_of(sample, index), grey)
+        is_file = isinstance(source, Image.Image)
+        return Item(
+            image,
+            self.label_of(sample, index),
+            grey=is_file and source.mode in GREY_MODES,
+            orientation=orientation_of(source) if is_file else UPRIGHT,
+        )
 
     def label_of(self, sample: Any, index: int) -> int | None:
         """A sample's label, where it has one."""
@@ -319,10 +331,8 @@ class Job:
         image = to_pil_image(item.image)
         if item.grey:
             image = image.convert("L")
-        file, jpeg = io.BytesIO(), self.config.image_format == "jpeg"
-        options = {"quality": self.config.quality} if jpeg else {}
-        image.save(file, self.config.image_format, **options)
-        return file.getvalue()
+        quality = self.config.quality if self.config.image_format == "jpeg" else None
+        return encoded(image, quality=quality, orientation=item.orientation)
 
     def write_settings(self) -> None:
         """Say what the output is of, or see that it is of the same.

@@ -38,7 +38,7 @@ def to_batch(image: Any, channels: int) -> tuple[Tensor, Callable[[Tensor], Any]
 
     The way back rounds to uint8 where the input was uint8 or PIL, and gives its dtype, shape,
     type and PIL mode. PIL images other than L, LA, RGB and RGBA come back in the flow's mode,
-    with their alpha if they have one.
+    with their alpha if they have one; all keep their EXIF.
 
     Raises:
         ValueError: The channels are not the flow's.
@@ -94,6 +94,8 @@ def pil_to_batch(image: Image.Image, channels: int) -> tuple[Tensor, Callable[[T
             result = result.convert("L")
         if alpha is not None:
             result.putalpha(alpha)
+        if "exif" in image.info:
+            result.info["exif"] = image.info["exif"]  # how a photograph is to be turned
         return result
 
     return to_float(pixels)[None], restore

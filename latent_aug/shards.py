@@ -8,11 +8,17 @@ import tarfile
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from PIL import Image
 
 from latent_aug.files import replaced
 
 FOLDER = re.compile(r'(?!\.)[^\x00-\x1f<>:"/\\|?*]*[^\x00-\x1f<>:"/\\|?*. ]')  # on any system
+
+
+ORIENTATION = 0x0112  # in EXIF: how viewers and some loaders turn an image
+UPRIGHT = 1
 
 
 class Sample(NamedTuple):
@@ -21,6 +27,32 @@ class Sample(NamedTuple):
     key: str
     data: bytes
     label: int | None
+
+
+def encoded(image: Image.Image, *, quality: int | None, orientation: int) -> bytes:
+    """An image as a file.
+
+    Args:
+        image: Grey or RGB.
+        quality: Of a JPEG, 1 to 100; a PNG if None.
+        orientation: Its EXIF orientation, which goes into the file where it is not upright.
+    """
+    options: dict[str, Any] = {} if quality is None else {"quality": quality}
+    if orientation != UPRIGHT:
+        options["exif"] = Image.Exif()
+        options["exif"][ORIENTATION] = orientation
+    file = io.BytesIO()
+    image.save(file, "PNG" if quality is None else "JPEG", **options)
+    return file.getvalue()
+
+
+def orientation_of(image: Image.Image) -> int:
+    """How EXIF says it is to be turned; upright where it does not, or nonsense."""
+    try:
+        orientation: Any = image.getexif().get(ORIENTATION)
+    except Exception:  # damaged EXIF raises many kinds
+        return UPRIGHT
+    return int(orientation) if orientation in range(2, 9) else UPRIGHT
 
 
 def write_tar(path: Path, samples: Iterable[Sample], suffix: str) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import webdataset
 from conftest import ByClass, Identity, random_dense, random_glow
+from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from typer.testing import CliRunner
@@ -314,6 +315,40 @@ def test_a_grey_image_comes_back_grey_from_a_flow_of_colours(data, tmp_path):
     values = {name: pil_to_tensor(files[i]).unique() for i, name in enumerate(files.names)}
     assert values["00000000-0.png"].tolist() == [90]
     assert len(values["00000000-1.png"]) > 1
+
+
+@pytest.mark.parametrize("image_format", ["png", "jpeg"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_a_photograph_is_still_turned_as_it_was(tmp_path, image_format, suffix):
+    """Some loaders turn images by their EXIF, others do not: copies are to be as originals are."""
+    (tmp_path / "data" / "photos").mkdir(parents=True)
+    pixels = torch.full((3, 8, 16), 90, dtype=torch.uint8)
+    for orientation in (None, 1, 6):
+        exif = Image.Exif()
+        if orientation:
+            exif[0x0112] = orientation
+        to_pil_image(pixels).save(
+            tmp_path / "data" / "photos" / f"{orientation}.{suffix}", exif=exif
+        )
+    images = EncodedImages(tmp_path / "data")
+    settings = {"copies": 1, "originals": True, "shard_size": 6, "image_format": image_format}
+    augment(tmp_path / "data", tmp_path / "out", **settings)
+    files = EncodedImages(tmp_path / "out" / "shard-000000.tar")
+    assert len(files) == 6
+    for place, name in enumerate(files.names):
+        found, expected = files[place], images[int(name[:8])]
+        assert found.size == expected.size
+        assert ImageOps.exif_transpose(found).size == ImageOps.exif_transpose(expected).size
+        assert (0x0112 in found.getexif()) == (expected.getexif().get(0x0112) == 6)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0MM nonsense", b"Exif\0\0", b"x"])
+def test_damaged_exif_does_not_matter(tmp_path, exif):
+    (tmp_path / "data").mkdir()
+    image = to_pil_image(torch.full((3, 8, 8), 90, dtype=torch.uint8))
+    image.save(tmp_path / "data" / "a.jpg", exif=exif)
+    report = augment(tmp_path / "data", tmp_path / "out")
+    assert report.images == 2
 
 
 def test_a_folder_without_classes_is_warned_of(tmp_path):

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import io
 import math
 import pickle
 from collections.abc import MutableMapping
@@ -181,6 +182,20 @@ def test_dtypes_of_one_shape_draw_for_themselves(glow):
     images = [tv_tensors.Image(torch.rand(8, 3, 16, 16, dtype=d)) for d in DTYPES[3:]]
     out = LatentPerturb(0.3, flow=glow, p=0.5)(images)
     assert [o.dtype for o in out] == [i.dtype for i in images]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
+def test_exif_is_kept(mode):
+    """Which says how a photograph is to be turned."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    pil("RGB").convert(mode).save(file, "PNG", exif=exif)
+    image = Image.open(file)
+    flow = random_glow(channels=1 if mode == "L" else 3)
+    result = LatentPerturb(0.25, flow=flow)(image)
+    assert result.size == image.size
+    assert result.getexif() == image.getexif() == {0x0112: 6}
 
 
 def test_alpha_is_kept(glow):
