@@ -76,11 +76,18 @@ class ImageDraws(NamedTuple):
 
     mirrored: Tensor  # (B, 1, 1, 1) bool
     corners: Tensor  # (2, B): top and left of the crop
-    noise: Tensor  # (B, C, H, W), uniform in [0, 1)
+    uniform: Tensor  # (B, C, H, W), in [0, 1): dequantization
+    noise: Tensor  # (B, C, H, W), Gaussian; (B,) zeros without
 
 
 def draws_for(
-    seed: int, step: int, places: Iterable[int], shape: tuple[int, ...], padding: int = 0
+    seed: int,
+    step: int,
+    places: Iterable[int],
+    shape: tuple[int, ...],
+    *,
+    padding: int = 0,
+    noise: float = 0.0,
 ) -> ImageDraws:
     """The draws of the images at some places of a step's batch.
 
@@ -90,15 +97,18 @@ def draws_for(
         places: Of the images in the whole batch.
         shape: Of an image (C, H, W).
         padding: Of the crop.
+        noise: Standard deviation of the Gaussian noise.
     """
     each = []
     for place in places:
         generator = torch.Generator().manual_seed(mixed(seed, step, place))
         mirrored = torch.rand(1, 1, 1, generator=generator) < 0.5
         corner = torch.randint(0, 2 * padding + 1, (2,), generator=generator)
-        each.append((mirrored, corner, torch.rand(shape, generator=generator)))
-    mirrored, corners, noise = (torch.stack(drawn) for drawn in zip(*each, strict=True))
-    return ImageDraws(mirrored, corners.T, noise)
+        uniform = torch.rand(shape, generator=generator)
+        own = noise * torch.randn(shape, generator=generator) if noise else torch.zeros(())
+        each.append((mirrored, corner, uniform, own))
+    mirrored, corners, uniform, noises = (torch.stack(drawn) for drawn in zip(*each, strict=True))
+    return ImageDraws(mirrored, corners.T, uniform, noises)
 
 
 def flipped(batch: Tensor, mirrored: Tensor) -> Tensor:

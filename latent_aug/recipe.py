@@ -45,6 +45,8 @@ class TrainConfig:
         ema: Decay in [0, 1] of the exponential moving average of the weights, which is kept.
         flip: Mirror each image with probability ½.
         crop: Zero-pad by this many pixels on each side and crop back at random.
+        noise: Standard deviation in [0, 1] of Gaussian noise that is added to the images, whose
+            values lie in [0, 1] and are clamped to that afterwards.
         network_dtype: Precision of a Glow's coupling networks; "auto" measures which is faster.
         size: Resize and crop images to this side.
         seed: Of order, noise and augmentation.
@@ -75,6 +77,7 @@ class TrainConfig:
     ema: float = 0.998
     flip: bool = True
     crop: int = 0
+    noise: float = 0.0
     network_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     size: int | None = None
     seed: int = 0
@@ -90,7 +93,7 @@ class TrainConfig:
         if self.size is not None:
             store(self, positive, "size")
         store(self, real, *POSITIVE, "checkpoint_minutes")
-        store(self, probability, "decay", "ema")
+        store(self, probability, "decay", "ema", "noise")
         for name in POSITIVE:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)!r}")

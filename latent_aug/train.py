@@ -144,9 +144,9 @@ class Likelihood(nn.Module):
         super().__init__()
         self.flow = flow
 
-    def forward(self, x: Tensor, noise: Tensor, y: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, uniform: Tensor, y: Tensor | None) -> Tensor:
         """Of images (B, C, H, W) in [0, 1], uniform noise in [0, 1), and their classes: (B,)."""
-        return bits_of(self.flow.log_prob(dequantized(x, noise), y), x)
+        return bits_of(self.flow.log_prob(dequantized(x, uniform), y), x)
 
 
 class Run:
@@ -183,7 +183,7 @@ class Run:
         )
         if not saved and not flow.is_initialized():
             first = self.first_batch()
-            draws = draws_for(config.seed, -1, range(len(first)), images.shape, config.crop)
+            draws = self.draws(range(len(first)), -1)
             flow.initialize(self.augment(first, draws))
         flow.requires_grad_(True).train()
         keep_freed_memory()
@@ -229,13 +229,21 @@ class Run:
         for batch, indices in zip(loader, self.sampler, strict=True):
             yield batch, self.images.classes_at(indices)
 
+    def draws(self, places: range, step: int) -> ImageDraws:
+        """What is drawn for images at some places of a step's batch."""
+        how, shape = self.config, self.images.shape
+        return draws_for(how.seed, step, places, shape, padding=how.crop, noise=how.noise)
+
     def augment(self, batch: Tensor, draws: ImageDraws) -> Tensor:
-        """uint8 to float in [0, 1] on the device, mirrored and cropped as was drawn."""
+        """uint8 to float in [0, 1] on the device: mirrored, cropped and noisy as was drawn."""
         if self.config.flip:
             batch = flipped(batch, draws.mirrored)
         if self.config.crop:
             batch = cropped(batch, self.config.crop, draws.corners)
-        return batch.to(self.processes.device) / 255
+        x = batch.to(self.processes.device) / 255
+        if self.config.noise:
+            x = (x + draws.noise.to(x)).clamp(0, 1)
+        return x
 
     def train_step(self, batch: Tensor, y: Tensor | None = None) -> float:
         """One step with this process's share of a batch; the whole batch's bits/dim."""
@@ -266,14 +274,14 @@ class Run:
         first, loss = self.sampler.places.start, torch.zeros((), device=self.processes.device)
         for number, (part, own) in enumerate(zip(parts, classes, strict=True), 1):
             places = range(first, first + len(part))
-            draws = draws_for(self.config.seed, self.step, places, part.shape[1:], self.config.crop)
-            x, noise = self.augment(part, draws), draws.noise.to(self.processes.device)
+            draws = self.draws(places, self.step)
+            x, uniform = self.augment(part, draws), draws.uniform.to(self.processes.device)
             last = number == len(parts)
             with (
                 nullcontext() if last else self.processes.unshared(self.likelihood),
                 full_precision(self.processes.device),  # for the backward pass, too
             ):
-                bits = self.likelihood(x, noise, own).sum() / self.batch_size
+                bits = self.likelihood(x, uniform, own).sum() / self.batch_size
                 self.processes.backward(bits)
             first, loss = places.stop, loss + bits.detach()
         return loss

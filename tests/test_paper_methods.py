@@ -137,25 +137,6 @@ def test_a_vae_gan_sees_the_labelled_images(grey, monkeypatch):
         assert torch.equal(pixels, own.pixels[own.labels == label])
 
 
-def test_a_flow_of_noisy_images(grey, monkeypatch):
-    import noisy_flow
-
-    seen = []
-    train = noisy_flow.train_flow
-    monkeypatch.setattr(noisy_flow, "train_flow", lambda *a: seen.append(a) or train(*a))
-    images, folder = grey / "data" / "grey" / "train", grey / "flow"
-    monkeypatch.setattr(sys, "argv", ["noisy_flow.py", str(images), str(folder), "--steps", "1"])
-    noisy_flow.main()
-    data = seen[0][1]
-    pixels, labels = (t.view(noisy_flow.COPIES, 24, *t.shape[1:]) for t in data.tensors)
-    assert (labels == labels[0]).all()
-    spread = (pixels[0, :12] / 255 - pixels[1, :12] / 255).std()  # of the difference of two
-    assert spread == pytest.approx(noisy_flow.NOISE * 2**0.5, rel=0.15)
-    flow = load_flow(folder)
-    x, y = pixels[0] / 255, labels[0]
-    torch.testing.assert_close(flow.decode(flow.encode(x, y), y), x, atol=1e-4, rtol=0)
-
-
 class TestVaeGan:
     def test_it_learns_to_give_images_back(self):
         import vae_gan

@@ -28,6 +28,7 @@ def test_learning_rate_rises_stays_and_falls():
         {"seed": -1},
         {"ema": 2},
         {"crop": -1},
+        {"noise": 25},
         {"network_dtype": "float16"},
     ],
 )

@@ -24,8 +24,8 @@ def small_flow():
 
 
 def config(output, **changes):
-    settings = {"steps": 12, "batch_size": 16, "warmup": 2, "network_dtype": "float32", "crop": 1}
-    return TrainConfig(output=output, **{**settings, **changes})
+    settings = {"steps": 12, "batch_size": 16, "warmup": 2, "network_dtype": "float32"}
+    return TrainConfig(output=output, **{**settings, "crop": 1, "noise": 0.02, **changes})
 
 
 def weights(flow):
@@ -38,7 +38,7 @@ def test_it_learns_and_writes_what_it_returns(tmp_path):
     flow = train_flow(
         small_flow(),
         stripes(),
-        config(tmp_path, steps=150, lr=5e-3, ema=0.9, crop=0),
+        config(tmp_path, steps=150, lr=5e-3, ema=0.9, crop=0, noise=0.0),
         validation=stripes(20),
         progress=False,
     )
@@ -50,6 +50,26 @@ def test_it_learns_and_writes_what_it_returns(tmp_path):
     assert last["validation_bits_per_dim"] == pytest.approx(after.item(), abs=0.3)
     for picture in ("samples.png", "reconstructions.png"):
         assert (tmp_path / picture).stat().st_size > 0
+
+
+def test_noise_is_added_to_the_images(tmp_path, monkeypatch):
+    seen, log_prob = [], Glow.log_prob
+
+    def recorded(self, x, y=None):
+        seen.append(x.detach())
+        return log_prob(self, x, y)
+
+    monkeypatch.setattr(Glow, "log_prob", recorded)
+    runs = []
+    for noise in (0.0, 0.1):
+        seen.clear()
+        train_flow(small_flow(), stripes(), config(tmp_path / str(noise), noise=noise, steps=2))
+        runs.append(torch.cat(seen[:2]))
+    plain, noisy = runs
+    inside = (plain > 0.3) & (plain < 0.7)  # where three standard deviations are not clamped
+    assert (noisy - plain)[inside].std() == pytest.approx(0.1, rel=0.1)
+    assert (noisy - plain)[inside].mean().abs() < 0.01
+    assert -1 / 255 < noisy.min() < noisy.max() < 256 / 255
 
 
 def test_interrupted_and_resumed_is_as_if_undisturbed(tmp_path, monkeypatch):

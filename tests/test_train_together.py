@@ -25,7 +25,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 RUNS = {
     "even": {"checkpoint_minutes": 0},
     "odd": {"checkpoint_minutes": 0, "batch_size": 15, "accumulate": 3},
-    "long": {"checkpoint_minutes": 0, "steps": 16, "crop": 0},
+    "long": {"checkpoint_minutes": 0, "steps": 16, "crop": 0, "noise": 0.0},
 }
 WORKER = f"""
 import json, sys, warnings

@@ -72,6 +72,9 @@ def train(
     ema: Annotated[float, typer.Option(help="Decay of the weights' average.")] = TrainConfig.ema,
     flip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = TrainConfig.flip,
     crop: Annotated[int, typer.Option(help="Zero-pad by so much, crop.")] = TrainConfig.crop,
+    noise: Annotated[
+        float, typer.Option(help="Standard deviation of Gaussian noise; images lie in [0, 1].")
+    ] = TrainConfig.noise,
     size: Annotated[int | None, SIZE] = None,
     network_dtype: Annotated[Literal["auto", "float32", "bfloat16"], NETWORK_DTYPE] = "auto",
     seed: Annotated[int, typer.Option(help="Of weights, order and noise.")] = TrainConfig.seed,
@@ -111,6 +114,7 @@ def train(
             ema=ema,
             flip=flip,
             crop=crop,
+            noise=noise,
             size=size,
             network_dtype=network_dtype,
             seed=seed,
