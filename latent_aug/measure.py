@@ -181,7 +181,9 @@ def problems_of(figures: dict[str, Any]) -> Iterator[str]:
     if max(found) > high:
         reasons.append("the images lie off what the flow was trained on")
     if min(found) < low:
-        reasons.append("the images are plainer than those, or the flow was trained too briefly")
+        reasons.append(
+            "the images are plainer or less noisy than those, or the flow was trained too briefly"
+        )
     if reasons:
         yield (
             f"latents are not of the prior's scale: standard deviations {found}, expected {low} to "
