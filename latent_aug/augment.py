@@ -30,15 +30,9 @@ from latent_aug.data import (
 )
 from latent_aug.files import read_json, remove_partial, replaced, write_json, write_whole
 from latent_aug.images import GREY_MODES
+from latent_aug.orientation import UPRIGHT, orientation_of
 from latent_aug.randomness import mixed, rank_and_count
-from latent_aug.shards import (
-    UPRIGHT,
-    Sample,
-    encoded,
-    orientation_of,
-    write_files,
-    write_tar,
-)
+from latent_aug.shards import Sample, image_file, write_files, write_tar
 from latent_aug.transforms import LatentPerturb
 
 SETTINGS_NAME, CLASSES_NAME = "augment.json", "classes.txt"
@@ -120,6 +114,11 @@ class Item(NamedTuple):
     label: int | None
     grey: bool
     orientation: int
+
+    def digest(self) -> str:
+        """A fingerprint of what its copies follow from."""
+        turned = [torch.tensor(self.orientation)] if self.orientation != UPRIGHT else []
+        return digest([self.image, *turned])
 
 
 def augment_images(
@@ -293,12 +292,12 @@ class Job:
             return None
         image = to_uint8(sample, self.channels, self.config.size)
         source = image_of(sample)
-        is_file = isinstance(source, Image.Image)
+        is_pil = isinstance(source, Image.Image)
         return Item(
             image,
             self.label_of(sample, index),
-            grey=is_file and source.mode in GREY_MODES,
-            orientation=orientation_of(source) if is_file else UPRIGHT,
+            grey=is_pil and source.mode in GREY_MODES,
+            orientation=orientation_of(source) if is_pil else UPRIGHT,
         )
 
     def label_of(self, sample: Any, index: int) -> int | None:
@@ -332,7 +331,7 @@ class Job:
         if item.grey:
             image = image.convert("L")
         quality = self.config.quality if self.config.image_format == "jpeg" else None
-        return encoded(image, quality=quality, orientation=item.orientation)
+        return image_file(image, quality=quality, orientation=item.orientation)
 
     def write_settings(self) -> None:
         """Say what the output is of, or see that it is of the same.
@@ -406,7 +405,7 @@ class Job:
             "flow": self.transform.flow.fingerprint(),
             "network_dtype": str(self.transform.flow.network_dtype or "float32"),
             "images": self.count,
-            "data": [None if item is None else digest([item.image]) for item in read],
+            "data": [None if item is None else item.digest() for item in read],
             "labels": self.labels_digest(),
             "shards": self.shards,
         }

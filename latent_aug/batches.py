@@ -77,7 +77,7 @@ class ImageDraws(NamedTuple):
     mirrored: Tensor  # (B, 1, 1, 1) bool
     corners: Tensor  # (2, B): top and left of the crop
     uniform: Tensor  # (B, C, H, W), in [0, 1): dequantization
-    noise: Tensor  # (B, C, H, W), Gaussian; (B,) zeros without
+    gaussian: Tensor  # (B, C, H, W), noise on the images; (B,) zeros without
 
 
 def draws_for(
@@ -105,10 +105,10 @@ def draws_for(
         mirrored = torch.rand(1, 1, 1, generator=generator) < 0.5
         corner = torch.randint(0, 2 * padding + 1, (2,), generator=generator)
         uniform = torch.rand(shape, generator=generator)
-        own = noise * torch.randn(shape, generator=generator) if noise else torch.zeros(())
-        each.append((mirrored, corner, uniform, own))
-    mirrored, corners, uniform, noises = (torch.stack(drawn) for drawn in zip(*each, strict=True))
-    return ImageDraws(mirrored, corners.T, uniform, noises)
+        gaussian = noise * torch.randn(shape, generator=generator) if noise else torch.zeros(())
+        each.append((mirrored, corner, uniform, gaussian))
+    mirrored, corners, uniform, gaussian = (torch.stack(drawn) for drawn in zip(*each, strict=True))
+    return ImageDraws(mirrored, corners.T, uniform, gaussian)
 
 
 def flipped(batch: Tensor, mirrored: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from latent_aug.flows import Flow
+from latent_aug.orientation import UPRIGHT, exif_of, orientation_of
 
 GREY_MODES = ("1", "L", "LA")  # of PIL
 GREY_TOLERANCE = 8  # levels between the channels of a grey that JPEG may make
@@ -38,7 +39,7 @@ def to_batch(image: Any, channels: int) -> tuple[Tensor, Callable[[Tensor], Any]
 
     The way back rounds to uint8 where the input was uint8 or PIL, and gives its dtype, shape,
     type and PIL mode. PIL images other than L, LA, RGB and RGBA come back in the flow's mode,
-    with their alpha if they have one; all keep their EXIF.
+    with their alpha if they have one. They keep the orientation that is in their EXIF.
 
     Raises:
         ValueError: The channels are not the flow's.
@@ -86,7 +87,7 @@ def pil_to_batch(image: Image.Image, channels: int) -> tuple[Tensor, Callable[[T
         )
     transparent = own in ("LA", "PA", "RGBA") or (own == "P" and "transparency" in image.info)
     alpha = image.convert("RGBA").getchannel("A") if transparent else None
-    pixels = pil_to_uint8(image, mode)
+    pixels, orientation = pil_to_uint8(image, mode), orientation_of(image)
 
     def restore(batch: Tensor) -> Image.Image:
         result: Image.Image = tvf.to_pil_image(from_float(batch[0], torch.uint8))
@@ -94,8 +95,8 @@ def pil_to_batch(image: Image.Image, channels: int) -> tuple[Tensor, Callable[[T
             result = result.convert("L")
         if alpha is not None:
             result.putalpha(alpha)
-        if "exif" in image.info:
-            result.info["exif"] = image.info["exif"]  # how a photograph is to be turned
+        if orientation != UPRIGHT:
+            result.info["exif"] = exif_of(orientation)
         return result
 
     return to_float(pixels)[None], restore

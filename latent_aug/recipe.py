@@ -45,8 +45,9 @@ class TrainConfig:
         ema: Decay in [0, 1] of the exponential moving average of the weights, which is kept.
         flip: Mirror each image with probability ½.
         crop: Zero-pad by this many pixels on each side and crop back at random.
-        noise: Standard deviation in [0, 1] of Gaussian noise that is added to the images, whose
-            values lie in [0, 1] and are clamped to that afterwards.
+        noise: Standard deviation in [0, 1] of Gaussian noise on the training images, whose values
+            lie in [0, 1] and are clamped to that afterwards; 0.1 is 25 grey levels. The bits/dim
+            in training are those of noisy images, the validation's of images as they are.
         network_dtype: Precision of a Glow's coupling networks; "auto" measures which is faster.
         size: Resize and crop images to this side.
         seed: Of order, noise and augmentation.

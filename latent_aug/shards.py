@@ -13,12 +13,9 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from latent_aug.files import replaced
+from latent_aug.orientation import UPRIGHT, exif_of
 
 FOLDER = re.compile(r'(?!\.)[^\x00-\x1f<>:"/\\|?*]*[^\x00-\x1f<>:"/\\|?*. ]')  # on any system
-
-
-ORIENTATION = 0x0112  # in EXIF: how viewers and some loaders turn an image
-UPRIGHT = 1
 
 
 class Sample(NamedTuple):
@@ -29,7 +26,7 @@ class Sample(NamedTuple):
     label: int | None
 
 
-def encoded(image: Image.Image, *, quality: int | None, orientation: int) -> bytes:
+def image_file(image: Image.Image, *, quality: int | None, orientation: int) -> bytes:
     """An image as a file.
 
     Args:
@@ -39,20 +36,10 @@ def encoded(image: Image.Image, *, quality: int | None, orientation: int) -> byt
     """
     options: dict[str, Any] = {} if quality is None else {"quality": quality}
     if orientation != UPRIGHT:
-        options["exif"] = Image.Exif()
-        options["exif"][ORIENTATION] = orientation
+        options["exif"] = exif_of(orientation)
     file = io.BytesIO()
     image.save(file, "PNG" if quality is None else "JPEG", **options)
     return file.getvalue()
-
-
-def orientation_of(image: Image.Image) -> int:
-    """How EXIF says it is to be turned; upright where it does not, or nonsense."""
-    try:
-        orientation: Any = image.getexif().get(ORIENTATION)
-    except Exception:  # damaged EXIF raises many kinds
-        return UPRIGHT
-    return int(orientation) if orientation in range(2, 9) else UPRIGHT
 
 
 def write_tar(path: Path, samples: Iterable[Sample], suffix: str) -> None:

@@ -231,8 +231,8 @@ class Run:
 
     def draws(self, places: range, step: int) -> ImageDraws:
         """What is drawn for images at some places of a step's batch."""
-        how, shape = self.config, self.images.shape
-        return draws_for(how.seed, step, places, shape, padding=how.crop, noise=how.noise)
+        config, shape = self.config, self.images.shape
+        return draws_for(config.seed, step, places, shape, padding=config.crop, noise=config.noise)
 
     def augment(self, batch: Tensor, draws: ImageDraws) -> Tensor:
         """uint8 to float in [0, 1] on the device: mirrored, cropped and noisy as was drawn."""
@@ -242,7 +242,7 @@ class Run:
             batch = cropped(batch, self.config.crop, draws.corners)
         x = batch.to(self.processes.device) / 255
         if self.config.noise:
-            x = (x + draws.noise.to(x)).clamp(0, 1)
+            x = (x + draws.gaussian.to(x)).clamp(0, 1)
         return x
 
     def train_step(self, batch: Tensor, y: Tensor | None = None) -> float:
@@ -375,6 +375,7 @@ class Run:
             raise ValueError(
                 f"{self.path} is not the state of a training run: choose another output"
             )
+        saved["recipe"].setdefault("noise", 0.0)  # runs begun before there was such a setting
         for name, own in self.identity.items():
             if saved[name] != own:
                 changed = {

@@ -342,13 +342,25 @@ def test_a_photograph_is_still_turned_as_it_was(tmp_path, image_format, suffix):
         assert (0x0112 in found.getexif()) == (expected.getexif().get(0x0112) == 6)
 
 
-@pytest.mark.parametrize("exif", [b"Exif\0\0MM nonsense", b"Exif\0\0", b"x"])
-def test_damaged_exif_does_not_matter(tmp_path, exif):
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_damaged_exif_does_not_matter(tmp_path, suffix):
     (tmp_path / "data").mkdir()
     image = to_pil_image(torch.full((3, 8, 8), 90, dtype=torch.uint8))
-    image.save(tmp_path / "data" / "a.jpg", exif=exif)
+    image.save(tmp_path / "data" / f"a.{suffix}", exif=b"Exif\0\0MM nonsense")
     report = augment(tmp_path / "data", tmp_path / "out")
     assert report.images == 2
+
+
+def test_images_that_are_turned_otherwise_are_others(tmp_path):
+    exif, image = Image.Exif(), to_pil_image(torch.full((3, 8, 8), 90, dtype=torch.uint8))
+    (tmp_path / "data").mkdir()
+    for orientation in (1, 3):
+        exif[0x0112] = orientation
+        image.save(tmp_path / "data" / "a.png", exif=exif)
+        if orientation == 1:
+            augment(tmp_path / "data", tmp_path / "out")
+    with pytest.raises(ValueError, match="data other ones"):
+        augment(tmp_path / "data", tmp_path / "out")
 
 
 def test_a_folder_without_classes_is_warned_of(tmp_path):

@@ -22,14 +22,14 @@ def test_draws_are_each_image_s_own():
     whole = draws_for(0, 3, range(8), (1, 4, 4), padding=2, noise=0.1)
     part = draws_for(0, 3, range(5, 8), (1, 4, 4), padding=2, noise=0.1)
     assert torch.equal(whole.uniform[5:], part.uniform)
-    assert torch.equal(whole.noise[5:], part.noise)
+    assert torch.equal(whole.gaussian[5:], part.gaussian)
     assert torch.equal(whole.mirrored[5:], part.mirrored)
     assert torch.equal(whole.corners[:, 5:], part.corners)
     assert len(whole.uniform.flatten(1).unique(dim=0)) == 8
-    assert len(whole.noise.flatten(1).unique(dim=0)) == 8
+    assert len(whole.gaussian.flatten(1).unique(dim=0)) == 8
     without = draws_for(0, 3, range(8), (1, 4, 4), padding=2)
     assert torch.equal(without.uniform, whole.uniform)
-    assert not without.noise.any()
+    assert not without.gaussian.any()
     for seed, step in ((1, 3), (0, 4)):
         assert not torch.equal(draws_for(seed, step, range(8), (1, 4, 4)).uniform, whole.uniform)
 

@@ -28,8 +28,10 @@ def run(*arguments):
 
 def test_train_writes_a_flow_and_its_card(folder, tmp_path):
     output = tmp_path / "flow"
-    result = run(folder, "--output", output, "--validation", folder, "--batch-size", 8, *SMALL)
+    more = ["--batch-size", 8, "--noise", 0.02, *SMALL]
+    result = run(folder, "--output", output, "--validation", folder, *more)
     assert result.exit_code == 0, result.output
+    assert torch.load(output / "run.pt")["recipe"]["noise"] == 0.02
     assert "bits/dim on 24 images" in result.output
     flow = load_flow(output)
     assert (flow.channels, flow.steps, flow.hidden) == (1, 1, 8)

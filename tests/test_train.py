@@ -166,6 +166,17 @@ def test_another_recipe_does_not_overwrite_a_run(tmp_path):
         )
 
 
+def test_a_run_begun_before_there_was_noise_goes_on(tmp_path):
+    how = config(tmp_path, steps=2, noise=0.0)
+    train_flow(small_flow(), stripes(), how, progress=False)
+    saved = torch.load(tmp_path / "run.pt")
+    del saved["recipe"]["noise"]
+    torch.save(saved, tmp_path / "run.pt")
+    train_flow(small_flow(), stripes(), how, progress=False)
+    with pytest.raises(ValueError, match=r"another recipe: \{'noise': \(0.0, 0.02\)\}"):
+        train_flow(small_flow(), stripes(), config(tmp_path, steps=2), progress=False)
+
+
 def test_a_non_finite_loss_stops_with_the_step(tmp_path):
     with pytest.raises(FloatingPointError, match=r"step \d+: loss .*run\.pt"):
         train_flow(

@@ -185,8 +185,7 @@ def test_dtypes_of_one_shape_draw_for_themselves(glow):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
-def test_exif_is_kept(mode):
-    """Which says how a photograph is to be turned."""
+def test_a_photograph_keeps_its_orientation(mode):
     exif = Image.Exif()
     exif[0x0112] = 6
     file = io.BytesIO()

@@ -73,7 +73,7 @@ def train(
     flip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = TrainConfig.flip,
     crop: Annotated[int, typer.Option(help="Zero-pad by so much, crop.")] = TrainConfig.crop,
     noise: Annotated[
-        float, typer.Option(help="Standard deviation of Gaussian noise; images lie in [0, 1].")
+        float, typer.Option(help="Standard deviation of Gaussian noise; 0.1 is 25 grey levels.")
     ] = TrainConfig.noise,
     size: Annotated[int | None, SIZE] = None,
     network_dtype: Annotated[Literal["auto", "float32", "bfloat16"], NETWORK_DTYPE] = "auto",

@@ -1,0 +1,25 @@
+"""How a photograph is to be turned: what its file says of that, kept when its pixels change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import ExifTags, Image
+
+UPRIGHT = 1
+
+
+def orientation_of(image: Image.Image) -> int:
+    """An image's orientation, 1 to 8 as EXIF has it; upright where it says nothing or nonsense."""
+    try:
+        orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged EXIF raises many kinds
+        return UPRIGHT
+    return int(orientation) if orientation in range(2, 9) else UPRIGHT
+
+
+def exif_of(orientation: int) -> bytes:
+    """EXIF that says nothing else."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif.tobytes()
