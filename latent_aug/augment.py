@@ -116,7 +116,7 @@ class Item(NamedTuple):
     orientation: int
 
     def digest(self) -> str:
-        """A fingerprint of what its copies follow from."""
+        """A fingerprint of its pixels and of how they are turned."""
         turned = [torch.tensor(self.orientation)] if self.orientation != UPRIGHT else []
         return digest([self.image, *turned])
 

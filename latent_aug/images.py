@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from latent_aug.flows import Flow
-from latent_aug.orientation import UPRIGHT, exif_of, orientation_of
+from latent_aug.orientation import exif_of, orientation_of
 
 GREY_MODES = ("1", "L", "LA")  # of PIL
 GREY_TOLERANCE = 8  # levels between the channels of a grey that JPEG may make
@@ -95,8 +95,7 @@ def pil_to_batch(image: Image.Image, channels: int) -> tuple[Tensor, Callable[[T
             result = result.convert("L")
         if alpha is not None:
             result.putalpha(alpha)
-        if orientation != UPRIGHT:
-            result.info["exif"] = exif_of(orientation)
+        result.info |= exif_of(orientation)
         return result
 
     return to_float(pixels)[None], restore

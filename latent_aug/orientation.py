@@ -18,8 +18,10 @@ def orientation_of(image: Image.Image) -> int:
     return int(orientation) if orientation in range(2, 9) else UPRIGHT
 
 
-def exif_of(orientation: int) -> bytes:
-    """EXIF that says nothing else."""
+def exif_of(orientation: int) -> dict[Any, bytes]:  # Pillow has other keys than text
+    """EXIF that says nothing else, as Pillow's images hold it and its `save` takes it; or none."""
+    if orientation == UPRIGHT:
+        return {}
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    return exif.tobytes()
+    return {"exif": exif.tobytes()}

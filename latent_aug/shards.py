@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from latent_aug.files import replaced
-from latent_aug.orientation import UPRIGHT, exif_of
+from latent_aug.orientation import exif_of
 
 FOLDER = re.compile(r'(?!\.)[^\x00-\x1f<>:"/\\|?*]*[^\x00-\x1f<>:"/\\|?*. ]')  # on any system
 
@@ -35,10 +35,8 @@ def image_file(image: Image.Image, *, quality: int | None, orientation: int) -> 
         orientation: Its EXIF orientation, which goes into the file where it is not upright.
     """
     options: dict[str, Any] = {} if quality is None else {"quality": quality}
-    if orientation != UPRIGHT:
-        options["exif"] = exif_of(orientation)
     file = io.BytesIO()
-    image.save(file, "PNG" if quality is None else "JPEG", **options)
+    image.save(file, "PNG" if quality is None else "JPEG", **options, **exif_of(orientation))
     return file.getvalue()
 
 
