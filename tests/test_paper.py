@@ -85,6 +85,34 @@ def test_the_same_seed_gives_the_same_figures(place, monkeypatch):
     assert before == after
 
 
+def test_what_cannot_be_run_is_said_before_training(place, monkeypatch):
+    import run
+
+    monkeypatch.setattr(run, "run", lambda *a, **k: pytest.fail("trained"))
+    with pytest.raises(SystemExit, match=r"no \['atack'\], but \['none', 'common'"):
+        drive(place, monkeypatch, "--only", "atack")
+    (place / "flows" / "tiny").rename(place / "flows" / "other")
+    with pytest.raises(ValueError, match="no flow 'tiny'"):
+        drive(place, monkeypatch, "--only", "attack")
+
+
+def test_a_data_set_of_torchvision(place, monkeypatch):
+    import run
+
+    def fake(name, *, root, train):
+        assert (name, root) == ("torchvision:SVHN", place / "data")
+        size, low = (20, 0) if train else (6, 128)
+        images = torch.randint(low, low + 128, (size, 3, 16, 16), dtype=torch.uint8)
+        return [(to_pil_image(image), i % 2) for i, image in enumerate(images)]
+
+    monkeypatch.setattr(run, "open_images", fake)
+    path = place / "recipes" / "shapes.json"
+    path.write_text(path.read_text().replace('"data": "shapes"', '"data": "torchvision:SVHN"'))
+    (file,) = drive(place, monkeypatch, "--test", "--only", "none")
+    entry = json.loads(file.read_text())
+    assert (entry["train_images"], entry["evaluated_on"]) == (20, "6 test images")
+
+
 def test_test_images_are_read_with_test_only(place, monkeypatch):
     (file,) = drive(place, monkeypatch, "--test", "--only", "none")
     entry = json.loads(file.read_text())
@@ -111,10 +139,13 @@ def test_results_are_drawn_from_the_runs(place, monkeypatch):
     (row,) = [line for line in lines if line.startswith("| common")]
     assert f"{sum(accuracies) / 2:.1f} ±" in row
     assert row.endswith("| 64.1 |")
+    assert next(line for line in lines if line.startswith("| method")).split(" | ")[2] == "loss"
     assert (place / "shapes.png").is_file()
     first, _, *drawn, last = (place / "README.md").read_text().splitlines()
     assert (first, last) == ("Before.", "After.")
-    assert row in drawn
+    assert [cell for i, cell in enumerate(row.split(" | ")) if i != 2] in [
+        cells.split(" | ") for cells in drawn
+    ]
     assert "old" not in drawn
 
 
@@ -129,7 +160,7 @@ def test_minutes_are_what_was_computed_where_that_is_known(monkeypatch):
     assert draw.minutes([{**known, "device": "NVIDIA"}]) is None  # it was shared
     elsewhere = {"cpu_seconds": 60.0, "processor": "another", "device": "cpu"}
     assert draw.minutes([known, elsewhere]) == 2.0
-    figures = {"accuracy": 50.0, "train_accuracy": 60.0}
+    figures = {"accuracy": 50.0, "train_accuracy": 60.0, "loss": 1.0}
     rows = {"untimed": [by_clock], "usual": [known, elsewhere], "late": [by_clock, elsewhere]}
     runs = {name: [{**run, **figures} for run in own] for name, own in rows.items()}
     ends = [row.split(" | ")[-1] for row in draw.table(runs, {})[2:]]
@@ -141,6 +172,7 @@ def test_bold_is_what_the_best_is_not_clearly_above(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import draw
 
+    assert draw.best_of({"a": [70.0, 71.0, 72.0]}) == set()  # nothing to be better than
     best = {"a": [70.0, 71.0, 72.0], "b": [70.5], "c": [69.9]}
     assert draw.best_of(best) == {"a", "b"}
     assert draw.best_of({**best, "d": [74.0]}) == set()

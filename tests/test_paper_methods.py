@@ -10,7 +10,7 @@ from conftest import random_dense
 from torch import nn
 from torchvision.transforms.v2.functional import to_pil_image
 
-from latent_aug import LatentAdversarial, LatentSchedule, load_flow
+from latent_aug import LatentAdversarial, load_flow
 from latent_aug.regions import level_mask
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "paper"
@@ -119,6 +119,9 @@ def test_classes_that_are_trained_are_not_trained_again(grey, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(c) for c in (*command, "--beta", 3)])
     with pytest.raises(SystemExit, match=r"other settings, \{'beta': \(2.75, 3.0\)\}"):
         vae_gan.main()
+    monkeypatch.setattr(sys, "argv", [str(c) for c in (*command, "--per-class", 3)])
+    with pytest.raises(SystemExit, match=r"other settings, \{'images': "):
+        vae_gan.main()
 
 
 def test_a_vae_gan_sees_the_labelled_images(grey, monkeypatch):
@@ -146,7 +149,7 @@ class TestVaeGan:
         shades = torch.linspace(20, 235, 64)[:, None, None, None].expand(64, 1, 12, 12)
         pixels, how = shades.round().byte(), vae_gan.Training(epochs=12, batch_size=8)
         for label in range(2):
-            critic = vae_gan.down((1, 12, 12), 4, 1)
+            critic = vae_gan.convolutions((1, 12, 12), 4, 1)
             parts = flow.encoders[label], flow.decoders[label]
             vae_gan.train_class(*parts, critic, pixels, how)
         flow.eval().requires_grad_(False)
@@ -195,7 +198,7 @@ def test_phases_follow_one_another():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 26 * 26, 2))
     pgd = {"flow": "pixels", "eps": 0.5, "alpha": 0.5, "steps": 1, "norm": "linf"}
     settings = {"pixels": "none", "phases": [[130, {"attack": pgd}], [70, {}]]}
-    augment = methods.build(settings, None, model, 2)
+    augment = methods.method_of(settings)(model, 2)
     x, y = torch.randint(256, (4, 1, 28, 28), dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
     moved = []
     for share in (0.0, 0.64, 0.65, 0.99):
@@ -210,7 +213,7 @@ def test_pgd_takes_sign_steps_on_pixels():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 26 * 26, 2))
     pgd = {"flow": "pixels", "eps": 0.03, "alpha": 0.008, "steps": 3, "norm": "linf"}
-    attack = methods.one({"attack": {**pgd, "preset": "official notebook"}}, None, model)
+    attack = methods.phase_of({"attack": {**pgd, "preset": "official notebook"}}, None, model)
     x, y = 0.4 + 0.2 * torch.rand(4, 1, 28, 28), torch.tensor([0, 1, 0, 1])
     expected = x.clone()
     for _ in range(3):
@@ -224,7 +227,7 @@ def test_official_attacks_predictions_in_the_mode_it_finds():
     import methods
 
     model = nn.Sequential(nn.Conv2d(1, 2, 3))
-    attack = methods.one({"attack": {"flow": "pixels", "preset": "official"}}, None, model)
+    attack = methods.phase_of({"attack": {"flow": "pixels", "preset": "official"}}, None, model)
     assert (attack.labels, attack.model_mode) == ("predicted", "unchanged")
 
 
@@ -255,6 +258,92 @@ def test_lenet_starts_from_a_truncated_normal():
     assert weights.std().item() == pytest.approx(0.088, abs=0.003)  # 0.1, its tails cut off
 
 
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"atack": {}}, "'atack'"),
+        ({"pixels": "mixups"}, "'mixups'"),
+        ({"attack": {"flow": "pixels", "preset": "oficial"}}, "'oficial'"),
+    ],
+)
+def test_a_misspelt_setting_is_refused(settings, named):
+    import methods
+
+    with pytest.raises(ValueError, match=named):
+        methods.method_of(settings)(nn.Sequential(nn.Conv2d(3, 1, 1)), 2)
+
+
+@pytest.mark.parametrize("pixels", ["erasing", "randaugment", "trivialaugment", "augmix"])
+def test_peers_come_after_crop_and_flip(pixels):
+    import methods
+
+    x, y = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+    found = []
+    for method in ("common", pixels):
+        torch.manual_seed(0)
+        augment = methods.method_of({"pixels": method})(nn.Conv2d(3, 1, 1), 2)
+        images, classes = augment(x, y)
+        assert torch.equal(classes, y)
+        assert images.min() >= 0
+        assert images.max() <= 1
+        found.append(images)
+    assert found[0].shape == found[1].shape == x.shape
+    assert not torch.equal(found[0], found[1])
+    if pixels == "erasing":
+        erased = (found[1] == 0).all(dim=1) & (found[0] != 0).any(dim=1)
+        assert (erased.flatten(1).sum(dim=1) > 150).all()  # of 256, but for what was cropped
+
+
+@pytest.mark.parametrize("pixels", ["mixup", "cutmix"])
+def test_mixes_give_probabilities(pixels):
+    import methods
+
+    x, y = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+    images, classes = methods.method_of({"pixels": pixels})(nn.Conv2d(3, 1, 1), 2)(x, y)
+    assert images.shape == x.shape
+    assert classes.shape == (4, 2)
+    torch.testing.assert_close(classes.sum(dim=1), torch.ones(4))
+
+
+def test_unmirrored_images_keep_their_sides():
+    import methods
+
+    x = torch.arange(256, dtype=torch.uint8).repeat(8, 1, 32, 1)[:, :, :, :32].contiguous()
+    torch.manual_seed(0)
+    plain, mirrored = (
+        methods.cropped_and_flipped(x, flip)[:, 0, 4, 8:24].int().diff(dim=1)
+        for flip in (False, True)
+    )
+    assert plain.unique().tolist() == [1]
+    assert mirrored.unique().tolist() == [-1, 1]
+
+
+def test_learning_rates():
+    from protocol import Protocol, optimizer_of
+
+    def rates(steps, **changes):
+        parameter = nn.Linear(1, 1)
+        optimizer, schedule = optimizer_of(parameter, Protocol(**changes), steps)
+        found = []
+        for _ in range(steps):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        return found
+
+    steps = rates(200, schedule="steps")  # the paper's epochs 60, 120 and 160
+    at = [steps[i] for i in (0, 59, 60, 119, 120, 159, 160, 199)]
+    expected = [0.1, 0.1, 0.02, 0.02, 0.004, 0.004, 0.0008, 0.0008]
+    assert at == pytest.approx(expected)
+    cycle = rates(100)
+    assert cycle[0] == pytest.approx(0.1 / 25)
+    assert max(cycle) == pytest.approx(0.1)
+    assert cycle.index(max(cycle)) in (29, 30)
+    assert cycle[-1] < 1e-6
+    fading = rates(100, schedule="exponential", optimizer="adam", lr=0.01, final_lr=0.12)
+    assert fading[50] == pytest.approx(0.01 * 0.12**0.5)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_are_well_formed(recipe):
     import methods
@@ -269,17 +358,37 @@ def test_recipes_are_well_formed(recipe):
     from networks import NETWORKS
 
     model = NETWORKS[protocol.network](protocol.channels, 10, 4 if protocol.width > 6 else 6)
+    model.mean = torch.zeros(1, protocol.channels, 1, 1)  # as a classifier of a run has
     for name in described["methods"]:
         settings = run.settings_of(described, name, "float32")
-        unknown = set(settings) - {"pixels", "flip", "latent", "latent first", "attack", "phases"}
-        assert not unknown
         for part in run.parts_of(settings):
             part["flow"] = "pixels"  # theirs may not be here
             part.pop("levels", None)
             part.pop("resolution", None)
-        assert isinstance(methods.perturbation_of(settings, None, model), LatentSchedule)
+        assert isinstance(methods.method_of(settings)(model, 10), methods.Augmentation)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_runs_are_of_their_recipe(recipe):
+    import run
+    from protocol import Protocol
+
+    described = json.loads((EXAMPLES / "recipes" / recipe).read_text())
     for path in (run.RESULTS / Path(recipe).stem).rglob("*.json"):
-        run.check_precision(path, protocol.precision)
+        entry = json.loads(path.read_text())
+        protocol = vars(Protocol(**described["protocol"], test=path.parent.name == "test"))
+        run.check_precision(path, protocol["precision"])
+        assert entry["settings"] == run.settings_of(
+            described, entry["method"], protocol["precision"]
+        )
+        assert vars(Protocol(**entry["protocol"])) == protocol  # the first runs name less
+        assert entry["seed"] in described["methods"][entry["method"]]["seeds"]
+        assert path.stem == f"{entry['method']} {entry['seed']}"
+
+
+def test_the_readme_names_every_recipe():
+    readme = (EXAMPLES / "README.md").read_text()
+    assert [name for name in RECIPES if Path(name).stem not in readme] == []
 
 
 def test_accuracy_is_drawn_against_images(tmp_path, monkeypatch):

@@ -25,15 +25,21 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
 from variants import VARIANTS, new_flow, recipe
 
-from latent_aug import Glow, LatentAdversarial, LatentPerturb, TrainConfig, train_flow
+from latent_aug import (
+    Glow,
+    LatentAdversarial,
+    LatentPerturb,
+    LatentSchedule,
+    TrainConfig,
+    train_flow,
+)
 from latent_aug.check import check_flow
 from latent_aug.data import UInt8Images, open_images
 
 sys.path.append(str(Path(__file__).parents[1] / "paper"))  # the same classifier as the tables'
-from methods import Augment, Method, cropped_and_flipped
+from methods import Augmentation, Method
 from protocol import Images, Protocol, labelled, read_images, run
 
 RESULTS = Path(__file__).parents[1] / "results" / "flow_choices"
@@ -83,18 +89,8 @@ def trained(name: str, output: Path) -> Glow:
 
 
 def method_with(make: Any) -> Method:
-    """Crop, flip, and what `make` gives for a classifier: a function of images and classes."""
-
-    def method(model: nn.Module, classes: int) -> Augment:
-        perturb = make(model)
-
-        def augment(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            x = cropped_and_flipped(x, flip=True) / 255
-            return perturb(x.contiguous(memory_format=torch.channels_last), y), y
-
-        return augment
-
-    return method
+    """Crop, flip, and the perturbation that `make` gives for a classifier."""
+    return lambda model, classes: Augmentation(LatentSchedule([(1, make(model))]), model, classes)
 
 
 def accuracies(method: Method, data: tuple[Images, Images], protocol: Protocol) -> dict[str, Any]:
@@ -119,7 +115,7 @@ def gains(
     flow.network_dtype = torch.bfloat16 if protocol.precision == "bfloat16" else None
     random = LatentPerturb(eps, flow=flow)
     methods = {
-        "LatentPerturb": method_with(lambda model: lambda x, y: random(x)),
+        "LatentPerturb": method_with(lambda model: random),
         "LatentAdversarial": method_with(
             lambda model: LatentAdversarial(model, **ATTACK, flow=flow)
         ),
@@ -194,7 +190,7 @@ def main() -> None:
         if result.exists():
             continue
         if name == NO_FLOW:
-            plain = method_with(lambda model: lambda x, y: x)
+            plain = method_with(lambda model: None)
             row = {"name": name, **accuracies(plain, (first, second), protocol)}
         elif (args.runs / slug(name) / "model.safetensors").exists():
             flow = trained(name, args.runs / slug(name))

@@ -48,14 +48,16 @@ HEAD = """\
 
 Drawn by `python examples/paper/draw.py` from the runs in
 [examples/results/paper](examples/results/paper): one JSON a run, with its command, settings,
-versions, time and figures. Accuracies are in per cent, mean ± standard deviation over seeds;
-every method of a table has the same images, network and epochs, and seeds count up from 0. A seed
-is of the training: the labelled images of a table are one draw from the training set, the same for
-all seeds. Nothing was chosen by test accuracy, but for a row whose table says so. Bold are the
-best mean and those within its standard deviation, if it has three seeds or more. Minutes are of one
-CPU core, computing, on average over a row's runs on the processor of its first; the very first runs
-did not record them. Minutes with a star are of another processor than the table's first row:
-compare them with each other only. Releases of torch differ: each run's JSON names its own.
+versions, time and figures. Accuracies are in per cent, losses in nats, mean ± standard deviation
+over seeds; every method of a table has the same images, network and epochs, and seeds count up from
+0. A seed is of the training: the labelled images of a table are one draw from the training set, the
+same for all seeds. No setting was chosen by test accuracy, but for rows whose table says so. Bold
+are the best mean and those within its standard deviation, if it has three seeds or more. Minutes
+are of one CPU core, computing, on average over a row's runs on the processor of its first; the very
+first runs did not record them. Minutes with a star are of another processor than the table's first
+row: compare them with each other only. Releases of torch differ, and flows that are not in the
+repository were trained again by the same command for some seeds: each run's JSON names its release
+and, since fingerprints are kept, its flow's.
 """
 
 
@@ -113,7 +115,7 @@ def best_of(methods: dict[str, list[float]]) -> set[str]:
     """The method of the best mean accuracy, and those within its deviation; see `HEAD`."""
     means = {name: statistics.mean(own) for name, own in methods.items()}
     best = max(means, key=lambda name: means[name])
-    if len(methods[best]) < 3:
+    if len(methods) < 2 or len(methods[best]) < 3:
         return set()
     least = means[best] - statistics.stdev(methods[best])
     return {name for name, mean in means.items() if mean >= least}
@@ -124,26 +126,42 @@ def device_of(run: dict[str, Any]) -> str:
     return f"cpu, {run['threads']} thread(s)" if run["device"] == "cpu" else run["device"]
 
 
-def table(runs: dict[str, list[dict[str, Any]]], paper: dict[str, float]) -> list[str]:
-    """A row for each method."""
+def table(
+    runs: dict[str, list[dict[str, Any]]],
+    paper: dict[str, float],
+    *,
+    digits: int = 1,
+    losses: bool = False,
+) -> list[str]:
+    """A row for each method.
+
+    Args:
+        runs: Of each method.
+        paper: Its accuracy for some of them.
+        digits: Of accuracies.
+        losses: Of the evaluated images, too.
+    """
     best = best_of({name: accuracies(own) for name, own in runs.items()})
     times = {name: timed(own) for name, own in runs.items()}
     usual = next((where for took, where in times.values() if took is not None), "")
     are_timed = any(took is not None for took, _ in times.values())
-    columns = ["method", "accuracy", "seeds", "train accuracy"]
+    columns = ["method", "accuracy", *["loss"] * losses, "seeds", "train accuracy"]
     lines = [columns + ["minutes a run"] * are_timed + ["the paper"] * bool(paper)]
     lines.append(["---"] * len(lines[0]))
     for name, own in runs.items():
-        accuracy, (took, where) = spread(accuracies(own)), times[name]
+        accuracy, (took, where) = spread(accuracies(own), digits), times[name]
         row = [
             name,
             f"**{accuracy}**" if name in best else accuracy,
+            *[spread([r["loss"] for r in own], 3)] * losses,
             str(len(own)),
-            spread([r["train_accuracy"] for r in own]),
+            spread([r["train_accuracy"] for r in own], digits),
         ]
         if are_timed:
             row.append("" if took is None else f"{took:.1f}{'*' * (where != usual)}")
-        lines.append(row + ([f"{paper[name]:.1f}" if name in paper else ""] if paper else []))
+        if paper:
+            row.append(f"{paper[name]:.{digits}f}" if name in paper else "")
+        lines.append(row)
     return [f"| {' | '.join(row)} |" for row in lines]
 
 
@@ -189,7 +207,12 @@ def section(recipe: str) -> list[str]:
             f"evaluated on {some['evaluated_on']}; {device_of(some)}, "
             f"{some['protocol'].get('precision', 'bfloat16')}.",
             "",
-            *table(runs, says.get("paper", {}) if kind == "test" else {}),
+            *table(
+                runs,
+                says.get("paper", {}) if kind == "test" else {},
+                digits=says.get("digits", 1),
+                losses=True,
+            ),
         ]
         if kind == "test" and sum(minutes(own) is not None for own in runs.values()) > 1:
             picture = PICTURES / f"{recipe}.png"

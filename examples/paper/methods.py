@@ -16,12 +16,6 @@ from latent_aug import Flow, LatentAdversarial, LatentPerturb, LatentSchedule, l
 from latent_aug.batches import cropped, flipped
 from latent_aug.images import from_float
 
-Augment = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""uint8 images (B, C, H, W) and classes (B,) to floats in [0, 1] and classes or probabilities."""
-
-Method = Callable[[nn.Module, int], Augment]
-"""From the classifier and the number of classes."""
-
 OWN_FLOWS = Path(__file__).parent / "flows"  # that runs share, and that take long to train
 
 PEERS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
@@ -53,42 +47,85 @@ def method_of(settings: dict[str, Any], flows: Path | None = None) -> Method:
             they are cropped and mirrored.
         flows: A folder in which a flow is looked for before those beside the recipes and the
             bundled ones.
+
+    Raises:
+        ValueError: A setting or preset is unknown.
     """
-    return partial(build, settings, flows)
+    known = {"pixels", "flip", "latent", "attack", "phases", "latent first"}
+    if set(settings) - known:
+        raise ValueError(f"settings must be of {sorted(known)}, got {sorted(settings)}")
+    pixels = settings.get("pixels", "common")
+    if pixels not in (places := ["none", "common", *PEERS, *MIXES]):
+        raise ValueError(f"pixels must be one of {places}, got {pixels!r}")
+
+    def method(model: nn.Module, classes: int) -> Augmentation:
+        return Augmentation(
+            perturbation_of(settings, flows, model),
+            model,
+            classes,
+            pixels=pixels,
+            flip=settings.get("flip", True),
+            latent_first=settings.get("latent first", False),
+        )
+
+    return method
 
 
-def build(settings: dict[str, Any], flows: Path | None, model: nn.Module, classes: int) -> Augment:
-    """Pixels, then the latent, unless the latent is first; then mixes."""
-    pixels, flip = settings.get("pixels", "common"), settings.get("flip", True)
-    mix = peer = None
-    perturb = perturbation_of(settings, flows, model)
-    latent_first = settings.get("latent first", False)
-    if pixels in MIXES:
-        mix = MIXES[pixels](alpha=1.0, num_classes=classes)
-    elif pixels in PEERS:
-        peer = PEERS[pixels](model)
-    elif pixels not in ("none", "common"):
-        raise ValueError(f"pixels must be none, common, {[*PEERS, *MIXES]}, got {pixels!r}")
+class Augmentation:
+    """uint8 images (B, C, H, W) and classes (B,) to floats in [0, 1] and classes or probabilities.
 
-    def unit(x: Tensor) -> Tensor:
-        return (x / 255).contiguous(memory_format=torch.channels_last)
+    Pixels, then the latent, unless the latent is first; then mixes.
 
-    def augment(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        if latent_first:
-            x, y = perturb(unit(x), y)
+    Args:
+        perturb: Of the latent.
+        model: The classifier, which knows the images' mean.
+        classes: Their number.
+        pixels: See `method_of`, as for the others.
+        flip: Mirror half of the images.
+        latent_first: Perturb before they are cropped and mirrored.
+    """
+
+    def __init__(
+        self,
+        perturb: LatentSchedule,
+        model: nn.Module,
+        classes: int,
+        *,
+        pixels: str = "common",
+        flip: bool = True,
+        latent_first: bool = False,
+    ) -> None:
+        self._perturb, self._latent_first = perturb, latent_first
+        self._crop, self._flip = pixels != "none", flip
+        self._peer = PEERS[pixels](model) if pixels in PEERS else None
+        self._mix = MIXES[pixels](alpha=1.0, num_classes=classes) if pixels in MIXES else None
+
+    def begin(self, share: float) -> None:
+        """An epoch, before which this share of all was trained."""
+        self._perturb.set_epoch(int(share * sum(epochs for epochs, _ in self._perturb.phases)))
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch, augmented."""
+        if self._latent_first:
+            x, y = self._perturb(unit(x), y)
             x = from_float(x, torch.uint8)
-        if pixels != "none":
-            x = cropped_and_flipped(x, flip)
-        if peer is not None:
-            x = torch.stack([peer(image) for image in x.cpu()]).to(x.device)
+        if self._crop:
+            x = cropped_and_flipped(x, self._flip)
+        if self._peer is not None:
+            x = torch.stack([self._peer(image) for image in x.cpu()]).to(x.device)
         x = unit(x)
-        if not latent_first:
-            x, y = perturb(x, y)
-        return mix(x, y) if mix is not None else (x, y)
+        if not self._latent_first:
+            x, y = self._perturb(x, y)
+        return self._mix(x, y) if self._mix is not None else (x, y)
 
-    total = sum(epochs for epochs, _ in perturb.phases)
-    augment.begin = lambda share: perturb.set_epoch(int(share * total))  # type: ignore[attr-defined]
-    return augment
+
+Method = Callable[[nn.Module, int], Augmentation]
+"""From the classifier and the number of classes."""
+
+
+def unit(x: Tensor) -> Tensor:
+    """8-bit images as floats in [0, 1]."""
+    return (x / 255).contiguous(memory_format=torch.channels_last)
 
 
 def perturbation_of(
@@ -96,10 +133,10 @@ def perturbation_of(
 ) -> LatentSchedule:
     """Of the latent: "latent" or "attack", or one after the other in "phases"."""
     phases = settings.get("phases", [[1, settings]])
-    return LatentSchedule([(epochs, one(phase, flows, model)) for epochs, phase in phases])
+    return LatentSchedule([(epochs, phase_of(phase, flows, model)) for epochs, phase in phases])
 
 
-def one(
+def phase_of(
     settings: dict[str, Any], flows: Path | None, model: nn.Module
 ) -> LatentPerturb | LatentAdversarial | None:
     """A single perturbation, if there is one."""
@@ -146,10 +183,12 @@ def cropped_and_flipped(x: Tensor, flip: bool) -> Tensor:
 
 def arguments_of(given: dict[str, Any], flows: Path | None, channels: int) -> dict[str, Any]:
     """With the preset's, and the flow loaded, its networks in the precision asked for."""
-    arguments = {**PRESETS.get(given.get("preset", ""), {}), **given}
-    arguments.pop("preset", None)
-    dtype = arguments.pop("network_dtype", None)
-    name = arguments.pop("flow", "glow-cifar10")
+    arguments = dict(given)
+    preset = arguments.pop("preset", None)
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"preset must be one of {list(PRESETS)}, got {preset!r}")
+    arguments = {**PRESETS.get(preset, {}), **arguments}
+    name, dtype = arguments.pop("flow"), arguments.pop("network_dtype", None)
     if name == "pixels":
         return {**arguments, "flow": Pixels(channels)}
     return {**arguments, "flow": flow_of(name, flows, dtype)}

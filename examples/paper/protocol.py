@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -75,9 +75,16 @@ class Protocol:
 
 def read_images(folder: Path, size: int | None = None, channels: int = 3) -> Images:
     """Every image of <folder>/<class>/*, in order."""
-    data = ImageFolder(str(folder))
-    pixels = torch.stack([to_uint8(sample, channels, size) for sample in data])
-    return Images(pixels, torch.tensor(data.targets), len(data.classes))
+    return in_memory(ImageFolder(str(folder)), size, channels)
+
+
+def in_memory(
+    samples: Iterable[tuple[Any, int]], size: int | None = None, channels: int = 3
+) -> Images:
+    """Every image and class of a data set, in its order."""
+    read = [(to_uint8(sample, channels, size), int(sample[1])) for sample in samples]
+    labels = torch.tensor([label for _, label in read])
+    return Images(torch.stack([image for image, _ in read]), labels, int(labels.max()) + 1)
 
 
 def labelled(train: Images, protocol: Protocol) -> Images:
@@ -165,9 +172,7 @@ def run(
     optimizer, schedule = optimizer_of(model, protocol, steps)
     started, computed = time.perf_counter(), time.process_time()
     for epoch in range(protocol.epochs):
-        begin = getattr(augment, "begin", None)
-        if begin is not None:
-            begin(epoch / protocol.epochs)
+        augment.begin(epoch / protocol.epochs)
         order = torch.randperm(len(train.labels))
         total = torch.zeros((), device=device)
         batches = order.split(protocol.batch_size)[: len(order) // protocol.batch_size]

@@ -2,13 +2,13 @@
 
     python examples/paper/run.py examples/paper/recipes/NAME.json DATA [--test]
 
-A recipe names a data set of DATA (a folder with <set>/train/<class>/* and <set>/test/<class>/*),
-what of the protocol differs from its defaults, the flow, and for each method its settings and
-seeds. Without --test, runs are evaluated on a part of the labelled training images, to choose
-settings; the test images are read with --test only. Stop it at any time; the same command goes
-on with what is missing. Runs of one recipe may share out its methods by --only, on several
-machines. On a processor that is slow in a recipe's bfloat16, give --precision float32, and another
-folder as --results if there are runs in bfloat16 already.
+A recipe names a data set of DATA (a folder with <set>/train/<class>/* and <set>/test/<class>/*), or
+"torchvision:NAME", which is downloaded there; what of the protocol differs from its defaults, the
+flow, and for each method its settings and seeds. Without --test, runs are evaluated on a part of
+the labelled training images, to choose settings; the test images are read with --test only. Stop it
+at any time; the same command goes on with what is missing. Runs of one recipe may share out its
+methods by --only, on several machines. On a processor that is slow in a recipe's bfloat16, give
+--precision float32, and another folder as --results if there are runs in bfloat16 already.
 """
 
 import argparse
@@ -24,21 +24,26 @@ from typing import Any
 import torch
 import torchvision
 from methods import arguments_of, method_of
-from protocol import Protocol, read_images, run, split
+from protocol import Images, Protocol, in_memory, read_images, run, split
 from tqdm import tqdm
 
 from latent_aug import __version__
+from latent_aug.data import open_images
+from latent_aug.files import write_json
 
 RESULTS = Path(__file__).parents[1] / "results" / "paper"
 
 
-def wanted(recipe: dict[str, Any], only: list[str] | None) -> Iterator[tuple[str, int]]:
-    """Methods and seeds: every method's first seed, then the second, so that tables fill evenly."""
+def methods_and_seeds(recipe: dict[str, Any], only: list[str] | None) -> Iterator[tuple[str, int]]:
+    """Every method with its first seed, then with its second, so that tables fill evenly."""
+    unknown = set(only or ()) - set(recipe["methods"])
+    if unknown:
+        raise SystemExit(f"the recipe has no {sorted(unknown)}, but {list(recipe['methods'])}")
     methods = {k: m for k, m in recipe["methods"].items() if only is None or k in only}
-    for round_ in range(max(len(m["seeds"]) for m in methods.values())):
+    for place in range(max(len(m["seeds"]) for m in methods.values())):
         for name, method in methods.items():
-            if round_ < len(method["seeds"]):
-                yield name, method["seeds"][round_]
+            if place < len(method["seeds"]):
+                yield name, method["seeds"][place]
 
 
 def parts_of(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -51,7 +56,7 @@ def settings_of(recipe: dict[str, Any], name: str, precision: str) -> dict[str, 
     """A method's, with the recipe's flow where it names none."""
     settings = copy.deepcopy({k: v for k, v in recipe["methods"][name].items() if k != "seeds"})
     for part in parts_of(settings):
-        part.update({**recipe.get("flow", {}), **part})
+        part.update({**recipe.get("flow", {"flow": "glow-cifar10"}), **part})
         if precision == "float32":
             part.pop("network_dtype", None)
     return settings
@@ -63,6 +68,18 @@ def flows_of(settings: dict[str, Any], folder: Path | None, channels: int) -> di
         part["flow"]: arguments_of(part, folder, channels)["flow"].fingerprint()
         for part in parts_of(settings)
     }
+
+
+def images_of(recipe: dict[str, Any], root: Path, protocol: Protocol) -> tuple[Images, Images]:
+    """What to train and to evaluate on; the test images are read if the protocol has them."""
+    name, parts = recipe["data"], {}
+    how = (protocol.size, protocol.channels)
+    for part in ("train", "test") if protocol.test else ("train",):
+        if name.startswith("torchvision:"):
+            parts[part] = in_memory(open_images(name, root=root, train=part == "train"), *how)
+        else:
+            parts[part] = read_images(root / name / part, *how)
+    return split(parts["train"], parts.get("test"), protocol)
 
 
 def check_precision(path: Path, precision: str) -> None:
@@ -113,19 +130,16 @@ def main() -> None:
     protocol = Protocol(**recipe["protocol"], test=args.test)
     if args.precision:
         protocol = replace(protocol, precision=args.precision)
-    folder = args.data / recipe["data"]
     data = None
     kind = "test" if args.test else "validation"
-    for name, seed in wanted(recipe, args.only):
+    for name, seed in methods_and_seeds(recipe, args.only):
         path = args.results / args.recipe.stem / kind / f"{name} {seed}.json"
         if path.exists():
             check_precision(path, protocol.precision)
             continue
-        if data is None:
-            how = (protocol.size, protocol.channels)
-            test = read_images(folder / "test", *how) if args.test else None
-            data = split(read_images(folder / "train", *how), test, protocol)
         settings = settings_of(recipe, name, protocol.precision)
+        flows = flows_of(settings, args.flows, protocol.channels)
+        data = data or images_of(recipe, args.data, protocol)
         with tqdm(total=protocol.epochs, unit="epoch", desc=f"{name}, seed {seed}") as bar:
 
             def advance(loss: float, bar: Any = bar) -> None:
@@ -138,7 +152,7 @@ def main() -> None:
             "recipe": args.recipe.stem,
             "method": name,
             "settings": settings,
-            "flows": flows_of(settings, args.flows, protocol.channels),
+            "flows": flows,
             "seed": seed,
             "protocol": vars(protocol),
             "train_images": len(data[0].labels),
@@ -156,7 +170,7 @@ def main() -> None:
             "threads": torch.get_num_threads(),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(entry, indent=1) + "\n")
+        write_json(path, entry)
         print(f"{name}, seed {seed}: {figures['accuracy']:.2f} %", flush=True)
 
 

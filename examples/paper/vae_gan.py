@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from latent_aug import Flow
-from latent_aug.files import read_json, write_json
+from latent_aug.data import digest
+from latent_aug.files import read_json, replaced, write_json
 
 
 class VaeGan(Flow):
@@ -64,8 +65,12 @@ class VaeGan(Flow):
         self.channels, self.size, self.num_classes = channels, (height, width), num_classes
         self.dims, self.hidden = dims, hidden
         shape = (channels, height, width)
-        self.encoders = nn.ModuleList(down(shape, hidden, 2 * dims) for _ in range(num_classes))
-        self.decoders = nn.ModuleList(up(shape, hidden, dims) for _ in range(num_classes))
+        self.encoders = nn.ModuleList(
+            convolutions(shape, hidden, 2 * dims) for _ in range(num_classes)
+        )
+        self.decoders = nn.ModuleList(
+            transposed_convolutions(shape, hidden, dims) for _ in range(num_classes)
+        )
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) in [0, 1] of classes (B,) to latents of their shape."""
@@ -117,7 +122,7 @@ def halved(shape: tuple[int, ...]) -> list[tuple[int, int]]:
     return [(shape[1] // 2**i, shape[2] // 2**i) for i in range(4)]
 
 
-def down(shape: tuple[int, ...], hidden: int, outputs: int) -> nn.Sequential:
+def convolutions(shape: tuple[int, ...], hidden: int, outputs: int) -> nn.Sequential:
     """Three convolutions that halve the image, and a linear layer."""
     layers: list[nn.Module] = []
     widths = [shape[0], hidden, 2 * hidden, 4 * hidden]
@@ -128,8 +133,8 @@ def down(shape: tuple[int, ...], hidden: int, outputs: int) -> nn.Sequential:
     )
 
 
-def up(shape: tuple[int, ...], hidden: int, inputs: int) -> nn.Sequential:
-    """The mirror image of `down`, into [0, 1]."""
+def transposed_convolutions(shape: tuple[int, ...], hidden: int, inputs: int) -> nn.Sequential:
+    """The mirror image of `convolutions`, into [0, 1]."""
     widths, sizes = [4 * hidden, 2 * hidden, hidden, shape[0]], halved(shape)[::-1]
     layers: list[nn.Module] = [
         nn.Linear(inputs, widths[0] * math.prod(sizes[0])),
@@ -238,15 +243,18 @@ def main() -> None:
     torch.manual_seed(0)
     model = VaeGan(*shape, num_classes=images.classes, dims=args.dims, hidden=args.hidden)
     args.output.mkdir(parents=True, exist_ok=True)
-    check_settings(args.output / "training.json", {**model.config, **dataclasses.asdict(how)})
+    seen = {"images": digest([images.pixels, images.labels])}
+    settings = {**model.config, **dataclasses.asdict(how), **seen}
+    check_settings(args.output / "training.json", settings)
     for label in tqdm(range(images.classes), unit="class"):
         path = args.output / f"class-{label}.pt"
         own = nn.ModuleList([model.encoders[label], model.decoders[label]])
         if not path.exists():
             torch.manual_seed(label)
             pixels = images.pixels[images.labels == label]
-            error = train_class(*own, down(shape, args.hidden, 1), pixels, how)
-            torch.save(own.state_dict(), path)
+            error = train_class(*own, convolutions(shape, args.hidden, 1), pixels, how)
+            with replaced(path) as partial:
+                torch.save(own.state_dict(), partial)
             print(f"class {label}: L1 of a pixel {error:.4f}", flush=True)
         own.load_state_dict(torch.load(path, weights_only=True))
     model.eval().save_pretrained(args.output)
