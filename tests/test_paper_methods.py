@@ -105,12 +105,20 @@ def test_the_latent_can_be_first():
 
 def test_classes_that_are_trained_are_not_trained_again(grey, monkeypatch):
     import vae_gan
+    from protocol import read_images
 
     images, folder = grey / "data" / "grey" / "train", grey / "flows" / "vae-gan"
     command = ["vae_gan.py", images, folder, "--hidden", 4, "--epochs", 1]
     monkeypatch.setattr(sys, "argv", [str(c) for c in command])
     vae_gan.main()
     first = (folder / "model.safetensors").read_bytes()
+    figures = json.loads((folder / "figures.json").read_text())
+    assert figures["images"] == 24
+    flow, data = load_flow(folder), read_images(images, channels=1)
+    x, y = data.pixels / 255, data.labels
+    assert figures["l1"] == pytest.approx(
+        (flow.decode(flow.encode(x, y), y) - x).abs().mean().item()
+    )
     (folder / "class-1.pt").unlink()
     kept = (folder / "class-0.pt").stat().st_mtime_ns
     vae_gan.main()
@@ -335,6 +343,8 @@ def test_learning_rates():
     at = [steps[i] for i in (0, 59, 60, 119, 120, 159, 160, 199)]
     expected = [0.1, 0.1, 0.02, 0.02, 0.004, 0.004, 0.0008, 0.0008]
     assert at == pytest.approx(expected)
+    quarters = rates(120, schedule="quarters")  # and 30, 60 and 90 of 120 on SVHN
+    assert [quarters[i] for i in (29, 30, 90)] == pytest.approx([0.1, 0.01, 0.0001])
     cycle = rates(100)
     assert cycle[0] == pytest.approx(0.1 / 25)
     assert max(cycle) == pytest.approx(0.1)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from protocol import Protocol, labelled, read_images
+from protocol import Images, Protocol, labelled, read_images
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -215,6 +215,16 @@ def losses_of(
     return losses, reconstruction.item() / x[0].numel()
 
 
+@torch.no_grad()
+def reconstruction_error(model: VaeGan, images: Images) -> float:
+    """L1 of a pixel in [0, 1] that is encoded and decoded, on average."""
+    total = 0.0
+    for pixels, y in zip(images.pixels.split(500), images.labels.split(500), strict=True):
+        x = pixels / 255
+        total += (model.decode(model.encode(x, y), y) - x).abs().sum().item()
+    return total / images.pixels.numel()
+
+
 def check_settings(path: Path, own: dict[str, Any]) -> None:
     """Keep the settings of a training that begins; refuse others where it goes on."""
     if path.exists() and (then := read_json(path)) != own:
@@ -258,6 +268,9 @@ def main() -> None:
             print(f"class {label}: L1 of a pixel {error:.4f}", flush=True)
         own.load_state_dict(torch.load(path, weights_only=True))
     model.eval().save_pretrained(args.output)
+    error = reconstruction_error(model, images)
+    write_json(args.output / "figures.json", {"images": len(images.labels), "l1": error})
+    print(f"L1 of a pixel, encoded and decoded: {error:.4f}")
 
 
 if __name__ == "__main__":
