@@ -177,7 +177,7 @@ def open_images(source: str | Path, *, root: str | Path = "data", train: bool = 
         return builder(root, download=True, **split)
     except TypeError as error:
         raise ValueError(f"torchvision's {name} needs more than a root folder: {error}") from error
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise OSError(f"torchvision's {name} cannot be downloaded to {root}: {error}") from error
 
 

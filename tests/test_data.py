@@ -3,6 +3,7 @@
 import gzip
 import io
 import tarfile
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -50,6 +51,16 @@ def test_a_torchvision_data_set_is_read(tmp_path, monkeypatch):
     dataset = open_images("torchvision:FashionMNIST", root=tmp_path)
     assert isinstance(dataset, datasets.FashionMNIST)
     assert torch.equal(torch.stack(list(UInt8Images(dataset, 1)))[:, 0], images)
+
+
+@pytest.mark.parametrize("error", [URLError("no network"), RuntimeError("File not found")])
+def test_a_failed_download_names_its_data_set(tmp_path, monkeypatch, error):
+    def download(*_, **__):
+        raise error
+
+    monkeypatch.setattr(datasets.SVHN, "__init__", download)
+    with pytest.raises(OSError, match=r"SVHN cannot be downloaded to .*: .*(network|found)"):
+        open_images("torchvision:SVHN", root=tmp_path)
 
 
 def tar_of(path, members):
