@@ -65,7 +65,8 @@ class LatentAdversarial(UsesFlow):
             but None, or a tensor of another length. By default cross-entropy, in float64, as
             confident samples have no loss in float32.
         labels: "true" raises the loss at the batch's labels, "predicted" at the model's own
-            predictions on the clean images (the authors' code).
+            predictions on the clean images (the authors' code), which are class indices (B,), for
+            your `loss` too.
         normalize: v2.Normalize or (mean, std) that the images have been through already.
         p: Share of each batch that is perturbed, drawn at random; the cost falls with it.
         clip: Greatest distance from the original image, in [0, 1] units: per pixel for "linf",

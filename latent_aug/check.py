@@ -16,7 +16,6 @@ from latent_aug import functional as LF
 from latent_aug.arguments import one_of, positive
 from latent_aug.data import (
     check_dataset,
-    check_sides,
     images_for,
     open_images,
     spread,
@@ -25,7 +24,7 @@ from latent_aug.data import (
 from latent_aug.flips import CHUNK, Flips
 from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
 from latent_aug.hub import load_flow
-from latent_aug.images import Normalization, encoded
+from latent_aug.images import Normalization, encoded, fit_to_flow, from_float
 from latent_aug.measure import markdown_rows, mean_change, measure_flow, problems_of
 
 GREY_LEVELS = 10.0
@@ -121,7 +120,8 @@ def check_flow(
         flow: A `Flow`, or a name or path for `load_flow`. A flow of classes takes them as its
             training does, from `targets` or (image, class) samples.
         images: Your images, or tuples that begin with one: PIL, uint8, or float in [0, 1]; or the
-            path of a folder or tar of them.
+            path of a folder or tar of them. Sides that the flow does not map are padded as the
+            transforms do, and the figures are of the padded images.
         norm: Of the eps to suggest: "linf", "l2" or "rms".
         grey_levels: Mean absolute change of a pixel, of 255, that the suggested eps aims at.
         classifier: Your trained model; the suggested eps then also flips no more than `flips` of
@@ -162,8 +162,8 @@ def check_flow(
     check_dataset("images", images)
     pixels = images_for(loaded, images, size, keep_bytes=0)
     positive("count", count)
-    check_sides(pixels, loaded)
     chosen, y = pixels.some(count)
+    fitted = from_float(fit_to_flow(chosen / 255, loaded), torch.uint8)
     few = spread(len(chosen), CALIBRATED_ON)
     moved = perturbed_by(loaded, chosen[few], None if y is None else y[few], norm, seed)
     x = moved(0.0).clamp(0, 1)
@@ -175,7 +175,7 @@ def check_flow(
         eps = min(by_change, by_flips)
     figures = measure_flow(
         loaded,
-        images_for(loaded, with_classes(chosen, y)),
+        images_for(loaded, with_classes(fitted, y)),
         settings=[(norm, factor * eps) for factor in (0.5, 1.0, 2.0)],
         seed=seed,
         progress=progress,
@@ -235,18 +235,25 @@ def remedy_for(flow: Flow, size: int | None) -> str:
 def perturbed_by(
     flow: Flow, pixels: Tensor, y: Tensor | None, norm: LF.Norm, seed: int
 ) -> Callable[[float], Tensor]:
-    """A function of eps: uint8 images perturbed by it, always with the same draws."""
+    """A function of eps: uint8 images perturbed by it, always with the same draws.
+
+    They are padded for a flow that does not map their sides, and cropped back.
+    """
+    height, width = pixels.shape[-2:]
     device = next(flow.parameters(), pixels).device
     classes = [None] * len(pixels.split(CHUNK)) if y is None else y.to(device).split(CHUNK)
     parts = zip(pixels.split(CHUNK), classes, strict=True)
-    z = torch.cat([encoded(flow, part.to(device) / 255, own) for part, own in parts])
+    z = torch.cat(
+        [encoded(flow, fit_to_flow(part.to(device) / 255, flow), own) for part, own in parts]
+    )
     draws = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z)
 
     @torch.no_grad()
     def moved(eps: float) -> Tensor:
         latents = z + LF.noise_of_norm(draws, eps, norm)
         parts = zip(latents.split(CHUNK), classes, strict=True)
-        return torch.cat([flow.decode(part, own) for part, own in parts])
+        whole = torch.cat([flow.decode(part, own) for part, own in parts])
+        return whole[..., :height, :width]
 
     return moved
 

@@ -415,7 +415,7 @@ def check_sides(images: UInt8Images, flow: Flow, name: str = "images") -> None:
     if height % flow.multiple or width % flow.multiple:
         raise ValueError(
             f"{name} are {height}x{width}, this flow needs sides that divide by {flow.multiple}: "
-            "give a size to resize to, or a flow of fewer levels"
+            "give a size that does, to resize to, or a flow of fewer levels"
         )
 
 

@@ -108,13 +108,30 @@ def test_greatest():
     assert greatest(lambda eps: False) == pytest.approx(0.001, rel=0.03)
 
 
+def test_sides_that_the_transforms_pad():
+    images = smooth(12, 30)  # 32 for the flow
+    seen = []
+
+    class Looking(nn.Module):
+        def forward(self, x):
+            seen.append(x.shape[2:])
+            return x.mean(dim=(1, 2, 3))[:, None] * torch.tensor([1.0, -1.0])
+
+    found = check_flow("glow-fashionmnist", images, classifier=Looking())
+    assert set(seen) == {(30, 30)}
+    assert found.figures["uint8_identical"] == 12
+    usual = check_flow("glow-fashionmnist", smooth())
+    assert found.eps == pytest.approx(usual.eps, rel=0.3)
+    with pytest.raises(ValueError, match=r"size \(28, 28\) only, got \(30, 30\)"):
+        check_flow(random_dense(1, 28), TensorDataset(images, torch.zeros(12).long()))
+
+
 def test_bad_arguments():
     images = smooth(2)
     for arguments, said in [
         ({"norm": "l1"}, "norm must be one of"),
         ({"grey_levels": 0}, "grey_levels must be above 0"),
         ({"flips": 1}, "flips lie in"),
-        ({"size": 30}, "sides that divide by 4"),
     ]:
         with pytest.raises(ValueError, match=said):
             check_flow("glow-fashionmnist", images, **arguments)

@@ -280,3 +280,11 @@ def test_collate_takes_the_user_s():
 
     out = LatentCollate(perturb(), collate)([data()[0], data()[1]])
     assert out["label"].tolist() == [0, 1]
+
+
+def test_a_gpu_that_is_not_there_is_said():
+    loader = LatentLoader(
+        [torch.rand(2, 1, 28, 28)], LatentPerturb(flow="glow-fashionmnist"), "cuda"
+    )
+    with pytest.raises((RuntimeError, AssertionError), match=r"NVIDIA|CUDA"):
+        next(iter(loader))
