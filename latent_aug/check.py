@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from latent_aug import functional as LF
 from latent_aug.arguments import one_of, positive
 from latent_aug.data import (
+    UInt8Images,
     check_dataset,
+    check_size,
     images_for,
     open_images,
     spread,
@@ -120,8 +122,9 @@ def check_flow(
         flow: A `Flow`, or a name or path for `load_flow`. A flow of classes takes them as its
             training does, from `targets` or (image, class) samples.
         images: Your images, or tuples that begin with one: PIL, uint8, or float in [0, 1]; or the
-            path of a folder or tar of them. Sides that the flow does not map are padded as the
-            transforms do, and the figures are of the padded images.
+            path of a folder or tar of them. Sides that do not divide by the flow's multiple are
+            padded as the transforms do: the figures are of the padded images, the suggested eps is
+            of what is left after cropping back.
         norm: Of the eps to suggest: "linf", "l2" or "rms".
         grey_levels: Mean absolute change of a pixel, of 255, that the suggested eps aims at.
         classifier: Your trained model; the suggested eps then also flips no more than `flips` of
@@ -139,8 +142,8 @@ def check_flow(
         Figures, a suggested eps, and what does not fit; print it to read it.
 
     Raises:
-        ValueError: The images do not fit the flow, there is no flow of that name, or an argument is
-            out of range.
+        ValueError: The images have other channels than the flow, or another size than the one that
+            it maps; there is no flow of that name; or an argument is out of range.
         TypeError: The classifier does not return logits.
         FileNotFoundError: No such images, or a directory that holds no flow.
 
@@ -162,8 +165,8 @@ def check_flow(
     check_dataset("images", images)
     pixels = images_for(loaded, images, size, keep_bytes=0)
     positive("count", count)
+    check_size(pixels, loaded)
     chosen, y = pixels.some(count)
-    fitted = from_float(fit_to_flow(chosen / 255, loaded), torch.uint8)
     few = spread(len(chosen), CALIBRATED_ON)
     moved = perturbed_by(loaded, chosen[few], None if y is None else y[few], norm, seed)
     x = moved(0.0).clamp(0, 1)
@@ -175,7 +178,7 @@ def check_flow(
         eps = min(by_change, by_flips)
     figures = measure_flow(
         loaded,
-        images_for(loaded, with_classes(fitted, y)),
+        images_for(loaded, with_classes(padded(chosen, loaded), y)),
         settings=[(norm, factor * eps) for factor in (0.5, 1.0, 2.0)],
         seed=seed,
         progress=progress,
@@ -189,7 +192,7 @@ def check_flow(
         problems += flipped.problems()
     if by_flips is not None and by_flips <= LOWEST:
         problems.append(f"no eps flips {flips:.0%} or less of the predictions")
-    remedy = remedy_for(loaded, pixels.size)
+    remedy = remedy_for(loaded, pixels)
     return FlowCheck(figures, norm, eps, by_change, by_flips, tuple(problems), remedy)
 
 
@@ -215,7 +218,15 @@ def check_arguments(
         raise TypeError(f"classifier must be an nn.Module, got a {type(classifier).__name__}")
 
 
-def remedy_for(flow: Flow, size: int | None) -> str:
+def padded(pixels: Tensor, flow: Flow) -> Tensor:
+    """uint8 images (B, C, H, W), padded where the flow does not map their sides."""
+    if not any(side % flow.multiple for side in pixels.shape[2:]):
+        return pixels
+    parts = [fit_to_flow(part / 255, flow) for part in pixels.split(CHUNK)]
+    return torch.cat([from_float(part, torch.uint8) for part in parts])
+
+
+def remedy_for(flow: Flow, images: UInt8Images) -> str:
     """What to do about a flow that does not suit the images that were looked at."""
     if not isinstance(flow, (Glow, ConditionalDenseFlow)):
         return (
@@ -223,6 +234,9 @@ def remedy_for(flow: Flow, size: int | None) -> str:
             "standard deviation 1)."
         )
     name = flow.loaded_from[0] if flow.loaded_from else "FLOW"
+    size, sides = images.size, images.shape[1:]
+    if any(side % flow.multiple for side in sides):  # training does not pad
+        size = min(sides) + -min(sides) % flow.multiple
     options = f"--size {size} " if size else ""
     needed = "with their classes" if flow.num_classes else "labels not needed"
     return (

@@ -10,6 +10,7 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import cache
+from http.client import HTTPException
 from lzma import LZMAError
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,7 @@ def open_images(source: str | Path, *, root: str | Path = "data", train: bool = 
         ValueError: torchvision has no such data set.
         FileNotFoundError: The path does not exist, or holds no image.
         OSError: The data set cannot be downloaded.
+        ModuleNotFoundError: torchvision reads it with a package that is missing (SVHN: scipy).
     """
     kind, _, name = str(source).partition(":")
     if kind != "torchvision" or not name:
@@ -177,7 +179,9 @@ def open_images(source: str | Path, *, root: str | Path = "data", train: bool = 
         return builder(root, download=True, **split)
     except TypeError as error:
         raise ValueError(f"torchvision's {name} needs more than a root folder: {error}") from error
-    except (RuntimeError, OSError) as error:
+    except ImportError as error:
+        raise ModuleNotFoundError(f"torchvision's {name} needs a package: {error}") from error
+    except (RuntimeError, OSError, HTTPException) as error:
         raise OSError(f"torchvision's {name} cannot be downloaded to {root}: {error}") from error
 
 
@@ -405,13 +409,20 @@ def images_for(
     return UInt8Images(dataset, flow.channels, size, keep_bytes, num_classes=flow.num_classes)
 
 
-def check_sides(images: UInt8Images, flow: Flow, name: str = "images") -> None:
-    """Refuse images whose height and width a flow does not map."""
+def check_size(images: UInt8Images, flow: Flow, name: str = "images") -> None:
+    """Refuse images of another size than the one that a flow maps, if it maps one only."""
     height, width = images.shape[1:]
     if flow.size is not None and (height, width) != flow.size:
         raise ValueError(
-            f"{name} are {height}x{width}, this flow maps {flow.size[0]}x{flow.size[1]} only"
+            f"{name} are {height}x{width}, this flow maps {flow.size[0]}x{flow.size[1]} only: "
+            "resize them, or use another flow"
         )
+
+
+def check_sides(images: UInt8Images, flow: Flow, name: str = "images") -> None:
+    """Refuse images whose height and width a flow does not map without padding."""
+    check_size(images, flow, name)
+    height, width = images.shape[1:]
     if height % flow.multiple or width % flow.multiple:
         raise ValueError(
             f"{name} are {height}x{width}, this flow needs sides that divide by {flow.multiple}: "

@@ -149,6 +149,8 @@ class LatentLoader:
                 part.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Any]:
+        if self.device is not None and self.device.type == "cuda":
+            torch.empty(0, device=self.device)  # says what is wrong where there is no GPU
         self._epoch += 1
         # Before the loader's own draws, whose order depends on its workers.
         if self.seed is None:
@@ -159,7 +161,6 @@ class LatentLoader:
         # accelerate's loaders say which batch is the last one, of those they have given out.
         tells_its_end = hasattr(self.loader, "end_of_dataloader")
         if self.device is not None and self.device.type == "cuda" and not tells_its_end:
-            torch.empty(0, device=self.device)  # says what is wrong where there is no GPU
             return self._one_ahead(batches, torch.cuda.Stream(self.device))
         return batches
 

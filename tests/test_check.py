@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2.functional import to_pil_image
 
-from latent_aug import check_flow
-from latent_aug.check import greatest, remedy_for
+from latent_aug import TrainConfig, check_flow, load_flow, train_flow
+from latent_aug.check import greatest, padded, remedy_for
+from latent_aug.data import UInt8Images
 
 
 def smooth(count=12, side=28):
@@ -109,7 +110,7 @@ def test_greatest():
 
 
 def test_sides_that_the_transforms_pad():
-    images = smooth(12, 30)  # 32 for the flow
+    images = smooth(12, 30)[..., 2:28]  # 30 x 26, 32 x 28 for the flow
     seen = []
 
     class Looking(nn.Module):
@@ -118,12 +119,33 @@ def test_sides_that_the_transforms_pad():
             return x.mean(dim=(1, 2, 3))[:, None] * torch.tensor([1.0, -1.0])
 
     found = check_flow("glow-fashionmnist", images, classifier=Looking())
-    assert set(seen) == {(30, 30)}
+    assert set(seen) == {(30, 26)}
     assert found.figures["uint8_identical"] == 12
     usual = check_flow("glow-fashionmnist", smooth())
     assert found.eps == pytest.approx(usual.eps, rel=0.3)
-    with pytest.raises(ValueError, match=r"size \(28, 28\) only, got \(30, 30\)"):
+    flow, both = load_flow("glow-fashionmnist"), []
+    flow.bits_per_dim = lambda x, y, generator: both.append(x.shape[2:]) or torch.zeros(len(x))
+    check_flow(flow, images)
+    assert set(both) == {(32, 28)}
+    edge = padded(images, flow)
+    assert torch.equal(edge[..., :30, :26], images)
+    assert torch.equal(edge[..., 31, 27], images[..., 29, 25])
+    with pytest.raises(ValueError, match="are 30x26, this flow maps 28x28 only: resize them"):
         check_flow(random_dense(1, 28), TensorDataset(images, torch.zeros(12).long()))
+
+
+def test_what_is_not_padded_is_not_copied():
+    images = smooth()
+    assert padded(images, load_flow("glow-fashionmnist")) is images
+
+
+@pytest.mark.parametrize(("size", "advised"), [(None, 28), (30, 32), (28, 28)])
+def test_the_remedy_is_of_a_size_that_can_be_trained(tmp_path, size, advised):
+    noise = torch.randint(256, (4, 1, 30, 26), dtype=torch.uint8)
+    found = check_flow("glow-fashionmnist", noise, size=size)
+    assert f"--size {advised} " in found.remedy
+    config = TrainConfig(output=tmp_path, size=advised, steps=1, batch_size=2, flip=False)
+    train_flow(load_flow("glow-fashionmnist"), noise, config, progress=False)
 
 
 def test_bad_arguments():
@@ -178,7 +200,7 @@ def test_the_remedy_names_flow_and_size(tmp_path):
     found = check_flow(tmp_path / "my flow", noise)
     assert f"--init '{tmp_path / 'my flow'}' --output" in found.remedy
     assert "labels not needed" in found.remedy
-    assert "with their classes" in remedy_for(random_dense(), None)
+    assert "with their classes" in remedy_for(random_dense(), UInt8Images(noise, 1))
     assert "whiten its latents" in check_flow(Identity(), noise.expand(-1, 3, -1, -1)).remedy
 
 

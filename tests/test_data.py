@@ -2,7 +2,9 @@
 
 import gzip
 import io
+import sys
 import tarfile
+from http.client import IncompleteRead
 from urllib.error import URLError
 
 import numpy as np
@@ -53,13 +55,23 @@ def test_a_torchvision_data_set_is_read(tmp_path, monkeypatch):
     assert torch.equal(torch.stack(list(UInt8Images(dataset, 1)))[:, 0], images)
 
 
-@pytest.mark.parametrize("error", [URLError("no network"), RuntimeError("File not found")])
+@pytest.mark.parametrize(
+    "error", [URLError("no network"), RuntimeError("not found"), IncompleteRead(b"")]
+)
 def test_a_failed_download_names_its_data_set(tmp_path, monkeypatch, error):
     def download(*_, **__):
         raise error
 
     monkeypatch.setattr(datasets.SVHN, "__init__", download)
-    with pytest.raises(OSError, match=r"SVHN cannot be downloaded to .*: .*(network|found)"):
+    with pytest.raises(OSError, match=r"SVHN cannot be downloaded to .*: .*(network|found|Read)"):
+        open_images("torchvision:SVHN", root=tmp_path)
+
+
+def test_a_package_that_torchvision_needs_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    monkeypatch.setattr(datasets.SVHN, "download", lambda self: None)
+    monkeypatch.setattr(datasets.SVHN, "_check_integrity", lambda self: True)
+    with pytest.raises(ModuleNotFoundError, match=r"torchvision's SVHN needs a package: .*scipy"):
         open_images("torchvision:SVHN", root=tmp_path)
 
 
