@@ -54,7 +54,7 @@ def drive(place, monkeypatch, *options):
     return sorted((place / "results").rglob("*.json"))
 
 
-def test_every_run_leaves_its_figures_and_is_not_repeated(place, monkeypatch):
+def test_every_run_leaves_its_figures_and_is_not_repeated(place, monkeypatch, capsys):
     files = drive(place, monkeypatch)
     assert len(files) == 7
     entry = json.loads((place / "results/shapes/validation/common 1.json").read_text())
@@ -70,7 +70,9 @@ def test_every_run_leaves_its_figures_and_is_not_repeated(place, monkeypatch):
     assert entry["settings"]["latent"] == {"eps": 0.25, "flow": "tiny", "network_dtype": "bfloat16"}
     before = [file.stat().st_mtime_ns for file in files]
     files[0].unlink()
+    capsys.readouterr()
     assert drive(place, monkeypatch) == files
+    assert "1 runs to make; 6 are in" in capsys.readouterr().out
     assert [file.stat().st_mtime_ns for file in files][1:] == before[1:]
 
 
@@ -92,8 +94,8 @@ def test_what_cannot_be_run_is_said_before_training(place, monkeypatch):
     with pytest.raises(SystemExit, match=r"no \['atack'\], but \['none', 'common'"):
         drive(place, monkeypatch, "--only", "atack")
     (place / "flows" / "tiny").rename(place / "flows" / "other")
-    with pytest.raises(ValueError, match="no flow 'tiny'"):
-        drive(place, monkeypatch, "--only", "attack")
+    with pytest.raises(SystemExit, match=r"attack: there is no flow 'tiny'.*\n.*--only"):
+        drive(place, monkeypatch, "--only", "none", "attack")
 
 
 def test_a_data_set_of_torchvision(place, monkeypatch):

@@ -125,10 +125,10 @@ def test_classes_that_are_trained_are_not_trained_again(grey, monkeypatch):
     assert (folder / "class-0.pt").stat().st_mtime_ns == kept
     assert (folder / "model.safetensors").read_bytes() == first
     monkeypatch.setattr(sys, "argv", [str(c) for c in (*command, "--beta", 3)])
-    with pytest.raises(SystemExit, match=r"other settings, \{'beta': \(2.75, 3.0\)\}"):
+    with pytest.raises(SystemExit, match=r"other settings or images, \{'beta': \(2.75, 3.0\)\}"):
         vae_gan.main()
     monkeypatch.setattr(sys, "argv", [str(c) for c in (*command, "--per-class", 3)])
-    with pytest.raises(SystemExit, match=r"other settings, \{'images': "):
+    with pytest.raises(SystemExit, match=r"other settings or images, \{'images': "):
         vae_gan.main()
 
 
@@ -221,7 +221,9 @@ def test_pgd_takes_sign_steps_on_pixels():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 26 * 26, 2))
     pgd = {"flow": "pixels", "eps": 0.03, "alpha": 0.008, "steps": 3, "norm": "linf"}
-    attack = methods.phase_of({"attack": {**pgd, "preset": "official notebook"}}, None, model)
+    attack = methods.perturbation_of(
+        {"attack": {**pgd, "preset": "official notebook"}}, None, model
+    )
     x, y = 0.4 + 0.2 * torch.rand(4, 1, 28, 28), torch.tensor([0, 1, 0, 1])
     expected = x.clone()
     for _ in range(3):
@@ -235,7 +237,9 @@ def test_official_attacks_predictions_in_the_mode_it_finds():
     import methods
 
     model = nn.Sequential(nn.Conv2d(1, 2, 3))
-    attack = methods.phase_of({"attack": {"flow": "pixels", "preset": "official"}}, None, model)
+    attack = methods.perturbation_of(
+        {"attack": {"flow": "pixels", "preset": "official"}}, None, model
+    )
     assert (attack.labels, attack.model_mode) == ("predicted", "unchanged")
 
 
@@ -282,7 +286,7 @@ def test_a_misspelt_setting_is_refused(settings, named):
 
 
 @pytest.mark.parametrize("pixels", ["erasing", "randaugment", "trivialaugment", "augmix"])
-def test_peers_come_after_crop_and_flip(pixels):
+def test_peers_come_after_crop_and_flip(pixels, monkeypatch):
     import methods
 
     x, y = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
@@ -297,6 +301,11 @@ def test_peers_come_after_crop_and_flip(pixels):
         found.append(images)
     assert found[0].shape == found[1].shape == x.shape
     assert not torch.equal(found[0], found[1])
+    given = []
+    monkeypatch.setitem(methods.PEERS, pixels, lambda _: lambda image: given.append(image) or image)
+    torch.manual_seed(0)
+    methods.method_of({"pixels": pixels})(nn.Conv2d(3, 1, 1), 2)(x, y)
+    torch.testing.assert_close(torch.stack(given) / 255, found[0])
     if pixels == "erasing":
         erased = (found[1] == 0).all(dim=1) & (found[0] != 0).any(dim=1)
         assert (erased.flatten(1).sum(dim=1) > 150).all()  # of 256, but for what was cropped
@@ -350,6 +359,9 @@ def test_learning_rates():
     assert max(cycle) == pytest.approx(0.1)
     assert cycle.index(max(cycle)) in (29, 30)
     assert cycle[-1] < 1e-6
+    for wrong in ({"schedule": "step"}, {"optimizer": "sdg"}):
+        with pytest.raises(ValueError, match=next(iter(wrong.values()))):
+            rates(1, **wrong)
     fading = rates(100, schedule="exponential", optimizer="adam", lr=0.01, final_lr=0.12)
     assert fading[50] == pytest.approx(0.01 * 0.12**0.5)
 
@@ -398,7 +410,13 @@ def test_runs_are_of_their_recipe(recipe):
 
 def test_the_readme_names_every_recipe():
     readme = (EXAMPLES / "README.md").read_text()
-    assert [name for name in RECIPES if Path(name).stem not in readme] == []
+    assert [name for name in RECIPES if f"`{Path(name).stem}`" not in readme] == []
+
+
+def test_results_are_of_recipes():
+    import run
+
+    assert {f"{path.name}.json" for path in run.RESULTS.iterdir()} <= set(RECIPES)
 
 
 def test_accuracy_is_drawn_against_images(tmp_path, monkeypatch):

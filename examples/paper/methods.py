@@ -60,7 +60,7 @@ def method_of(settings: dict[str, Any], flows: Path | None = None) -> Method:
 
     def method(model: nn.Module, classes: int) -> Augmentation:
         return Augmentation(
-            perturbation_of(settings, flows, model),
+            schedule_of(settings, flows, model),
             model,
             classes,
             pixels=pixels,
@@ -128,15 +128,15 @@ def unit(x: Tensor) -> Tensor:
     return (x / 255).contiguous(memory_format=torch.channels_last)
 
 
-def perturbation_of(
-    settings: dict[str, Any], flows: Path | None, model: nn.Module
-) -> LatentSchedule:
+def schedule_of(settings: dict[str, Any], flows: Path | None, model: nn.Module) -> LatentSchedule:
     """Of the latent: "latent" or "attack", or one after the other in "phases"."""
     phases = settings.get("phases", [[1, settings]])
-    return LatentSchedule([(epochs, phase_of(phase, flows, model)) for epochs, phase in phases])
+    return LatentSchedule(
+        [(epochs, perturbation_of(phase, flows, model)) for epochs, phase in phases]
+    )
 
 
-def phase_of(
+def perturbation_of(
     settings: dict[str, Any], flows: Path | None, model: nn.Module
 ) -> LatentPerturb | LatentAdversarial | None:
     """A single perturbation, if there is one."""
@@ -188,7 +188,9 @@ def arguments_of(given: dict[str, Any], flows: Path | None, channels: int) -> di
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset must be one of {list(PRESETS)}, got {preset!r}")
     arguments = {**PRESETS.get(preset, {}), **arguments}
-    name, dtype = arguments.pop("flow"), arguments.pop("network_dtype", None)
+    name, dtype = arguments.pop("flow", None), arguments.pop("network_dtype", None)
+    if name is None:
+        raise ValueError(f"a perturbation names its flow, got {given}")
     if name == "pixels":
         return {**arguments, "flow": Pixels(channels)}
     return {**arguments, "flow": flow_of(name, flows, dtype)}

@@ -139,20 +139,24 @@ def optimizer_of(
     optimizer: torch.optim.Optimizer
     if protocol.optimizer == "adam":
         optimizer = torch.optim.Adam(parameters, protocol.lr, weight_decay=decay)
-    else:
+    elif protocol.optimizer == "sgd":
         optimizer = torch.optim.SGD(
             parameters, protocol.lr, momentum=0.9, nesterov=True, weight_decay=decay
         )
+    else:
+        raise ValueError(f"optimizer must be sgd or adam, got {protocol.optimizer!r}")
     schedulers = torch.optim.lr_scheduler
     if protocol.schedule == "one cycle":
         return optimizer, schedulers.OneCycleLR(optimizer, protocol.lr, total_steps=steps)
     if protocol.schedule == "exponential":
         final = protocol.final_lr
         return optimizer, schedulers.LambdaLR(optimizer, lambda step: final ** (step / steps))
-    shares, factor = {
-        "steps": ((0.3, 0.6, 0.8), 0.2),
-        "quarters": ((0.25, 0.5, 0.75), 0.1),
-    }[protocol.schedule]
+    if protocol.schedule == "steps":
+        shares, factor = (0.3, 0.6, 0.8), 0.2
+    elif protocol.schedule == "quarters":
+        shares, factor = (0.25, 0.5, 0.75), 0.1
+    else:
+        raise ValueError(f"there is no schedule {protocol.schedule!r}")
     milestones = [round(share * steps) for share in shares]
     return optimizer, schedulers.MultiStepLR(optimizer, milestones, factor)
 

@@ -56,10 +56,40 @@ def settings_of(recipe: dict[str, Any], name: str, precision: str) -> dict[str, 
     """A method's, with the recipe's flow where it names none."""
     settings = copy.deepcopy({k: v for k, v in recipe["methods"][name].items() if k != "seeds"})
     for part in parts_of(settings):
-        part.update({**recipe.get("flow", {"flow": "glow-cifar10"}), **part})
+        part.update({"flow": "glow-cifar10", **recipe.get("flow", {}), **part})
         if precision == "float32":
             part.pop("network_dtype", None)
     return settings
+
+
+def missing_runs(
+    recipe: dict[str, Any], only: list[str] | None, folder: Path, precision: str
+) -> list[tuple[str, int, Path]]:
+    """Methods, seeds and files of what has not been run; says what has been."""
+    missing, found = [], 0
+    for name, seed in methods_and_seeds(recipe, only):
+        path = folder / f"{name} {seed}.json"
+        if path.exists():
+            check_precision(path, precision)
+            found += 1
+        else:
+            missing.append((name, seed, path))
+    print(f"{len(missing)} runs to make; {found} are in {folder}", flush=True)
+    return missing
+
+
+def check_flows(methods: dict[str, dict[str, Any]], folder: Path | None, channels: int) -> None:
+    """Refuse to begin where a method's flow is missing."""
+    problems = []
+    for name, settings in methods.items():
+        try:
+            flows_of(settings, folder, channels)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise SystemExit(
+            "\n".join([*problems, "train them, or leave these methods out with --only"])
+        )
 
 
 def flows_of(settings: dict[str, Any], folder: Path | None, channels: int) -> dict[str, str]:
@@ -130,16 +160,14 @@ def main() -> None:
     protocol = Protocol(**recipe["protocol"], test=args.test)
     if args.precision:
         protocol = replace(protocol, precision=args.precision)
-    data = None
     kind = "test" if args.test else "validation"
-    for name, seed in methods_and_seeds(recipe, args.only):
-        path = args.results / args.recipe.stem / kind / f"{name} {seed}.json"
-        if path.exists():
-            check_precision(path, protocol.precision)
-            continue
-        settings = settings_of(recipe, name, protocol.precision)
-        flows = flows_of(settings, args.flows, protocol.channels)
-        data = data or images_of(recipe, args.data, protocol)
+    place = args.results / args.recipe.stem / kind
+    missing = missing_runs(recipe, args.only, place, protocol.precision)
+    methods = {name: settings_of(recipe, name, protocol.precision) for name, _, _ in missing}
+    check_flows(methods, args.flows, protocol.channels)
+    data = images_of(recipe, args.data, protocol) if missing else None
+    for name, seed, path in missing:
+        settings = methods[name]
         with tqdm(total=protocol.epochs, unit="epoch", desc=f"{name}, seed {seed}") as bar:
 
             def advance(loss: float, bar: Any = bar) -> None:
@@ -152,7 +180,7 @@ def main() -> None:
             "recipe": args.recipe.stem,
             "method": name,
             "settings": settings,
-            "flows": flows,
+            "flows": flows_of(settings, args.flows, protocol.channels),
             "seed": seed,
             "protocol": vars(protocol),
             "train_images": len(data[0].labels),
@@ -169,7 +197,7 @@ def main() -> None:
             "processor": processor(),
             "threads": torch.get_num_threads(),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
         write_json(path, entry)
         print(f"{name}, seed {seed}: {figures['accuracy']:.2f} %", flush=True)
 

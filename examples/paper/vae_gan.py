@@ -229,7 +229,9 @@ def check_settings(path: Path, own: dict[str, Any]) -> None:
     """Keep the settings of a training that begins; refuse others where it goes on."""
     if path.exists() and (then := read_json(path)) != own:
         other = {name: (then.get(name), own[name]) for name in own if then.get(name) != own[name]}
-        raise SystemExit(f"{path.parent} is of other settings, {other} (then, now): choose another")
+        raise SystemExit(
+            f"{path.parent} is of other settings or images, {other} (then, now): choose another"
+        )
     write_json(path, own)
 
 
@@ -253,7 +255,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = VaeGan(*shape, num_classes=images.classes, dims=args.dims, hidden=args.hidden)
     args.output.mkdir(parents=True, exist_ok=True)
-    seen = {"images": digest([images.pixels, images.labels])}
+    seen = {"images": digest([images.pixels, images.labels])[:16]}
     settings = {**model.config, **dataclasses.asdict(how), **seen}
     check_settings(args.output / "training.json", settings)
     for label in tqdm(range(images.classes), unit="class"):
