@@ -78,18 +78,21 @@ def missing_runs(
     return missing
 
 
-def check_flows(methods: dict[str, dict[str, Any]], folder: Path | None, channels: int) -> None:
-    """Refuse to begin where a method's flow is missing."""
-    problems = []
+def flows_by_method(
+    methods: dict[str, dict[str, Any]], folder: Path | None, channels: int
+) -> dict[str, dict[str, str]]:
+    """`flows_of` each method; refuses to begin where a flow is missing."""
+    found, problems = {}, []
     for name, settings in methods.items():
         try:
-            flows_of(settings, folder, channels)
+            found[name] = flows_of(settings, folder, channels)
         except ValueError as error:
             problems.append(f"{name}: {error}")
     if problems:
         raise SystemExit(
             "\n".join([*problems, "train them, or leave these methods out with --only"])
         )
+    return found
 
 
 def flows_of(settings: dict[str, Any], folder: Path | None, channels: int) -> dict[str, str]:
@@ -164,7 +167,7 @@ def main() -> None:
     place = args.results / args.recipe.stem / kind
     missing = missing_runs(recipe, args.only, place, protocol.precision)
     methods = {name: settings_of(recipe, name, protocol.precision) for name, _, _ in missing}
-    check_flows(methods, args.flows, protocol.channels)
+    flows = flows_by_method(methods, args.flows, protocol.channels)
     data = images_of(recipe, args.data, protocol) if missing else None
     for name, seed, path in missing:
         settings = methods[name]
@@ -180,7 +183,7 @@ def main() -> None:
             "recipe": args.recipe.stem,
             "method": name,
             "settings": settings,
-            "flows": flows_of(settings, args.flows, protocol.channels),
+            "flows": flows[name],
             "seed": seed,
             "protocol": vars(protocol),
             "train_images": len(data[0].labels),
