@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from quickstart import accuracy, load_images
 from safetensors.torch import save
 
-from latent_aug.explore import CLOTHES, clothes_classifier
+from latent_aug.diagnostics.explore import CLOTHES, clothes_classifier
 
 EPOCHS, BATCH, SHOWN = 30, 50, 2  # shown of each class
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from latent_aug.adversarial import LatentAdversarial
-from latent_aug.cache import LatentCache
-from latent_aug.flows import Flow, Glow
-from latent_aug.hub import load_flow
-from latent_aug.loaders import LatentCollate, LatentLoader
-from latent_aug.schedules import LatentSchedule
-from latent_aug.transforms import LatentPerturb
+from latent_aug.flows import Flow, Glow, load_flow
+from latent_aug.transforms import (
+    LatentAdversarial,
+    LatentCache,
+    LatentCollate,
+    LatentLoader,
+    LatentPerturb,
+    LatentSchedule,
+    functional,
+)
 
 if TYPE_CHECKING:
-    from latent_aug.augment import AugmentConfig, augment_images
-    from latent_aug.check import check_flow
-    from latent_aug.figures import preview
-    from latent_aug.recipe import TrainConfig
-    from latent_aug.train import train_flow
+    from latent_aug.diagnostics import check_flow, preview
+    from latent_aug.export import AugmentConfig, augment_images
+    from latent_aug.training import TrainConfig, train_flow
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "TrainConfig",
     "augment_images",
     "check_flow",
+    "functional",
     "load_flow",
     "preview",
     "train_flow",
@@ -42,12 +44,12 @@ __all__ = [
 
 
 _LAZY = {
-    "AugmentConfig": "augment",
-    "TrainConfig": "recipe",
-    "augment_images": "augment",
-    "check_flow": "check",
-    "preview": "figures",
-    "train_flow": "train",
+    "AugmentConfig": "export",
+    "TrainConfig": "training",
+    "augment_images": "export",
+    "check_flow": "diagnostics",
+    "preview": "diagnostics",
+    "train_flow": "training",
 }
 
 

@@ -20,7 +20,7 @@ from torchvision import tv_tensors
 from torchvision.datasets import FashionMNIST
 
 from latent_aug import LatentAdversarial, LatentPerturb
-from latent_aug import functional as LF
+from latent_aug.transforms import functional as LF
 
 
 def textbook_pgd(model, x, y, delta, *, eps, alpha, steps, norm):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latent_aug.batches import StepSampler, cropped, draws_for, share
+from latent_aug.training.batches import StepSampler, cropped, draws_for, share
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])

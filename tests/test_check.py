@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2.functional import to_pil_image
 
 from latent_aug import TrainConfig, check_flow, load_flow, train_flow
-from latent_aug.check import greatest, padded, remedy_for
-from latent_aug.data import UInt8Images
+from latent_aug.diagnostics.check import greatest, padded, remedy_for
+from latent_aug.images.datasets import UInt8Images
 
 
 def smooth(count=12, side=28):

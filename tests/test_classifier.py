@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from latent_aug import LatentAdversarial
-from latent_aug.classifier import bare, check_targets, lent, scaled_up
+from latent_aug.transforms.classifier import bare, check_targets, lent, scaled_up
 
 
 def sure_model():

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from latent_aug import check_flow, load_flow
 from latent_aug.cli import app
-from latent_aug.data import EncodedImages
+from latent_aug.images.datasets import EncodedImages
 
 SMALL = ["--channels", "1", "--levels", "1", "-K", "1", "-H", "8", "--steps", "5"]
 

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from latent_aug import LatentAdversarial, LatentPerturb, TrainConfig, load_flow
 from latent_aug.flows import ConditionalDenseFlow
-from latent_aug.train import train_flow
+from latent_aug.training.train import train_flow
 
 with warnings.catch_warnings():  # its docstrings hold escapes that Python warns of
     warnings.simplefilter("ignore")

@@ -8,7 +8,7 @@ from conftest import ByClass, random_glow, same_trace, trace_of
 from PIL import Image
 
 from latent_aug import LatentAdversarial, LatentPerturb, explore
-from latent_aug.explore import Settings
+from latent_aug.diagnostics.explore import Settings
 
 
 @pytest.fixture(scope="module")

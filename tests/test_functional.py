@@ -6,7 +6,7 @@ from conftest import Identity, length
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_aug import functional as LF
+from latent_aug.transforms import functional as LF
 
 NORMS = ("linf", "l2", "rms")
 sizes = st.floats(0, 50)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torchvision.datasets import FashionMNIST
 
 from latent_aug import Glow, LatentPerturb, files, hub, load_flow
-from latent_aug.hub import bundled_flows
+from latent_aug.flows.hub import bundled_flows
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from latent_aug import (
     LatentSchedule,
     loaders,
 )
-from latent_aug.loaders import moved, perturb_batch
+from latent_aug.transforms.loaders import moved, perturb_batch
 
 COUNT = 12
 

@@ -8,8 +8,8 @@ import torch
 from conftest import Identity, random_glow
 from torch.utils.data import TensorDataset
 
-from latent_aug.data import UInt8Images
-from latent_aug.measure import measure_flow, problems_of, smoothness
+from latent_aug.diagnostics.measure import measure_flow, problems_of, smoothness
+from latent_aug.images.datasets import UInt8Images
 
 
 def images(count=30):

@@ -25,7 +25,14 @@ def test_importing_loads_no_extra():
     modules = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
     ).stdout.split()
-    optional = {"typer", "matplotlib", "accelerate", "gradio", "webdataset", "latent_aug.train"}
+    optional = {
+        "typer",
+        "matplotlib",
+        "accelerate",
+        "gradio",
+        "webdataset",
+        "latent_aug.training.train",
+    }
     assert optional.isdisjoint(modules)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.transforms.v2.functional import to_pil_image
 
 from latent_aug import LatentAdversarial, load_flow
-from latent_aug.regions import level_mask
+from latent_aug.transforms.regions import level_mask
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "paper"
 RECIPES = sorted(path.name for path in (EXAMPLES / "recipes").glob("*.json"))

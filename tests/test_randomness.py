@@ -9,7 +9,7 @@ from conftest import Grey, Identity
 from torch.utils.data import DataLoader
 
 from latent_aug import LatentPerturb
-from latent_aug.randomness import Draws, Shared, mixed
+from latent_aug.utils.randomness import Draws, Shared, mixed
 
 
 def test_mixed_seeds_are_all_different():

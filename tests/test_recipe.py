@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from latent_aug import TrainConfig
-from latent_aug.recipe import learning_rate
+from latent_aug.training.recipe import learning_rate
 
 
 def test_learning_rate_rises_stays_and_falls():

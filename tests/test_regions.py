@@ -9,8 +9,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from latent_aug import LatentAdversarial, LatentPerturb
-from latent_aug import functional as LF
-from latent_aug.regions import level_mask, movable
+from latent_aug.transforms import functional as LF
+from latent_aug.transforms.regions import level_mask, movable
 
 NORMS = ["linf", "l2", "rms"]
 EPS = {"linf": 0.3, "l2": 3.0, "rms": 0.3}

@@ -11,11 +11,11 @@ import torch
 from conftest import stripes
 
 from latent_aug import Glow, LatentPerturb, TrainConfig, load_flow, train_flow
-from latent_aug.data import UInt8Images
 from latent_aug.flows.backend import settings
-from latent_aug.processes import Processes
-from latent_aug.report import append_to_log, minutes_of
-from latent_aug.train import Run
+from latent_aug.images.datasets import UInt8Images
+from latent_aug.training.processes import Processes
+from latent_aug.training.report import append_to_log, minutes_of
+from latent_aug.training.train import Run
 
 
 def small_flow():

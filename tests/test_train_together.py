@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from latent_aug import load_flow, train_flow
 from latent_aug.cli import app
-from latent_aug.processes import Processes, accelerator_for
+from latent_aug.training.processes import Processes, accelerator_for
 
 pytest.importorskip("accelerate")
 
@@ -102,7 +102,7 @@ def test_all_processes_refuse_alike(together):
 DYING = """
 import os, signal, sys
 from latent_aug.cli import app
-from latent_aug.train import Run
+from latent_aug.training.train import Run
 
 step = Run.train_step
 

@@ -16,9 +16,9 @@ import torch
 from contestants import contestant
 
 from latent_aug import Glow
-from latent_aug.data import UInt8Images, as_batch, open_images
-from latent_aug.images import from_float
-from latent_aug.measure import loader
+from latent_aug.diagnostics.measure import loader
+from latent_aug.images.conversion import from_float
+from latent_aug.images.datasets import UInt8Images, as_batch, open_images
 
 RESULTS = Path(__file__).parents[1] / "results" / "exactness.json"
 

@@ -11,8 +11,8 @@ import time
 
 from gradio_client import Client
 
-from latent_aug.app import serve
-from latent_aug.hub import bundled_flows
+from latent_aug.diagnostics.app import serve
+from latent_aug.flows.hub import bundled_flows
 
 MOVES = 30
 

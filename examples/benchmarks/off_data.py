@@ -14,9 +14,9 @@ import sys
 import torch
 
 from latent_aug import load_flow
-from latent_aug.data import UInt8Images, open_images
-from latent_aug.functional import FARTHEST_LATENT, noise_of_norm, root_mean_square
-from latent_aug.measure import mean_change
+from latent_aug.diagnostics.measure import mean_change
+from latent_aug.images.datasets import UInt8Images, open_images
+from latent_aug.transforms.functional import FARTHEST_LATENT, noise_of_norm, root_mean_square
 
 BINS = (0, 2, 3, 4, 5, 6, 8, 10, 15, 20, 1000)
 

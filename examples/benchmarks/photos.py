@@ -23,7 +23,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from latent_aug import LatentPerturb
-from latent_aug.data import UInt8Images, as_batch, open_images
+from latent_aug.images.datasets import UInt8Images, as_batch, open_images
 
 RESULTS = Path(__file__).parents[1] / "results" / "photos.json"
 EPS, SMALL_COUNT = 0.25, 64

@@ -31,10 +31,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
 from latent_aug import AugmentConfig, Glow, LatentPerturb, TrainConfig, augment_images, load_flow
-from latent_aug.data import EncodedImages, UInt8Images, to_uint8
-from latent_aug.processes import Processes
-from latent_aug.recipe import resolve_dtype
-from latent_aug.train import Run
+from latent_aug.images.datasets import EncodedImages, UInt8Images, to_uint8
+from latent_aug.training.processes import Processes
+from latent_aug.training.recipe import resolve_dtype
+from latent_aug.training.train import Run
 
 RESULTS = Path(__file__).parents[1] / "results" / "scale.json"
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"

@@ -38,8 +38,8 @@ from contestants import (
 from torch import Tensor
 
 from latent_aug import Flow, Glow, LatentAdversarial
-from latent_aug.data import UInt8Images, open_images
 from latent_aug.flows.backend import keep_freed_memory
+from latent_aug.images.datasets import UInt8Images, open_images
 
 RESULTS = Path(__file__).parents[1] / "results" / "speed.json"
 FLOWS = ("8,64", "8,128", "16,128", "16,256", "32,512", "glow-cifar10", "glow-cifar10-small")

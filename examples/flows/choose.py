@@ -35,8 +35,8 @@ from latent_aug import (
     TrainConfig,
     train_flow,
 )
-from latent_aug.check import check_flow
-from latent_aug.data import UInt8Images, open_images
+from latent_aug.diagnostics.check import check_flow
+from latent_aug.images.datasets import UInt8Images, open_images
 
 sys.path.append(str(Path(__file__).parents[1] / "paper"))  # the same classifier as the tables'
 from methods import Augmentation, Method

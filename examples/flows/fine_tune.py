@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from latent_aug import Glow, TrainConfig, load_flow, train_flow
-from latent_aug.check import check_flow
-from latent_aug.data import UInt8Images, as_batch, open_images
-from latent_aug.report import minutes_of
+from latent_aug.diagnostics.check import check_flow
+from latent_aug.images.datasets import UInt8Images, as_batch, open_images
+from latent_aug.training.report import minutes_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "fine_tune.json"
 BASE = "glow-cifar10-small"

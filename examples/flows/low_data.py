@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from latent_aug import Glow, TrainConfig, load_flow, train_flow
-from latent_aug.data import UInt8Images
-from latent_aug.measure import measure_flow
+from latent_aug.diagnostics.measure import measure_flow
+from latent_aug.images.datasets import UInt8Images
 
 sys.path.append(str(Path(__file__).parents[1] / "paper"))  # the images are the tables' own
 from protocol import Protocol, labelled, read_images

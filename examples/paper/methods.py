@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from latent_aug import Flow, LatentAdversarial, LatentPerturb, LatentSchedule, load_flow
-from latent_aug.batches import cropped, flipped
-from latent_aug.images import from_float
+from latent_aug.images.conversion import from_float
+from latent_aug.training.batches import cropped, flipped
 
 OWN_FLOWS = Path(__file__).parent / "flows"  # that runs share, and that take long to train
 

@@ -14,7 +14,7 @@ from networks import NETWORKS
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 
-from latent_aug.data import to_uint8
+from latent_aug.images.datasets import to_uint8
 
 if TYPE_CHECKING:
     from methods import Method

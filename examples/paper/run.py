@@ -28,8 +28,8 @@ from protocol import Images, Protocol, in_memory, read_images, run, split
 from tqdm import tqdm
 
 from latent_aug import __version__
-from latent_aug.data import open_images
-from latent_aug.files import write_json
+from latent_aug.images.datasets import open_images
+from latent_aug.utils.files import write_json
 
 RESULTS = Path(__file__).parents[1] / "results" / "paper"
 

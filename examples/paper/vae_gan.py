@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from latent_aug import Flow
-from latent_aug.data import digest
-from latent_aug.files import read_json, replaced, write_json
+from latent_aug.images.datasets import digest
+from latent_aug.utils.files import read_json, replaced, write_json
 
 
 class VaeGan(Flow):

@@ -13,6 +13,8 @@ from latent_aug.cli.augment import augment
 from latent_aug.cli.look import check, explore, preview
 from latent_aug.cli.train import train
 
+__all__ = ["app", "main"]
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 

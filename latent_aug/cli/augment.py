@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 import torch
 import typer
 
-from latent_aug.augment import AugmentConfig, AugmentReport, augment_images
 from latent_aug.cli.options import (
     CPU,
     DATA,
@@ -21,11 +20,12 @@ from latent_aug.cli.options import (
     check_apart,
     errors_as_messages,
 )
-from latent_aug.data import open_images
+from latent_aug.export.copies import AugmentConfig, AugmentReport, augment_images
 from latent_aug.flows import Flow, Glow
-from latent_aug.hub import load_flow
-from latent_aug.randomness import rank_and_count
-from latent_aug.transforms import LatentPerturb
+from latent_aug.flows.hub import load_flow
+from latent_aug.images.datasets import open_images
+from latent_aug.transforms.random import LatentPerturb
+from latent_aug.utils.randomness import rank_and_count
 
 
 def augment(

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 from torch import nn
 
-from latent_aug.check import GREY_LEVELS, check_flow
 from latent_aug.cli.options import (
     DATA,
     FLOW,
@@ -23,10 +22,11 @@ from latent_aug.cli.options import (
     check_picture,
     errors_as_messages,
 )
-from latent_aug.data import UInt8Images, images_for, open_images
-from latent_aug.figures import preview as preview_figure
-from latent_aug.hub import bundled_flows, load_flow
-from latent_aug.transforms import LatentPerturb
+from latent_aug.diagnostics.check import GREY_LEVELS, check_flow
+from latent_aug.diagnostics.figures import preview as preview_figure
+from latent_aug.flows.hub import bundled_flows, load_flow
+from latent_aug.images.datasets import UInt8Images, images_for, open_images
+from latent_aug.transforms.random import LatentPerturb
 
 
 def check(
@@ -108,7 +108,7 @@ def explore(
 ) -> None:
     """Look at perturbations on a page of this machine: drag eps, choose norm, level and region."""
     with errors_as_messages():
-        from latent_aug.app import serve
+        from latent_aug.diagnostics.app import serve
 
         flows = [*(flow or []), *reversed(bundled_flows())]
         page, address = serve(flows, port=port, browser=browser)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import typer
 
-from latent_aug.functional import Norm as Norm
-from latent_aug.randomness import rank_and_count
+from latent_aug.transforms.functional import Norm as Norm
+from latent_aug.utils.randomness import rank_and_count
 
 DATA = typer.Argument(help="A folder of images, a tar of them, or torchvision:NAME.")
 ROOT = typer.Option(help="Where torchvision's data sets live.")

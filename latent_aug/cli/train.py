@@ -10,8 +10,6 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from latent_aug.card import write_card
-from latent_aug.check import check_flow
 from latent_aug.cli.options import (
     CPU,
     DATA,
@@ -21,13 +19,15 @@ from latent_aug.cli.options import (
     check_apart,
     errors_as_messages,
 )
-from latent_aug.data import KEPT_BYTES, images_for, open_images, to_uint8, with_classes
+from latent_aug.diagnostics.check import check_flow
 from latent_aug.flows import ConditionalDenseFlow, Glow
-from latent_aug.hub import load_flow
-from latent_aug.processes import Processes
-from latent_aug.recipe import TrainConfig
-from latent_aug.report import minutes_of
-from latent_aug.train import train_flow
+from latent_aug.flows.hub import load_flow
+from latent_aug.images.datasets import KEPT_BYTES, images_for, open_images, to_uint8, with_classes
+from latent_aug.training.card import write_card
+from latent_aug.training.processes import Processes
+from latent_aug.training.recipe import TrainConfig
+from latent_aug.training.report import minutes_of
+from latent_aug.training.train import train_flow
 
 
 def train(

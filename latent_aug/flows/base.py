@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from latent_aug.files import write_whole
-from latent_aug.randomness import uniform
+from latent_aug.utils.files import write_whole
+from latent_aug.utils.randomness import uniform
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latent_aug.arguments import positive, real
 from latent_aug.flows.backend import full_precision
 from latent_aug.flows.base import Flow, check_config, check_parameters, postprocess, preprocess
+from latent_aug.utils.arguments import positive, real
 
 ATAN = 0.636  # about 2 / π: the soft clamp's values lie in (-1, 1)
 

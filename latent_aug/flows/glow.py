@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latent_aug.arguments import one_of, positive, real
 from latent_aug.flows import engine, latent_gradient
 from latent_aug.flows.backend import full_precision, keep_freed_memory
 from latent_aug.flows.base import Flow, check_config, check_parameters, postprocess, preprocess
 from latent_aug.flows.graphs import Graph, Graphs, can_record
 from latent_aug.flows.latent_gradient import Gradient
+from latent_aug.utils.arguments import one_of, positive, real
 
 
 @dataclass(frozen=True)

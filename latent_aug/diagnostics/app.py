@@ -1,0 +1,300 @@
+"""The page of `latent-aug explore`: what `explore` computes, shown by Gradio on this machine."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from typing import Any
+
+# Before the import, which reads them: nothing is sent anywhere, nothing is kept in the browser.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = os.environ["GRADIO_RUN_HISTORY"] = "False"
+
+try:
+    import gradio as gr
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("the explorer needs Gradio: pip install 'latent-aug[app]'") from error
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
+
+from latent_aug.diagnostics import explore as ex
+from latent_aug.images.conversion import from_float
+
+HOST = "127.0.0.1"
+AMPLIFY = 4
+STRIP = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the slider's range
+START = {"linf": 0.25, "rms": 0.25, "l2": 10.0}
+ATTACK = {"linf": (0.1, 0.05), "rms": (0.02, 0.01), "l2": (1.0, 0.5)}  # eps and alpha
+BOX = {"left": 0.25, "top": 0.25, "right": 0.75, "bottom": 0.75}
+DELETE = (60, 600)  # uploads: look every minute, delete after ten
+LIVE: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"}
+CSS = """
+.pictures {display: flex; flex-wrap: wrap; gap: 12px}
+.pictures figure {margin: 0; flex: 1 1 0; min-width: 72px; max-width: 300px}
+.pictures img {width: 100%; image-rendering: pixelated; border-radius: 4px}
+.pictures figcaption {font-size: 0.85em; line-height: 1.3}
+.about {font-size: 0.9em}
+#examples .grid-container {
+  grid-template-columns: repeat(4, minmax(0, 1fr)) !important; grid-auto-rows: auto !important}
+#examples .grid-container button {aspect-ratio: 1; height: auto !important}
+"""
+
+
+def figure(x: Tensor, caption: str) -> str:
+    """An image (1, C, H, W) in the page itself, with what it shows below it."""
+    data = io.BytesIO()
+    to_pil_image(from_float(x[0], torch.uint8)).save(data, "PNG", compress_level=1)
+    source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    words = html.escape(caption)
+    return f'<figure><img alt="{words}" src="{source}"><figcaption>{words}</figcaption></figure>'
+
+
+def pictures(*shown: tuple[Tensor, str]) -> str:
+    """Figures side by side."""
+    return f'<div class="pictures">{"".join(figure(x, caption) for x, caption in shown)}</div>'
+
+
+def difference(a: Tensor, b: Tensor) -> Tensor:
+    """Amplified, on grey."""
+    return ((b - a) * AMPLIFY + 0.5).clamp(0, 1)
+
+
+def settings_of(
+    eps: float, norm: str, level: str, where: str, left: float, top: float, right: float,
+    bottom: float, seed: float,
+) -> ex.Settings:  # fmt: skip
+    """What the controls say."""
+    chosen = None if level == "all" else int(level.split()[0])
+    box = (left, top, right, bottom)
+    return ex.Settings(eps, norm, chosen, where, box, int(seed))  # type: ignore[arg-type]
+
+
+def said(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, its errors as messages on the page."""
+
+    @wraps(function)  # Gradio reads the annotations: of an event, say
+    def wrapped(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except (ValueError, TypeError, OSError) as error:
+            raise gr.Error(html.escape(str(error)), print_exception=False) from error
+
+    return wrapped
+
+
+def show(subject: ex.Subject | None, *controls: Any) -> str:
+    """Original, perturbed and difference."""
+    if subject is None:
+        raise ValueError("choose an image first")
+    settings = settings_of(*controls)
+    moved, fell_back = ex.perturbed(subject, settings)
+    change = 255 * (moved - subject.x).abs().mean().item()
+    note = f"{settings.norm} {settings.eps:.3g}: pixels change by {change:.1f} of 255 on average"
+    if fell_back:
+        note = "the flow cannot perturb this image: it comes back as it was"
+    return pictures(
+        (subject.x, "original"),
+        (moved, note),
+        (difference(subject.x, moved), f"difference, {AMPLIFY} times"),
+    )
+
+
+def strip(subject: ex.Subject | None, eps: float, norm: str, *controls: Any) -> str:
+    """The same draws at several eps."""
+    if subject is None:
+        return ""
+    sizes = [share * ex.GREATEST_EPS[norm] for share in STRIP]
+    each = [ex.perturbed(subject, settings_of(size, norm, *controls)).x for size in sizes]
+    return pictures(*((x, f"{norm} {size:.3g}") for x, size in zip(each, sizes, strict=True)))
+
+
+def draw_samples(flow: str, seed: float) -> str:
+    """Rows of samples, a column for each temperature."""
+    drawn = ex.samples(ex.flow_of(flow), count=4, seed=int(seed))
+    columns = [torch.cat(list(column), dim=1)[None] for column in drawn]
+    captions = [f"temperature {t:g}" for t in ex.TEMPERATURES]
+    return pictures(*zip(columns, captions, strict=True))
+
+
+def attack(
+    subject: ex.Subject | None, eps: float, alpha: float, steps: float, norm: str, level: str,
+    *region: Any,
+) -> Iterator[tuple[str, dict[str, float]]]:  # fmt: skip
+    """Images, losses and probabilities, growing by a step at a time."""
+    if subject is None:
+        raise gr.Error("choose an image first", print_exception=False)
+    settings = settings_of(eps, norm, level, *region)
+    shown: list[tuple[Tensor, str]] = []
+    try:
+        for step in ex.attacked(subject, settings, alpha=alpha, steps=int(steps)):
+            best = int(step.probabilities.argmax())
+            share = f"{ex.CLASSES[best]} {step.probabilities[best]:.0%}"
+            name = f"step {step.number}" if step.number else original(subject)
+            shown.append((step.x, f"{name}: loss {step.loss:.2f}, {share}"))
+            change = difference(subject.x, step.x), f"difference, {AMPLIFY} times"
+            label = dict(zip(ex.CLASSES, step.probabilities.tolist(), strict=True))
+            yield pictures(*shown, change), label
+    except ValueError as error:
+        raise gr.Error(html.escape(str(error)), print_exception=False) from error
+
+
+def original(subject: ex.Subject) -> str:
+    """What it is called below its picture."""
+    return "original" if subject.label is None else f"original ({ex.CLASSES[subject.label]})"
+
+
+def levels_of(flow: str) -> list[str]:
+    """Choices of a level."""
+    count = ex.flow_of(flow).levels
+    ends = {0: " (finest)", count - 1: " (coarsest)"} if count > 1 else {}
+    return ["all", *(f"{level}{ends.get(level, '')}" for level in range(count))]
+
+
+def open_flow(flow: str) -> tuple[Any, ...]:
+    """Examples, the first of them, and the levels of a flow."""
+    images, labels = ex.examples_of(ex.flow_of(flow))
+    items = [to_pil_image(from_float(x, torch.uint8)) for x in images]
+    subject = ex.subject_of(flow, images[:1], labels[0])
+    gallery = gr.Gallery(items, selected_index=None)
+    return gallery, subject, gr.Radio(choices=levels_of(flow), value="all")
+
+
+def choose(flow: str, event: gr.SelectData) -> ex.Subject:
+    """The example that was clicked."""
+    images, labels = ex.examples_of(ex.flow_of(flow))
+    return ex.subject_of(flow, images[event.index][None], labels[event.index])
+
+
+def upload(flow: str, path: str | None, side: float) -> Any:
+    """A file of the user's; nothing where there is none."""
+    if path is None:
+        return gr.skip()
+    return ex.subject_of(flow, ex.read_upload(path, ex.flow_of(flow).channels, int(side)))
+
+
+def page(flows: Sequence[str]) -> gr.Blocks:
+    """What to perturb on the left, how on the right, and the pictures below that."""
+    with gr.Blocks(analytics_enabled=False, title="latent-aug explore", delete_cache=DELETE) as app:
+        gr.Markdown(
+            "# latent-aug explore\nWhat a perturbation in a flow's latent does to an image."
+        )
+        subject = gr.State(None)
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                flow, gallery, file, side = what(flows)
+            with gr.Column(scale=3, min_width=320):
+                with gr.Row():
+                    norm = gr.Radio(list(ex.GREATEST_EPS), value="linf", label="norm")
+                    level = gr.Radio(["all"], value="all", label="level of the flow")
+                    seed = gr.Slider(0, 20, 0, step=1, label="seed")
+                with gr.Accordion("region", open=False), gr.Row():
+                    places = ["everywhere", "inside", "outside"]
+                    where = gr.Radio(places, value="everywhere", label="of the box")
+                    box = [
+                        gr.Slider(0, 1, value, step=0.05, label=name, min_width=150)
+                        for name, value in BOX.items()
+                    ]
+                with gr.Tab("random"):
+                    eps = gr.Slider(0, 1, 0.25, step=0.01, label="eps", elem_id="eps")
+                    three, row = gr.HTML(elem_id="three"), gr.HTML(elem_id="strip")
+                with gr.Tab("adversarial"):
+                    size, alpha, steps, go, path, verdict = adversarial()
+                with gr.Tab("samples"):
+                    drawn = gr.HTML(elem_id="samples")
+
+        region = [where, *box, seed]
+        controls = [eps, norm, level, *region]
+        each = [control.change for control in (subject, *controls)]
+        gr.on(each, said(show), [subject, *controls], three, api_name="show", **LIVE)
+        others = [control.change for control in (subject, norm, level, *region)]
+        gr.on(others, said(strip), [subject, *controls], row, api_name="strip", **LIVE)
+        opened = [gallery, subject, level]
+        begin = [app.load, flow.change]
+        gr.on(begin, said(open_flow), flow, opened, api_name="open", **LIVE)
+        begin = [app.load, flow.change, seed.change]
+        gr.on(begin, said(draw_samples), [flow, seed], drawn, api_name="samples", **LIVE)
+        given = [file.upload, side.release]
+        gr.on(given, said(upload), [flow, file, side], subject, api_name="upload", **LIVE)
+        gallery.select(said(choose), flow, subject, api_visibility="private")
+        norm.change(rescaled, norm, [eps, size, alpha], api_visibility="private")
+        attacked = [subject, size, alpha, steps, norm, level, *region]
+        go.click(attack, attacked, [path, verdict], api_name="attack")
+    return app
+
+
+def what(flows: Sequence[str]) -> tuple[Any, ...]:
+    """The controls that choose a flow and an image."""
+    flow = gr.Dropdown(list(flows), value=flows[0], label="flow")
+    gallery = gr.Gallery(
+        show_label=False, columns=4, height=220, allow_preview=False, buttons=[], elem_id="examples"
+    )
+    file = gr.File(
+        label=f"or an image of yours, up to {ex.MOST_BYTES // 2**20} MiB",
+        height=150,
+        file_types=["image"],
+        elem_id="upload",
+    )
+    side = gr.Slider(*ex.SIDES, 32, step=4, label="cropped and resized to this side")
+    return flow, gallery, file, side
+
+
+def adversarial() -> tuple[Any, ...]:
+    """The controls of the attack, and what it shows."""
+    size, alpha = ATTACK["linf"]
+    with gr.Row():
+        controls = [
+            gr.Slider(0, 8 * size, size, step=size / 10, label="eps"),
+            gr.Slider(0, 8 * size, alpha, step=size / 10, label="alpha"),
+            gr.Slider(1, 8, 3, step=1, label="steps"),
+        ]
+    gr.Markdown(ex.load_clothes().about, elem_classes="about")
+    go = gr.Button("attack", variant="primary", elem_id="attack")
+    path = gr.HTML(elem_id="path")
+    verdict = gr.Label(label="the classifier says", num_top_classes=4)
+    return *controls, go, path, verdict
+
+
+def rescaled(norm: str) -> tuple[Any, ...]:
+    """Ranges of eps and alpha that suit a norm."""
+    greatest = ex.GREATEST_EPS[norm]
+    size, alpha = ATTACK[norm]
+    return (
+        gr.Slider(maximum=greatest, step=greatest / 100, value=START[norm]),
+        gr.Slider(maximum=8 * size, step=size / 10, value=size),
+        gr.Slider(maximum=8 * size, step=size / 10, value=alpha),
+    )
+
+
+def serve(flows: Sequence[str], *, port: int | None, browser: bool) -> tuple[gr.Blocks, str]:
+    """Show the page on this machine, and only there.
+
+    Args:
+        flows: Names and paths to choose from.
+        port: None takes the first free one from 7860 on.
+        browser: Open it in a browser.
+
+    Returns:
+        The page, which `block_thread` keeps until it is interrupted, and its address.
+    """
+    for flow in flows:
+        ex.flow_of(flow)  # an error now rather than on the page
+    app = page(flows)
+    _, address, _ = app.launch(
+        server_name=HOST,
+        server_port=port,
+        share=False,
+        inbrowser=browser,
+        prevent_thread_lock=True,
+        quiet=True,
+        max_file_size=ex.MOST_BYTES,
+        ssr_mode=False,
+        footer_links=[],
+        theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        css=CSS,
+    )
+    return app, address

@@ -1,0 +1,286 @@
+"""Does a flow suit a user's images, and which eps does."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latent_aug.diagnostics.flips import CHUNK, Flips
+from latent_aug.diagnostics.measure import markdown_rows, mean_change, measure_flow, problems_of
+from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
+from latent_aug.flows.hub import load_flow
+from latent_aug.images.conversion import Normalization, encoded, fit_to_flow, from_float
+from latent_aug.images.datasets import (
+    UInt8Images,
+    check_dataset,
+    check_size,
+    images_for,
+    open_images,
+    spread,
+    with_classes,
+)
+from latent_aug.transforms import functional as LF
+from latent_aug.utils.arguments import one_of, positive
+
+GREY_LEVELS = 10.0
+"""Mean change of a pixel that a suggested eps aims at; linf 0.25 makes about that on CIFAR-10."""
+
+CALIBRATED_ON = 200  # images
+FEW = 100  # images below which figures are rough
+LOWEST, HIGHEST = 1e-3, 1e3  # eps
+
+
+@dataclass(frozen=True)
+class FlowCheck:
+    """What `check_flow` found.
+
+    Attributes:
+        figures: Of `measure_flow`; with a classifier each perturbation has its `flipped`, the share
+            of predictions that change.
+        norm: Of the suggested eps.
+        eps: The suggested eps.
+        by_change: The eps that changes pixels by the asked number of grey levels on average;
+            `HIGHEST` if none does.
+        by_flips: The greatest eps that flips no more than the asked share of the classifier's
+            predictions, `LOWEST` if there is none; None without a classifier.
+        problems: What does not fit, one sentence each; empty if the flow suits the images.
+        remedy: What to do about it: for a flow of the package the command that fine-tunes it.
+    """
+
+    figures: dict[str, Any]
+    norm: LF.Norm
+    eps: float
+    by_change: float
+    by_flips: float | None
+    problems: tuple[str, ...]
+    remedy: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether the flow suits the images."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        f = self.figures
+        bits, few = f["bits_per_dim"], f["images"] < FEW
+        largest = f["round_trip_max_error"]
+        error = "not finite" if largest is None else f"greatest error {largest:.1e}"
+        lines = [
+            f"{f['images']} images, "
+            + ("no bits/dim" if bits is None else f"{bits:.3f} bits/dim")
+            + (": few, so that all of this is rough" if few else ""),
+            f"round trip: {error}, {f['uint8_identical']} of {f['images']} images byte for byte",
+            f"latents' mean a level, finest first: {f['latent_mean']}",
+            f"latents' standard deviation (the prior's is 1): {f['latent_std']}",
+            *markdown_rows(f),
+            *([] if self.eps >= HIGHEST else [self.suggestion]),
+            self.verdict,
+        ]
+        return "\n".join(lines)
+
+    @property
+    def suggestion(self) -> str:
+        """The suggested eps, and what it follows from."""
+        line = f"suggested for LatentPerturb: norm={self.norm!r}, eps={self.eps:.3g}"
+        if self.by_flips is None:
+            return line
+        return f"{line} (by change {self.by_change:.3g}, by label flips {self.by_flips:.3g})"
+
+    @property
+    def verdict(self) -> str:
+        """What does not fit, a line each, and the conclusion."""
+        conclusion = "The flow suits these images."
+        if not self.fits:
+            conclusion = f"The flow does not suit these images as it is: {self.remedy}"
+        return "\n".join([*(f"- {problem}" for problem in self.problems), conclusion])
+
+
+def check_flow(
+    flow: Flow | str | Path,
+    images: Any,
+    *,
+    norm: LF.Norm = "linf",
+    grey_levels: float = GREY_LEVELS,
+    classifier: nn.Module | None = None,
+    flips: float = 0.05,
+    normalize: Any = None,
+    size: int | None = None,
+    count: int = 1000,
+    seed: int = 0,
+    progress: bool = False,
+) -> FlowCheck:
+    """Does a flow suit your images, and which eps would? Look here before you train with it.
+
+    Args:
+        flow: A `Flow`, or a name or path for `load_flow`. A flow of classes takes them as its
+            training does, from `targets` or (image, class) samples.
+        images: Your images, or tuples that begin with one: PIL, uint8, or float in [0, 1]; or the
+            path of a folder or tar of them. Sides that do not divide by the flow's multiple are
+            padded as the transforms do: the figures are of the padded images, the suggested eps is
+            of what is left after cropping back.
+        norm: Of the eps to suggest: "linf", "l2" or "rms".
+        grey_levels: Mean absolute change of a pixel, of 255, that the suggested eps aims at.
+        classifier: Your trained model; the suggested eps then also flips no more than `flips` of
+            its predictions.
+        flips: Greatest share of predictions that may flip.
+        normalize: v2.Normalize or (mean, std) that the classifier's inputs go through; the images
+            come without it, in [0, 1].
+        size: Resize and crop the images to this side.
+        count: At most this many images, spread over the data set, are looked at; eps and
+            flips are found on up to 200 of them.
+        seed: Of dequantization noise and perturbations.
+        progress: Show a progress bar.
+
+    Returns:
+        Figures, a suggested eps, and what does not fit; print it to read it.
+
+    Raises:
+        ValueError: The images have other channels than the flow, or another size than the one that
+            it maps; there is no flow of that name; or an argument is out of range.
+        TypeError: The classifier does not return logits.
+        FileNotFoundError: No such images, or a directory that holds no flow.
+
+    Source: bits/dim as in Kingma & Dhariwal 2018; the paper chooses eps by validation accuracy.
+
+    Example:
+        >>> import torch
+        >>> images = torch.full((4, 1, 28, 28), 100, dtype=torch.uint8)
+        >>> found = check_flow("glow-fashionmnist", images)
+        >>> found.eps > 0, found.figures["uint8_identical"]
+        (True, 4)
+    """
+    check_arguments(norm, grey_levels, flips, normalize, classifier)
+    loaded = load_flow(flow) if isinstance(flow, (str, Path)) else flow
+    if not isinstance(loaded, Flow):
+        raise TypeError(f"flow must be a Flow, a name or a path, got a {type(loaded).__name__}")
+    if isinstance(images, (str, Path)):
+        images = open_images(images)
+    check_dataset("images", images)
+    pixels = images_for(loaded, images, size, keep_bytes=0)
+    positive("count", count)
+    check_size(pixels, loaded)
+    chosen, y = pixels.some(count)
+    few = spread(len(chosen), CALIBRATED_ON)
+    moved = perturbed_by(loaded, chosen[few], None if y is None else y[few], norm, seed)
+    x = moved(0.0).clamp(0, 1)
+    eps = by_change = greatest(lambda eps: float(mean_change(moved(eps), x).mean()) <= grey_levels)
+    by_flips = flipped = None
+    if classifier is not None:
+        flipped = Flips(classifier, Normalization(normalize, loaded.channels), moved)
+        by_flips = greatest(lambda eps: flipped.share(eps) <= flips)
+        eps = min(by_change, by_flips)
+    figures = measure_flow(
+        loaded,
+        images_for(loaded, with_classes(padded(chosen, loaded), y)),
+        settings=[(norm, factor * eps) for factor in (0.5, 1.0, 2.0)],
+        seed=seed,
+        progress=progress,
+    )
+    problems = [*problems_of(figures)]
+    if by_change >= HIGHEST:
+        problems.append(f"no eps changes pixels by {grey_levels:g} grey levels on average")
+    if flipped is not None:
+        for perturbation in figures["perturbations"]:
+            perturbation["flipped"] = flipped.share(perturbation["eps"])
+        problems += flipped.problems()
+    if by_flips is not None and by_flips <= LOWEST:
+        problems.append(f"no eps flips {flips:.0%} or less of the predictions")
+    remedy = remedy_for(loaded, pixels)
+    return FlowCheck(figures, norm, eps, by_change, by_flips, tuple(problems), remedy)
+
+
+def check_arguments(
+    norm: Any, grey_levels: float, flips: float, normalize: Any, classifier: Any
+) -> None:
+    """Those of `check_flow` that need no look at flow or images.
+
+    Raises:
+        ValueError, TypeError: One is out of range or of another type.
+    """
+    one_of("norm", norm, ("linf", "l2", "rms"))
+    if not grey_levels > 0 or not 0 < flips < 1:
+        raise ValueError(
+            f"grey_levels must be above 0 and flips lie in (0, 1), got {grey_levels!r}, {flips!r}"
+        )
+    if normalize is not None and classifier is None:
+        raise ValueError(
+            "normalize is of the classifier's inputs, and there is no classifier; images come in "
+            "[0, 1], before Normalize"
+        )
+    if not isinstance(classifier, (nn.Module, type(None))):
+        raise TypeError(f"classifier must be an nn.Module, got a {type(classifier).__name__}")
+
+
+def padded(pixels: Tensor, flow: Flow) -> Tensor:
+    """uint8 images (B, C, H, W), padded where the flow does not map their sides."""
+    if not any(side % flow.multiple for side in pixels.shape[2:]):
+        return pixels
+    parts = [fit_to_flow(part / 255, flow) for part in pixels.split(CHUNK)]
+    return torch.cat([from_float(part, torch.uint8) for part in parts])
+
+
+def remedy_for(flow: Flow, images: UInt8Images) -> str:
+    """What to do about a flow that does not suit the images that were looked at."""
+    if not isinstance(flow, (Glow, ConditionalDenseFlow)):
+        return (
+            "train it on them, see that decode undoes encode, and whiten its latents (mean 0, "
+            "standard deviation 1)."
+        )
+    name = flow.loaded_from[0] if flow.loaded_from else "FLOW"
+    size, sides = images.size, images.shape[1:]
+    if any(side % flow.multiple for side in sides):  # training does not pad
+        size = min(sides) + -min(sides) % flow.multiple
+    options = f"--size {size} " if size else ""
+    needed = "with their classes" if flow.num_classes else "labels not needed"
+    return (
+        f"fine-tune it on them, {needed}, with `latent-aug train DATA --init "
+        f"{shlex.quote(name)} {options}--output DIRECTORY --lr 5e-4 --steps 1000`, or use another."
+    )
+
+
+@torch.no_grad()
+def perturbed_by(
+    flow: Flow, pixels: Tensor, y: Tensor | None, norm: LF.Norm, seed: int
+) -> Callable[[float], Tensor]:
+    """A function of eps: uint8 images perturbed by it, always with the same draws.
+
+    They are padded for a flow that does not map their sides, and cropped back.
+    """
+    height, width = pixels.shape[-2:]
+    device = next(flow.parameters(), pixels).device
+    classes = [None] * len(pixels.split(CHUNK)) if y is None else y.to(device).split(CHUNK)
+    parts = zip(pixels.split(CHUNK), classes, strict=True)
+    z = torch.cat(
+        [encoded(flow, fit_to_flow(part.to(device) / 255, flow), own) for part, own in parts]
+    )
+    draws = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z)
+
+    @torch.no_grad()
+    def moved(eps: float) -> Tensor:
+        latents = z + LF.noise_of_norm(draws, eps, norm)
+        parts = zip(latents.split(CHUNK), classes, strict=True)
+        whole = torch.cat([flow.decode(part, own) for part, own in parts])
+        return whole[..., :height, :width]
+
+    return moved
+
+
+def greatest(holds: Callable[[float], bool]) -> float:
+    """About the greatest eps for which something holds that larger ones break; within 2 %.
+
+    `LOWEST` where it holds for none, `HIGHEST` where it holds for all.
+    """
+    low, high = LOWEST, HIGHEST
+    if holds(high):
+        return high
+    while high / low > 1.02:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return float(f"{low:.3g}")

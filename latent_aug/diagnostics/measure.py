@@ -1,0 +1,201 @@
+"""The figures of a flow on images: how well it models them, exactly undoes itself, moves them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from latent_aug.flows import Flow
+from latent_aug.images.conversion import from_float
+from latent_aug.images.datasets import UInt8Images, as_batch
+from latent_aug.transforms import functional as LF
+
+WHITE = (0.7, 1.4)  # standard deviations of a level's latents that suit the prior's 1
+MOST_FALLBACKS, MOST_SATURATED = 0.001, 0.05
+LEAST_SMOOTHNESS = 0.3  # the bundled flows' changes reach 0.47 (clothes) and 0.9 (photographs)
+SETTINGS = (("linf", 0.1), ("linf", 0.25), ("linf", 0.4), ("l2", 10.0), ("l2", 20.0))
+
+
+@torch.no_grad()
+def measure_flow(
+    flow: Flow,
+    images: UInt8Images,
+    *,
+    settings: Sequence[tuple[str, float]] = SETTINGS,
+    batch_size: int = 100,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Bits/dim, exactness, whiteness and what perturbations do, on every image given.
+
+    Args:
+        flow: A trained flow.
+        images: 8-bit images, with their classes for a class-conditional flow.
+        settings: (norm, eps) of the random perturbations to try.
+        batch_size: Images at a time.
+        seed: Of dequantization noise and perturbations.
+        progress: Show a progress bar.
+
+    Returns:
+        JSON-ready figures, None where they are not finite: `images`, `bits_per_dim` (None, too,
+        for a flow without `log_prob`),
+        `round_trip_max_error` ([0, 1] units), `uint8_identical` (images that come back byte for
+        byte), `latent_mean` and `latent_std` (a level, finest first) and for each setting in
+        `perturbations` the `fallbacks` (share of samples that come back unchanged), `mean_change`
+        (grey levels of 255), `saturated` (share of all pixel values that leave [0, 1] by more
+        than one grey level) and `smoothness` (how the changes of neighbouring pixels correlate:
+        0 where the change is noise, pixel by pixel).
+    """
+    device = next(flow.parameters(), torch.empty(0)).device
+    generator = torch.Generator(device).manual_seed(seed)
+    bits: float | None = 0.0
+    largest, identical = torch.zeros((), device=device), 0
+    moments = [torch.zeros(3, dtype=torch.float64) for _ in range(flow.levels)]
+    names = ("fallbacks", "mean_change", "saturated", "smoothness")
+    perturbed = [dict.fromkeys(names, 0.0) for _ in settings]
+    batches = loader(images, batch_size)
+    for number, pixels in enumerate(tqdm(batches, disable=not progress, desc="measuring")):
+        x = pixels.to(device) / 255
+        y = images.classes_at(slice(number * batch_size, (number + 1) * batch_size))
+        y = None if y is None else y.to(device)
+        bits = added(bits, flow, x, y, generator)
+        z = flow.encode(x, y)
+        back = flow.decode(z, y)
+        largest = torch.maximum(largest, (back - x).abs().max())  # keeps NaN, as max() may not
+        same = (from_float(back, torch.uint8) == pixels.to(device)).flatten(1).all(dim=1)
+        identical += int(same.sum())
+        for sums, level in zip(moments, flow.split_levels(z), strict=True):
+            found = (level.numel(), level.sum().item(), level.square().sum().item())
+            sums += torch.tensor(found, dtype=sums.dtype)
+        for figures, (norm, eps) in zip(perturbed, settings, strict=True):
+            normal = torch.randn(z.shape, generator=generator, device=device)
+            noise = LF.noise_of_norm(normal, eps, norm)  # type: ignore[arg-type]
+            moved = flow.decode(z + noise, y)
+            for name, value in compare(moved, x, z).items():
+                figures[name] += value.sum().item()
+    count = len(images)
+    return {
+        "images": count,
+        "bits_per_dim": None if bits is None else finite(bits / count),
+        "round_trip_max_error": finite(largest.item()),
+        "uint8_identical": identical,
+        "latent_mean": [finite(round(float(sums[1] / sums[0]), 3)) for sums in moments],
+        "latent_std": [finite(round(std(sums), 3)) for sums in moments],
+        "perturbations": [
+            {"norm": norm, "eps": eps, **{k: v / count for k, v in figures.items()}}
+            for figures, (norm, eps) in zip(perturbed, settings, strict=True)
+        ],
+    }
+
+
+def added(
+    bits: float | None, flow: Flow, x: Tensor, y: Tensor | None, generator: torch.Generator
+) -> float | None:
+    """With a batch's bits/dim; None once the flow turns out to have no density."""
+    if bits is None:
+        return None
+    try:
+        return bits + float(flow.bits_per_dim(x, y, generator=generator).sum())
+    except NotImplementedError:
+        return None
+
+
+def loader(images: UInt8Images, batch_size: int) -> Iterable[Tensor]:
+    """Batches of uint8 images in order."""
+    own = torch.Generator()  # a loader draws its workers' seed even without workers
+    return DataLoader(images, batch_size=batch_size, collate_fn=as_batch, generator=own)
+
+
+def compare(moved: Tensor, x: Tensor, z: Tensor) -> dict[str, Tensor]:
+    """Per sample: falls back or not, mean change in grey levels, share of values out of range."""
+    outside = (moved < -1 / 255) | (moved > 1 + 1 / 255)
+    unusable = LF.unusable(moved, x, z)
+    return {
+        "fallbacks": unusable,
+        "mean_change": torch.where(unusable, 0.0, mean_change(moved, x)),
+        "saturated": outside.float().mean(dim=(1, 2, 3)),
+        "smoothness": smoothness(visible_change(moved, x)),
+    }
+
+
+def smoothness(change: Tensor) -> Tensor:
+    """Correlation of the changes (B, C, H, W) of horizontal neighbours, not centred: (B,)."""
+    left, right = change[..., :-1].flatten(1), change[..., 1:].flatten(1)
+    return F.cosine_similarity(left, right)
+
+
+def visible_change(moved: Tensor, x: Tensor) -> Tensor:
+    """Change of each value after clamping to [0, 1], of what stays finite: x's shape."""
+    return moved.nan_to_num().clamp(0, 1) - x
+
+
+def mean_change(moved: Tensor, x: Tensor) -> Tensor:
+    """Mean absolute change of a pixel in grey levels, of what stays finite: (B,)."""
+    return (visible_change(moved, x).abs() * 255).mean(dim=(1, 2, 3))
+
+
+def finite(number: float) -> float | None:
+    """The number, if it is one that JSON knows."""
+    return number if math.isfinite(number) else None
+
+
+def std(sums: Tensor) -> float:
+    """Standard deviation from count, sum and sum of squares."""
+    count, total, squares = sums
+    return float((squares / count - (total / count) ** 2).clamp(min=0).sqrt())
+
+
+def markdown_rows(figures: dict[str, Any]) -> Iterator[str]:
+    """The perturbations as rows of a Markdown table."""
+    flipped = any("flipped" in p for p in figures["perturbations"])
+    more = " predictions flipped |" if flipped else ""
+    yield "| norm | eps | fall back | mean change (grey levels) | out of range |" + more
+    yield "|---|---|---|---|---|" + "---|" * flipped
+    for p in figures["perturbations"]:
+        yield (
+            f"| {p['norm']} | {p['eps']:g} | {p['fallbacks']:.2%} | {p['mean_change']:.1f} | "
+            f"{p['saturated']:.2%} |" + (f" {p['flipped']:.1%} |" if flipped else "")
+        )
+
+
+def problems_of(figures: dict[str, Any]) -> Iterator[str]:
+    """What does not fit, a sentence each, by the figures; the second perturbation is to be used."""
+    count, identical = figures["images"], figures["uint8_identical"]
+    at_eps = figures["perturbations"][1]
+    if identical < count:
+        yield f"{count - identical} of {count} images do not come back byte for byte"
+    if at_eps["fallbacks"] > MOST_FALLBACKS:
+        yield f"{at_eps['fallbacks']:.1%} of the images cannot be perturbed and stay as they are"
+    low, high = WHITE
+    found, reasons = figures["latent_std"], []
+    if None in (*found, figures["round_trip_max_error"]):
+        yield "the flow takes images to values that are not finite, or back to such"
+        found = [s for s in found if s is not None] or [1.0]
+    if max(found) > high:
+        reasons.append("the images lie off what the flow was trained on")
+    if min(found) < low:
+        reasons.append(
+            "the images are plainer or less noisy than those, or the flow was trained too briefly"
+        )
+    if reasons:
+        yield (
+            f"latents are not of the prior's scale: standard deviations {found}, expected {low} to "
+            f"{high}; {'; '.join(reasons)}"
+        )
+    if at_eps["saturated"] > MOST_SATURATED:
+        yield (
+            f"{at_eps['saturated']:.1%} of all pixel values leave [0, 1] at eps {at_eps['eps']:g}; "
+            "on images that are mostly black or white any perturbation does this"
+        )
+    if at_eps["smoothness"] < LEAST_SMOOTHNESS:
+        yield (
+            "a perturbation is noise, pixel by pixel: the changes of neighbours correlate by "
+            f"{at_eps['smoothness']:.2f}; the flow was trained too briefly or is too small"
+        )

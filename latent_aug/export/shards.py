@@ -1,0 +1,88 @@
+"""Image files with labels on disk: tars as WebDataset reads them, or a folder for each class."""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from latent_aug.images.orientation import exif_of
+from latent_aug.utils.files import replaced
+
+FOLDER = re.compile(r'(?!\.)[^\x00-\x1f<>:"/\\|?*]*[^\x00-\x1f<>:"/\\|?*. ]')  # on any system
+
+
+class Sample(NamedTuple):
+    """An image to be written: its name without a suffix, the encoded file, its class."""
+
+    key: str
+    data: bytes
+    label: int | None
+
+
+def image_file(image: Image.Image, *, quality: int | None, orientation: int) -> bytes:
+    """An image as a file.
+
+    Args:
+        image: Grey or RGB.
+        quality: Of a JPEG, 1 to 100; a PNG if None.
+        orientation: Its EXIF orientation, which goes into the file where it is not upright.
+    """
+    options: dict[str, Any] = {} if quality is None else {"quality": quality}
+    file = io.BytesIO()
+    image.save(file, "PNG" if quality is None else "JPEG", **options, **exif_of(orientation))
+    return file.getvalue()
+
+
+def write_tar(path: Path, samples: Iterable[Sample], suffix: str) -> None:
+    """Write a tar as WebDataset reads it, the same bytes whenever the samples are the same."""
+    with replaced(path, flush=True) as partial, tarfile.open(partial, "w") as tar:
+        for key, data, label in samples:
+            add_member(tar, f"{key}.{suffix}", data)
+            if label is not None:
+                add_member(tar, f"{key}.cls", str(label).encode())
+
+
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Add a file to a tar, without date and owner."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def write_files(output: Path, samples: Iterable[Sample], suffix: str, classes: list[str]) -> None:
+    """Write image files, each in the folder of its class."""
+    for key, data, label in samples:
+        folder = output if label is None else output / folder_of(label, classes)
+        folder.mkdir(exist_ok=True)
+        with replaced(folder / f"{key}.{suffix}") as partial:
+            partial.write_bytes(data)
+
+
+def folder_of(label: int, classes: list[str]) -> str:
+    """A class's folder: its name, or its number where the names' order would be another one.
+
+    Raises:
+        ValueError: The label is negative, as of unlabelled images.
+    """
+    if label < 0:
+        raise ValueError(
+            f"a folder for each class needs labels of at least 0, got {label}: leave unlabelled "
+            "images out, or write shards (form='shards'), which keep every label"
+        )
+    usable = label < len(classes) and are_folders(tuple(classes))
+    return classes[label] if usable else f"{label:05}"
+
+
+@cache
+def are_folders(classes: tuple[str, ...]) -> bool:
+    """Whether classes can be folders by their names, on any file system and in their order."""
+    different = len({name.casefold() for name in classes}) == len(classes)
+    in_order = list(classes) == sorted(classes)
+    return different and in_order and all(map(FOLDER.fullmatch, classes))

@@ -1,0 +1,193 @@
+"""The card of a trained flow: where it comes from and what was measured on it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+from latent_aug.diagnostics.figures import preview
+from latent_aug.diagnostics.measure import markdown_rows, measure_flow
+from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
+from latent_aug.flows.base import CARD_NAME, WEIGHTS_NAME
+from latent_aug.flows.hub import sha256
+from latent_aug.images.datasets import UInt8Images
+from latent_aug.transforms.random import LatentPerturb
+
+PICTURE_NAME = "preview.png"
+PICTURED = 4  # samples
+TEMPERATURE = 0.7  # of them
+
+TEMPLATE = """\
+---
+license: {quoted_licence}
+library_name: latent-aug
+pipeline_tag: unconditional-image-generation
+tags: [normalizing-flow, {tag}, data-augmentation, image-classification]
+{datasets}metrics: [bits-per-dimension]
+model-index:
+- name: {quoted_name}
+  results:
+  - task: {{type: unconditional-image-generation}}
+    dataset: {{name: {quoted_images}, type: image-folder}}
+    metrics:
+    - {{type: bits-per-dimension, value: {bits_per_dim:.3f}}}
+    - {{type: round-trip-max-error, value: {round_trip_max_error:.1e}}}
+---
+# {name}
+
+A {kind} flow for latent perturbations with [latent-aug](https://pypi.org/project/latent-aug/),
+after Yüksel et al. 2021, [Semantic Perturbations with Normalizing Flows for Improved
+Generalization](https://arxiv.org/abs/2108.07958).
+
+```python
+from latent_aug import LatentPerturb
+
+augment = LatentPerturb(eps={eps:g}, flow="{name}")
+```
+
+## The flow
+
+{architecture} SHA-256 of `{weights}`: `{sha256}`.
+
+## Training
+
+{origin} by maximum likelihood on {training_data}:
+{images_seen:,} images seen, {minutes:.0f} minutes.
+Made by
+
+```
+{command}
+```
+
+with torch {torch} and torchvision {torchvision}. Licence of the weights: {licence}.
+{note}
+## Measured
+
+On {images:,} images, {measured_on}:
+
+- {bits_per_dim:.3f} bits per dimension.
+- Round trip in float32: greatest error {round_trip_max_error:.1e}, on pixels in [0, 1];
+  {uint8_identical:,} of {images:,} images come back byte for byte as uint8.
+- Standard deviation of the latents, finest level first: {latent_std}. The prior's is 1; encoding
+  images at the middle of their bins, without dequantization noise, lowers it.
+
+Random perturbations (*fall back*: images that the flow cannot perturb and returns unchanged;
+*out of range*: pixel values that leave [0, 1] by more than one grey level):
+
+{table}
+
+{verdict}
+
+Suggested: eps {eps:g} with the linf norm; `latent-aug check` finds one for your images.
+
+![Samples of the flow, perturbed, and samples at several temperatures]({picture})
+"""
+
+GLOW = """\
+{channels} channel(s), {levels} levels of {steps} steps, coupling networks of {hidden} channels,
+log-scales bounded by {log_scale_bound:g}: {parameters:,} parameters. Height and width must divide
+by {multiple} (the transforms pad and crop)."""
+DENSE = """\
+The paper's class-conditional flow (Table 3): {steps} fully connected couplings whose networks have
+a hidden layer of {hidden}, log-scales clamped to {clamp:g}, each followed by a fixed permutation:
+{parameters:,} parameters. Images are {channels} x {height} x {width}, of {num_classes} classes, and
+it needs their classes: call a transform with (image, class) samples, see `labels_getter`."""
+
+
+def write_card(
+    flow: Glow | ConditionalDenseFlow,
+    images: UInt8Images,
+    output: Path,
+    *,
+    command: str,
+    training_data: str,
+    fine_tuned_from: str | None = None,
+    measured_on: str,
+    images_seen: int,
+    minutes: float,
+    licence: str,
+    eps: float = 0.25,
+    problems: Iterable[str],
+    note: str = "",
+    dataset: str | None = None,
+) -> dict[str, Any]:
+    """Measure a flow that lies in `output`, write its card there, and return the figures.
+
+    The card's picture is of the flow's own samples, so that no training image is published by it.
+
+    Args:
+        flow: The flow as saved in `output`.
+        images: Held-out images to measure it on.
+        output: The flow's directory; its name is the flow's.
+        command: What made it.
+        training_data: Its training images, in words.
+        fine_tuned_from: The flow that training began with, if it was not a new one.
+        measured_on: The held-out images, in words.
+        images_seen: Images that went through training.
+        minutes: Time that training took.
+        licence: Of the weights.
+        eps: Suggested linf eps.
+        problems: What does not fit, from `check_flow`.
+        note: A paragraph on the training, such as caveats of the data.
+        dataset: The training data's name on the Hugging Face hub, for the card's metadata.
+    """
+    figures = measure_flow(flow, images, progress=True)
+    draw_samples(flow, tuple(images[0].shape[1:]), eps, output / PICTURE_NAME)
+    parameters = sum(p.numel() for p in flow.parameters())
+    kind = GLOW if isinstance(flow, Glow) else DENSE
+    sizes = {**flow.config, "parameters": parameters, "multiple": flow.multiple}
+    text = TEMPLATE.format(
+        **{name: math.nan if value is None else value for name, value in figures.items()},
+        name=output.resolve().name,
+        quoted_name=json.dumps(output.resolve().name),
+        quoted_images=json.dumps(measured_on),
+        kind="Glow" if isinstance(flow, Glow) else "class-conditional",
+        tag="glow" if isinstance(flow, Glow) else "conditional",
+        architecture=kind.format(**sizes),
+        weights=WEIGHTS_NAME,
+        picture=PICTURE_NAME,
+        sha256=sha256(output / WEIGHTS_NAME),
+        table="\n".join(markdown_rows(figures)),
+        verdict=verdict_of(problems),
+        command=command,
+        training_data=training_data,
+        origin=f"Fine-tuned from {fine_tuned_from}" if fine_tuned_from else "Trained",
+        measured_on=measured_on,
+        images_seen=images_seen,
+        minutes=minutes,
+        licence=licence,
+        quoted_licence=json.dumps(licence),
+        eps=eps,
+        note=f"\n{note}\n" if note else "",
+        datasets=f"datasets: [{json.dumps(dataset)}]\n" if dataset else "",
+        torch=torch.__version__,
+        torchvision=torchvision.__version__,
+    )
+    (output / CARD_NAME).write_text(text, encoding="utf-8")
+    (output / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+def verdict_of(problems: Iterable[str]) -> str:
+    """What does not fit, a line each, or that all does."""
+    lines = [f"- {problem}" for problem in problems]
+    if not lines:
+        return "The flow suits these images."
+    return "\n".join(["The flow does not suit these images:", "", *lines])
+
+
+def draw_samples(flow: Flow, size: tuple[int, ...], eps: float, path: Path) -> None:
+    """Draw samples of the given (H, W), and what half of eps, eps and twice eps do to them."""
+    device = next(flow.parameters()).device
+    shape = (PICTURED, flow.channels, *size)
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    y = torch.arange(PICTURED, device=device) % flow.num_classes if flow.num_classes else None
+    with torch.no_grad():
+        samples = flow.decode(TEMPERATURE * z, y).clamp(0, 1)
+    preview(LatentPerturb(eps, flow=flow), samples, y).savefig(path, dpi=100)

@@ -1,0 +1,244 @@
+"""LatentCache: a data set encoded once, perturbed and decoded in every epoch."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import transforms
+
+from latent_aug.flows import Flow
+from latent_aug.images.conversion import from_float, to_batch
+from latent_aug.images.datasets import check_dataset, spread
+from latent_aug.images.samples import find_labels, image_key
+from latent_aug.transforms.random import LatentPerturb
+from latent_aug.utils.arguments import positive
+from latent_aug.utils.files import read_json, write_json, write_whole
+
+INDEX_NAME = "index.json"
+SHARD = 1024  # samples a file: what a stopped encoding may have to do again
+
+logger = logging.getLogger(__name__)
+
+
+class LatentCache(Dataset[Any]):
+    """A data set whose images were encoded once and come out perturbed, another way each time.
+
+    For pipelines whose flow comes first: nothing random may happen to an image before it, so no
+    crops and no flips (put them into `then`, after the flow). It saves reading and encoding the
+    images; encoding is half of the flow's work. Images come out as uint8 tensors (C, H, W); a
+    `DataLoader` has a whole batch decoded at once.
+
+    The directory keeps latents (float32), images and labels as safetensors, five bytes a value.
+    A stopped encoding goes on where it was. The next run uses the cache again; it is refused if
+    the flow, its precision, `resolution`, the number of samples or one of 16 compared samples has
+    changed. If you corrected images or labels, delete the directory: the comparison may miss them.
+
+    Args:
+        dataset: Samples (image, label, ...) or images, of one size, uint8 or PIL. Labels must
+            be numbers or tensors and are kept; what follows them is not.
+        directory: Where the cache is, or will be.
+        perturb: Its flow encodes and decodes.
+        then: Called with image and label, as v2 transforms may be, or with the image alone where
+            there are no labels.
+        batch_size: Images encoded at once.
+
+    Raises:
+        TypeError, ValueError: A sample cannot be cached, or is another one each time; or the
+            directory holds another cache.
+
+    Example:
+        >>> import tempfile, torch
+        >>> data = [(torch.randint(256, (1, 28, 28), dtype=torch.uint8), i) for i in range(6)]
+        >>> perturb = LatentPerturb(flow="glow-fashionmnist")
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     image, label = LatentCache(data, directory, perturb)[2]
+        >>> image.shape, image.dtype, label
+        (torch.Size([1, 28, 28]), torch.uint8, tensor(2))
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        directory: str | Path,
+        perturb: LatentPerturb,
+        *,
+        then: Callable[..., Any] | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        if not isinstance(perturb, LatentPerturb):
+            raise TypeError(f"perturb must be a LatentPerturb, got {type(perturb).__name__}")
+        if perturb.normalizes:
+            raise ValueError("perturb must not have normalize=: put Normalize into then=")
+        if perturb.flow.num_classes and perturb.labels_getter != "default":
+            raise ValueError("perturb must not have labels_getter=: labels are second in a sample")
+        check_dataset("dataset", dataset)
+        if then is not None and not callable(then):
+            raise TypeError(f"then must be callable or None, got {then!r}")
+        positive("batch_size", batch_size)
+        self.directory, self.perturb, self.then = Path(directory), perturb, then
+        self.count = len(dataset)
+        self._open: dict[int, Any] = {}
+        self.directory.mkdir(parents=True, exist_ok=True)
+        index = index_of(dataset, perturb.flow, perturb.resolution)
+        new = not (self.directory / INDEX_NAME).exists()
+        found = index["images"], index["labels"]
+        if new and digests_of(dataset, perturb.flow.channels) != found:
+            raise ValueError(
+                "dataset gives another image or label each time: leave random transforms out of "
+                "it, and put them into then="
+            )
+        if isinstance(then, transforms.Compose) and find_labels(dataset[0]) is not None:
+            raise TypeError("then must take image and label, as v2.Compose does, got a v1 Compose")
+        check_index(self.directory / INDEX_NAME, index)
+        for start in range(0, self.count, SHARD):
+            chosen = range(start, min(start + SHARD, self.count))
+            if not is_whole(self._shard(start), len(chosen)):
+                logger.info("encoding samples %d to %d of %d", start, chosen.stop, self.count)
+                tensors = encode_samples(dataset, chosen, perturb, batch_size)
+                write_whole(self._shard(start), save(tensors))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Iterable[int]) -> list[Any]:
+        """Samples of a batch, decoded at once; the DataLoader calls this where it exists."""
+        rows = [self._read(range(self.count)[index]) for index in indices]
+        read = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        x, labels = read["images"] / 255, read.get("labels")
+        perturbed = self.perturb.from_latents(read["latents"], x, (x, labels))
+        images = from_float(perturbed, torch.uint8)
+        samples = images if labels is None else zip(images, labels, strict=True)
+        return [self._finish(sample) for sample in samples]
+
+    def _finish(self, sample: Any) -> Any:
+        """What comes after the flow."""
+        if self.then is None:
+            return sample
+        return self.then(*sample) if isinstance(sample, tuple) else self.then(sample)
+
+    def _shard(self, start: int) -> Path:
+        return self.directory / f"{start:09d}.safetensors"
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        """Latent, image and label of one sample."""
+        row = index % SHARD
+        start = index - row
+        if start not in self._open:
+            self._open[start] = safe_open(self._shard(start), framework="pt")
+        file = self._open[start]
+        return {name: file.get_slice(name)[row : row + 1][0] for name in file.keys()}  # noqa: SIM118
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+
+def index_of(dataset: Any, flow: Flow, resolution: int | None) -> dict[str, Any]:
+    """What a cache was made of: the flow and its precision, some of the samples, their count.
+
+    The samples are 16 spread over the data set: enough to tell another data set, or another
+    order, and not the odd image that was replaced.
+    """
+    images, labels = digests_of(dataset, flow.channels)
+    return {
+        "count": len(dataset),
+        "flow": flow.fingerprint(),
+        "images": images,
+        "labels": labels,
+        "resolution": resolution,
+    }
+
+
+def digests_of(dataset: Any, channels: int) -> tuple[str, str]:
+    """SHA-256 of the images and of the labels of up to 16 samples, spread over the data set."""
+    images, labels = hashlib.sha256(), hashlib.sha256()
+    for index in spread(len(dataset), 16):
+        pixels, label = sample_of(dataset[index], channels)
+        images.update(f"{tuple(pixels.shape)}".encode() + pixels.cpu().numpy().tobytes())
+        labels.update(repr(None if label is None else label.tolist()).encode())
+    return images.hexdigest(), labels.hexdigest()
+
+
+def check_index(path: Path, index: dict[str, Any]) -> None:
+    """Write what the cache is made of, or refuse one that is made of something else."""
+    if not path.exists():
+        if any(path.parent.glob("*.safetensors")):
+            raise ValueError(f"{path.parent} holds safetensors and no {path.name}: not a cache")
+        write_json(path, index)
+        return
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not the index of a cache: it holds {type(found).__name__}")
+    other = [name for name in index if found.get(name) != index[name]]
+    if other and not any(path.parent.glob("*.safetensors")):
+        write_json(path, index)  # the run that wrote the other one got no further
+    elif other:
+        raise ValueError(
+            f"{path.parent} holds a cache that differs in its {' and '.join(other)}; choose "
+            "another directory, or delete this one"
+        )
+
+
+def sample_of(sample: Any, channels: int) -> tuple[Tensor, Tensor | None]:
+    """The image (C, H, W) of a sample as uint8, and its label."""
+    image, label = sample, find_labels(sample)
+    if isinstance(sample, (tuple, list, Mapping)):
+        image = sample[image_key(sample)]
+    if (
+        label is not None
+        and not isinstance(label, (int, float, Tensor))
+        and not hasattr(label, "item")
+    ):
+        raise TypeError(f"labels must be numbers or tensors, got {label!r}")
+    if isinstance(image, Tensor) and image.dtype != torch.uint8:
+        raise TypeError(
+            f"a cache is of uint8 or PIL images, got {image.dtype}: leave ToDtype and "
+            "Normalize out of the data set, and put them into then="
+        )
+    x, _ = to_batch(image, channels)
+    if len(x) != 1:
+        raise ValueError(f"a sample must hold one image, got {tuple(x.shape)}")
+    return from_float(x[0], torch.uint8), None if label is None else torch.as_tensor(label)
+
+
+def encode_samples(
+    dataset: Any, chosen: range, perturb: LatentPerturb, batch_size: int
+) -> dict[str, Tensor]:
+    """Latents, images and labels of some samples."""
+    images, labels = zip(
+        *(sample_of(dataset[i], perturb.flow.channels) for i in chosen), strict=True
+    )
+    if len({image.shape for image in images}) > 1:
+        raise ValueError(
+            f"a cache is of images of one size, got {sorted({tuple(i.shape) for i in images})}; "
+            "resize them"
+        )
+    tensors = {"images": torch.stack(images)}
+    if len({None if label is None else (label.dtype, label.shape) for label in labels}) > 1:
+        raise ValueError("labels must be of one type and shape, and there for all samples or none")
+    if labels[0] is not None:
+        tensors["labels"] = torch.stack(labels)
+    starts = range(0, len(images), batch_size)
+    parts = [{k: t[i : i + batch_size] for k, t in tensors.items()} for i in starts]
+    latents = [perturb.to_latents(part["images"] / 255, part.get("labels")) for part in parts]
+    return {**tensors, "latents": torch.cat(latents)}
+
+
+def is_whole(shard: Path, rows: int) -> bool:
+    """Whether a shard is there with so many samples; one that was cut off is made anew."""
+    try:
+        with safe_open(shard, framework="pt") as file:
+            return all(file.get_slice(name).get_shape()[0] == rows for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return False

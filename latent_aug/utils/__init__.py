@@ -1,0 +1,3 @@
+"""Checks of arguments, random draws, and files that are written whole."""
+
+__all__ = ["arguments", "files", "randomness"]
