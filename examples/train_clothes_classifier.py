@@ -4,7 +4,8 @@
 
 Trains on the 1,000 FashionMNIST training images that ship with the repository, without
 augmentation, measures it on the 1,000 test images, and writes weights, twenty of those test images
-and what is to be said of it to latent_aug/clothes.safetensors. About a minute on two CPU cores.
+and what is to be said of it to latent_aug/diagnostics/clothes.safetensors. About a minute on two
+CPU cores.
 """
 
 import torch

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from latent_aug import LatentCache, LatentPerturb, cache
+from latent_aug import LatentCache, LatentPerturb
+from latent_aug.transforms import cache
 
 
 @pytest.fixture(autouse=True)

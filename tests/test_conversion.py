@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import v2
 
-from latent_aug import LatentPerturb, images
+from latent_aug import LatentPerturb
+from latent_aug.images import conversion as images
 
 SMOOTH = torch.linspace(0, 1, 3 * 32 * 32).reshape(1, 3, 32, 32).expand(40, -1, -1, -1)
 

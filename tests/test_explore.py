@@ -7,7 +7,8 @@ import torch
 from conftest import ByClass, random_glow, same_trace, trace_of
 from PIL import Image
 
-from latent_aug import LatentAdversarial, LatentPerturb, explore
+from latent_aug import LatentAdversarial, LatentPerturb
+from latent_aug.diagnostics import explore
 from latent_aug.diagnostics.explore import Settings
 
 

@@ -12,8 +12,10 @@ from conftest import Identity, random_glow
 from safetensors.torch import load_file, save_file
 from torchvision.datasets import FashionMNIST
 
-from latent_aug import Glow, LatentPerturb, files, hub, load_flow
+from latent_aug import Glow, LatentPerturb, load_flow
+from latent_aug.flows import hub
 from latent_aug.flows.hub import bundled_flows
+from latent_aug.utils import files
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ from latent_aug import (
     LatentLoader,
     LatentPerturb,
     LatentSchedule,
-    loaders,
 )
+from latent_aug.transforms import loaders
 from latent_aug.transforms.loaders import moved, perturb_batch
 
 COUNT = 12
