@@ -9,11 +9,11 @@ from conftest import Grey, Identity
 from torch.utils.data import DataLoader
 
 from latent_aug import LatentPerturb
-from latent_aug.utils.randomness import Draws, Shared, mixed
+from latent_aug.utils.randomness import Draws, SharedGenerator, mix_seeds
 
 
 def test_mixed_seeds_are_all_different():
-    seeds = {mixed(a, b, c) for a in range(20) for b in range(20) for c in range(20)}
+    seeds = {mix_seeds(a, b, c) for a in range(20) for b in range(20) for c in range(20)}
     assert len(seeds) == 8000
 
 
@@ -87,8 +87,8 @@ def test_copies_of_two_that_share_a_generator_share_one(copied):
 
 
 def test_a_generator_goes_with_those_who_draw_from_it():
-    held = len(Shared._of)
+    held = len(SharedGenerator._known)
     draws = Draws(torch.Generator())
-    assert len(Shared._of) == held + 1
+    assert len(SharedGenerator._known) == held + 1
     del draws
-    assert len(Shared._of) == held
+    assert len(SharedGenerator._known) == held

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from latent_aug import Flow
 from latent_aug.images.datasets import digest
-from latent_aug.utils.files import read_json, replaced, write_json
+from latent_aug.utils.files import read_json, replace_file, write_json
 
 
 class VaeGan(Flow):
@@ -265,7 +265,7 @@ def main() -> None:
             torch.manual_seed(label)
             pixels = images.pixels[images.labels == label]
             error = train_class(*own, convolutions(shape, args.hidden, 1), pixels, how)
-            with replaced(path) as partial:
+            with replace_file(path) as partial:
                 torch.save(own.state_dict(), partial)
             print(f"class {label}: L1 of a pixel {error:.4f}", flush=True)
         own.load_state_dict(torch.load(path, weights_only=True))

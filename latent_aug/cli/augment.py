@@ -25,7 +25,7 @@ from latent_aug.flows import Flow, Glow
 from latent_aug.flows.hub import load_flow
 from latent_aug.images.datasets import open_images
 from latent_aug.transforms.random import LatentPerturb
-from latent_aug.utils.randomness import rank_and_count
+from latent_aug.utils.randomness import get_rank_and_count
 
 
 def augment(
@@ -107,7 +107,7 @@ def lower_networks(flow: Flow, dtype: str) -> None:
 
 def summary(output: Path, report: AugmentReport) -> str:
     """A line on what was done."""
-    rank, count = rank_and_count()
+    rank, count = get_rank_and_count()
     who = f"worker {rank} of {count}: " if count > 1 else ""
     left = f", {report.fallbacks} of them as they were" if report.fallbacks else ""
     left += f", {report.unreadable} left out" if report.unreadable else ""

@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 
 from latent_aug.transforms.functional import Norm as Norm
-from latent_aug.utils.randomness import rank_and_count
+from latent_aug.utils.randomness import get_rank_and_count
 
 DATA = typer.Argument(help="A folder of images, a tar of them, or torchvision:NAME.")
 ROOT = typer.Option(help="Where torchvision's data sets live.")
@@ -26,7 +26,7 @@ CPU = typer.Option("--cpu", help="Even where there is a GPU.")
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
     """What a user can mend is a line and exit code 1, not a traceback; a warning is a line too."""
-    own, count = rank_and_count()
+    own, count = get_rank_and_count()
     who = f"rank {own}: " if count > 1 else ""
 
     def show(message: Warning | str, *_: object) -> None:

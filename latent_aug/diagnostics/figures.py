@@ -17,8 +17,8 @@ from latent_aug.images.datasets import image_of, spread
 from latent_aug.images.samples import find_labels
 from latent_aug.transforms.adversarial import LatentAdversarial
 from latent_aug.transforms.random import LatentPerturb
-from latent_aug.utils.arguments import number_range
-from latent_aug.utils.randomness import seeded
+from latent_aug.utils.arguments import require_range
+from latent_aug.utils.randomness import use_seed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,7 +82,7 @@ def preview(
     transform = checked(transform, images, labels)
     sizes = around(transform.eps)
     if eps is not None:
-        sizes = [number_range("eps", size)[0] for size in several(eps)]
+        sizes = [require_range("eps", size)[0] for size in several(eps)]
     rows = []
     for place in spread(len(images), MOST_IMAGES):
         label = None if labels is None else labels[place][None]
@@ -144,7 +144,7 @@ def pictures_of(
         given = (sample, None)  # the mask is of the whole sample, its label included
     kind = transform.norm if transform._norm_holds else "eps"
     for size in sizes:
-        with seeded(seed, getattr(image, "device", torch.device("cpu"))):
+        with use_seed(seed, getattr(image, "device", torch.device("cpu"))):
             perturbed = shown(apply(transform.with_eps(size), *given), transform)
         yield f"{kind} {size:.3g}", perturbed
         yield f"difference times {amplify:g}", (perturbed - original) * amplify + 0.5

@@ -31,9 +31,14 @@ from latent_aug.images.datasets import (
 )
 from latent_aug.images.orientation import UPRIGHT, orientation_of
 from latent_aug.transforms.random import LatentPerturb
-from latent_aug.utils.arguments import natural, one_of, positive, store
-from latent_aug.utils.files import read_json, remove_partial, replaced, write_json, write_whole
-from latent_aug.utils.randomness import mixed, rank_and_count
+from latent_aug.utils.arguments import (
+    require_choice,
+    require_fields,
+    require_natural,
+    require_positive,
+)
+from latent_aug.utils.files import read_json, remove_partial, replace_file, write_json, write_whole
+from latent_aug.utils.randomness import get_rank_and_count, mix_seeds
 
 SETTINGS_NAME, CLASSES_NAME = "augment.json", "classes.txt"
 SUFFIXES = {"png": "png", "jpeg": "jpg"}
@@ -78,14 +83,14 @@ class AugmentConfig:
     skip_unreadable: bool = False
 
     def __post_init__(self) -> None:
-        store(self, positive, "copies", "shard_size", "batch_size", "quality")
+        require_fields(self, require_positive, "copies", "shard_size", "batch_size", "quality")
         if self.size is not None:
-            store(self, positive, "size")
+            require_fields(self, require_positive, "size")
         if self.quality > 100:
             raise ValueError(f"quality must lie in 1 to 100, got {self.quality!r}")
-        one_of("form", self.form, ("shards", "folder"))
-        one_of("image_format", self.image_format, ("png", "jpeg"))
-        store(self, natural, "seed")
+        require_choice("form", self.form, ("shards", "folder"))
+        require_choice("image_format", self.image_format, ("png", "jpeg"))
+        require_fields(self, require_natural, "seed")
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,7 @@ def augment_images(
     """
     job = Job(dataset, transform, config, device)
     job.write_settings()
-    rank, count = rank_and_count()
+    rank, count = get_rank_and_count()
     mine = range(rank, job.shards, count)
     missing = [shard for shard in mine if not job.path(shard).exists()]
     total = sum(len(job.items(shard)) for shard in missing)
@@ -234,14 +239,14 @@ class Job:
 
     def write(self, shard: int, bar: Any) -> None:
         """Make a shard and put it in its place."""
-        self.generator.manual_seed(mixed(self.config.seed, shard))
+        self.generator.manual_seed(mix_seeds(self.config.seed, shard))
         remove_partial(self.path(shard))
         samples, suffix = self.perturbed(self.items(shard), bar), SUFFIXES[self.config.image_format]
         if self.config.form == "shards":
             write_tar(self.path(shard), samples, suffix)
         else:
             write_files(self.output, samples, suffix, self.classes)
-            with replaced(self.path(shard)) as partial:
+            with replace_file(self.path(shard)) as partial:
                 partial.touch()
 
     def perturbed(self, items: range, bar: Any) -> Iterator[Sample]:
@@ -272,7 +277,7 @@ class Job:
     def order(self, copy: int) -> list[int]:
         """The order of the images in a copy."""
         if self._order[0] != copy:
-            generator = torch.Generator().manual_seed(mixed(self.config.seed, copy, self.count))
+            generator = torch.Generator().manual_seed(mix_seeds(self.config.seed, copy, self.count))
             self._order = copy, torch.randperm(self.count, generator=generator).tolist()
         return self._order[1]
 

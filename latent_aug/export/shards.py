@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from latent_aug.images.orientation import exif_of
-from latent_aug.utils.files import replaced
+from latent_aug.utils.files import replace_file
 
 FOLDER = re.compile(r'(?!\.)[^\x00-\x1f<>:"/\\|?*]*[^\x00-\x1f<>:"/\\|?*. ]')  # on any system
 
@@ -42,7 +42,7 @@ def image_file(image: Image.Image, *, quality: int | None, orientation: int) -> 
 
 def write_tar(path: Path, samples: Iterable[Sample], suffix: str) -> None:
     """Write a tar as WebDataset reads it, the same bytes whenever the samples are the same."""
-    with replaced(path, flush=True) as partial, tarfile.open(partial, "w") as tar:
+    with replace_file(path, flush=True) as partial, tarfile.open(partial, "w") as tar:
         for key, data, label in samples:
             add_member(tar, f"{key}.{suffix}", data)
             if label is not None:
@@ -61,7 +61,7 @@ def write_files(output: Path, samples: Iterable[Sample], suffix: str, classes: l
     for key, data, label in samples:
         folder = output if label is None else output / folder_of(label, classes)
         folder.mkdir(exist_ok=True)
-        with replaced(folder / f"{key}.{suffix}") as partial:
+        with replace_file(folder / f"{key}.{suffix}") as partial:
             partial.write_bytes(data)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from latent_aug.utils.files import write_whole
-from latent_aug.utils.randomness import uniform
+from latent_aug.utils.randomness import sample_uniform
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -193,7 +193,7 @@ class Flow(nn.Module):
         Uniform dequantization noise, one bin wide, is added to x (values v / 255); the result is
         an upper bound on the bits of the discrete image (Theis et al. 2016, §3.1).
         """
-        noise = uniform(x.shape, x, generator)
+        noise = sample_uniform(x.shape, x, generator)
         return bits_of(self.log_prob(dequantized(x, noise), y), x)
 
     def weights_version(self) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from latent_aug.flows.backend import full_precision
 from latent_aug.flows.base import Flow, check_config, check_parameters, postprocess, preprocess
-from latent_aug.utils.arguments import positive, real
+from latent_aug.utils.arguments import require_number, require_positive
 
 ATAN = 0.636  # about 2 / π: the soft clamp's values lie in (-1, 1)
 
@@ -122,12 +122,12 @@ class ConditionalDenseFlow(Flow):
         sizes = {"channels": channels, "height": height, "width": width}
         sizes |= {"num_classes": num_classes, "steps": steps, "hidden": hidden}
         channels, height, width, num_classes, steps, hidden = (
-            positive(name, n) for name, n in sizes.items()
+            require_positive(name, n) for name, n in sizes.items()
         )
         dims = channels * height * width
         if dims < 2:
             raise ValueError("an image must have at least two values to be split, got 1")
-        if not 0 < real("clamp", clamp) <= 8:
+        if not 0 < require_number("clamp", clamp) <= 8:
             raise ValueError(f"clamp must lie in (0, 8], got {clamp!r}")
         self.channels, self.size, self.num_classes = channels, (height, width), num_classes
         self.hidden, self.clamp = hidden, float(clamp)

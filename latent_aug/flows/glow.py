@@ -16,7 +16,7 @@ from latent_aug.flows.backend import full_precision, keep_freed_memory
 from latent_aug.flows.base import Flow, check_config, check_parameters, postprocess, preprocess
 from latent_aug.flows.graphs import Graph, Graphs, can_record
 from latent_aug.flows.latent_gradient import Gradient
-from latent_aug.utils.arguments import one_of, positive, real
+from latent_aug.utils.arguments import require_choice, require_number, require_positive
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ class Glow(Flow):
     ) -> None:
         super().__init__()
         sizes = {"channels": channels, "levels": levels, "steps": steps, "hidden": hidden}
-        channels, levels, steps, hidden = (positive(name, n) for name, n in sizes.items())
-        if not 0 < real("log_scale_bound", log_scale_bound) <= 8:
+        channels, levels, steps, hidden = (require_positive(name, n) for name, n in sizes.items())
+        if not 0 < require_number("log_scale_bound", log_scale_bound) <= 8:
             raise ValueError(f"log_scale_bound must lie in (0, 8], got {log_scale_bound!r}")
         self.channels, self.levels, self.steps, self.hidden = channels, levels, steps, hidden
         self.multiple = 2**levels
@@ -148,7 +148,7 @@ class Glow(Flow):
         Raises:
             ValueError: z does not fit; or "lean" is asked of a flow whose weights want gradients.
         """
-        one_of("gradient", gradient, ("auto", "fast", "lean"))
+        require_choice("gradient", gradient, ("auto", "fast", "lean"))
         self._check(z, "z")
         if not len(z):
             return z.clone()

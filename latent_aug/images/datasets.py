@@ -30,7 +30,7 @@ from latent_aug.images.conversion import (
     has_colour,
     pil_to_uint8,
 )
-from latent_aug.utils.arguments import positive
+from latent_aug.utils.arguments import require_positive
 
 KEPT_BYTES = 2**30  # memory that decoded images may take
 MOST_CLASSES = 1_000_000  # of a tar, whose largest number may be a mistake
@@ -284,7 +284,7 @@ class UInt8Images(Dataset[Tensor]):
     ) -> None:
         check_dataset("dataset", dataset)
         if size is not None:
-            positive("size", size)
+            require_positive("size", size)
         self.dataset, self.channels, self.size, self.count = dataset, channels, size, len(dataset)
         self.num_classes = num_classes
         self.kept: Tensor | None = None

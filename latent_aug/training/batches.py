@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latent_aug.utils.randomness import mixed
+from latent_aug.utils.randomness import mix_seeds
 
 
 def generator_for(seed: int, step: int) -> torch.Generator:
@@ -101,7 +101,7 @@ def draws_for(
     """
     each = []
     for place in places:
-        generator = torch.Generator().manual_seed(mixed(seed, step, place))
+        generator = torch.Generator().manual_seed(mix_seeds(seed, step, place))
         mirrored = torch.rand(1, 1, 1, generator=generator) < 0.5
         corner = torch.randint(0, 2 * padding + 1, (2,), generator=generator)
         uniform = torch.rand(shape, generator=generator)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from latent_aug.utils.randomness import rank_and_count
+from latent_aug.utils.randomness import get_rank_and_count
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class Processes:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.rank, self.count = 0, 1
         self._accelerator: Any = None
-        if rank_and_count()[1] > 1:
+        if get_rank_and_count()[1] > 1:
             self._accelerator = accelerator_for(self.device, timeout_minutes)
             self.rank = self._accelerator.process_index
             self.count = self._accelerator.num_processes

@@ -15,7 +15,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from latent_aug.flows import Flow, Glow
 from latent_aug.flows.backend import full_precision
-from latent_aug.utils.arguments import natural, positive, probability, real, store
+from latent_aug.utils.arguments import (
+    require_fields,
+    require_natural,
+    require_number,
+    require_positive,
+    require_probability,
+)
 
 COUNTS = ("steps", "batch_size", "validation_images", "accumulate")
 NATURAL = ("warmup", "crop", "workers", "seed")
@@ -89,12 +95,12 @@ class TrainConfig:
     timeout_minutes: float = 10.0
 
     def __post_init__(self) -> None:
-        store(self, positive, *COUNTS)
-        store(self, natural, *NATURAL)
+        require_fields(self, require_positive, *COUNTS)
+        require_fields(self, require_natural, *NATURAL)
         if self.size is not None:
-            store(self, positive, "size")
-        store(self, real, *POSITIVE, "checkpoint_minutes")
-        store(self, probability, "decay", "ema", "noise")
+            require_fields(self, require_positive, "size")
+        require_fields(self, require_number, *POSITIVE, "checkpoint_minutes")
+        require_fields(self, require_probability, "decay", "ema", "noise")
         for name in POSITIVE:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)!r}")

@@ -40,7 +40,7 @@ from latent_aug.training.batches import (
 from latent_aug.training.processes import Processes
 from latent_aug.training.recipe import TrainConfig, learning_rate, resolve_dtype, warmed_up_ema
 from latent_aug.training.report import append_to_log, draw_pictures, mean_bits_per_dim
-from latent_aug.utils.files import remove_partial, replaced
+from latent_aug.utils.files import remove_partial, replace_file
 
 AnyFlow = TypeVar("AnyFlow", bound=Flow)
 # Weights that a flow's runs started from and left in it, by their state's path: it is trained in
@@ -322,7 +322,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(self.path, flush=True) as partial:
+        with replace_file(self.path, flush=True) as partial:
             torch.save(state, partial)
 
     def report(self, held_out: UInt8Images | None, loss: float) -> None:

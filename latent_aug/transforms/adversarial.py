@@ -30,12 +30,12 @@ from latent_aug.transforms.latents import UsesFlow
 from latent_aug.transforms.regions import Levels, Mask, movable, pixels_of
 from latent_aug.utils.arguments import (
     Range,
-    distance,
-    number_range,
-    one_of,
-    positive,
-    probability,
-    real,
+    require_choice,
+    require_distance,
+    require_number,
+    require_positive,
+    require_probability,
+    require_range,
 )
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -144,13 +144,13 @@ class LatentAdversarial(UsesFlow):
         for name, value in (("loss", loss), ("forward", forward)):
             if value is not None and not callable(value):
                 raise TypeError(f"{name} must be callable or None, got {value!r}")
-        self.model, self.steps = model, positive("steps", steps)
+        self.model, self.steps = model, require_positive("steps", steps)
         self.random_start = bool(random_start)
-        self.eps, self.alpha = number_range("eps", eps), number_range("alpha", alpha)
-        self.norm = one_of("norm", norm, ("linf", "l2", "rms"))
-        self.labels = one_of("labels", labels, ("true", "predicted"))
-        self.model_mode = one_of("model_mode", model_mode, ("eval", "unchanged"))
-        self.p, self.clip = probability("p", p), distance("clip", clip, self.norm)
+        self.eps, self.alpha = require_range("eps", eps), require_range("alpha", alpha)
+        self.norm = require_choice("norm", norm, ("linf", "l2", "rms"))
+        self.labels = require_choice("labels", labels, ("true", "predicted"))
+        self.model_mode = require_choice("model_mode", model_mode, ("eval", "unchanged"))
+        self.p, self.clip = require_probability("p", p), require_distance("clip", clip, self.norm)
         self.loss, self.forward = loss, forward
         self._use(
             flow,
@@ -172,7 +172,7 @@ class LatentAdversarial(UsesFlow):
                 f"eps={self.eps[0]:g}: alpha is usually half of eps",
                 stacklevel=2,
             )
-        self.gradient = one_of("gradient", gradient, ("auto", "fast", "lean"))
+        self.gradient = require_choice("gradient", gradient, ("auto", "fast", "lean"))
         if gradient != "auto" and not has_argument(self.flow.decode, "gradient"):
             raise ValueError(
                 f"{type(self.flow).__name__}.decode takes no gradient argument: leave "
@@ -194,7 +194,7 @@ class LatentAdversarial(UsesFlow):
 
     def with_eps(self, eps: float) -> LatentAdversarial:
         """A copy that perturbs every sample by this eps, alpha in proportion; counts of its own."""
-        result = super().with_eps(real("eps", eps))
+        result = super().with_eps(require_number("eps", eps))
         share = eps / self.eps[1] if self.eps[1] else 1.0
         result.alpha = (share * self.alpha[0], share * self.alpha[1])
         return result
@@ -218,7 +218,9 @@ class LatentAdversarial(UsesFlow):
         elif count == len(images):
             result = self._attack(images, labels, pixels, batch, key)
         else:
-            order = self._draws.uniform((len(images),), to_float(images.new_empty(0))).argsort()
+            order = self._draws.sample_uniform(
+                (len(images),), to_float(images.new_empty(0))
+            ).argsort()
             chosen = order[:count]
             picked = self._attack(
                 images[chosen].contiguous(memory_format=layout_of(images)),
@@ -273,7 +275,7 @@ class LatentAdversarial(UsesFlow):
         """The share p of a batch; a fraction of a sample is rounded at random, right on average."""
         share = self.p * count
         if share != int(share):
-            share += float(self._draws.uniform((), torch.empty(())))
+            share += float(self._draws.sample_uniform((), torch.empty(())))
         if int(share) == 1 and self.model_mode == "unchanged" and samples_meet(self.model):
             return min(2, count)  # BatchNorm may have no statistics of a single sample
         return int(share)
@@ -287,8 +289,8 @@ class LatentAdversarial(UsesFlow):
             y = condition(self.flow, labels, len(x), x)
             z = self._encode(x, y)
         mask = movable(self.flow, z, pixels, self.levels)
-        eps = self._draws.between(*self.eps, len(z), z)
-        alpha = self._draws.between(*self.alpha, len(z), z)
+        eps = self._draws.sample_between(*self.eps, len(z), z)
+        alpha = self._draws.sample_between(*self.alpha, len(z), z)
         delta = self._start(z, eps, mask)
         decode = self._decode()
 
@@ -330,7 +332,7 @@ class LatentAdversarial(UsesFlow):
         if not self.random_start:
             return torch.zeros_like(z)
         return LF.random_start(
-            z, eps, self.norm, mask=mask, generator=self._draws.current(z.device)
+            z, eps, self.norm, mask=mask, generator=self._draws.pick_generator(z.device)
         )
 
     def _logits(self, model: nn.Module, batch: Any, key: Any) -> Tensor:

@@ -20,7 +20,7 @@ from latent_aug.images.conversion import from_float, to_batch
 from latent_aug.images.datasets import check_dataset, spread
 from latent_aug.images.samples import find_labels, image_key
 from latent_aug.transforms.random import LatentPerturb
-from latent_aug.utils.arguments import positive
+from latent_aug.utils.arguments import require_positive
 from latent_aug.utils.files import read_json, write_json, write_whole
 
 INDEX_NAME = "index.json"
@@ -83,7 +83,7 @@ class LatentCache(Dataset[Any]):
         check_dataset("dataset", dataset)
         if then is not None and not callable(then):
             raise TypeError(f"then must be callable or None, got {then!r}")
-        positive("batch_size", batch_size)
+        require_positive("batch_size", batch_size)
         self.directory, self.perturb, self.then = Path(directory), perturb, then
         self.count = len(dataset)
         self._open: dict[int, Any] = {}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from latent_aug.utils.randomness import normal, uniform
+from latent_aug.utils.randomness import sample_normal, sample_uniform
 
 if TYPE_CHECKING:
     from latent_aug.flows import Flow
@@ -144,12 +144,12 @@ def random_start(
         True
     """
     if norm == "linf":
-        cube = (2 * uniform(like.shape, like, generator) - 1) * eps
+        cube = (2 * sample_uniform(like.shape, like, generator) - 1) * eps
         return cube if mask is None else cube * mask
-    draws = normal(like.shape, like, generator)
+    draws = sample_normal(like.shape, like, generator)
     direction = unit(draws if mask is None else draws * mask)
     # A d-dimensional ball's volume grows with radius^d, so the radius is a d-th root.
-    share = uniform((len(like), 1, 1, 1), like, generator) ** (1 / dimensions(like, mask))
+    share = sample_uniform((len(like), 1, 1, 1), like, generator) ** (1 / dimensions(like, mask))
     return direction * share * l2_radius(like, eps, norm, mask)
 
 

@@ -24,7 +24,7 @@ from latent_aug.images.conversion import (
 )
 from latent_aug.transforms import functional as LF
 from latent_aug.transforms.regions import Levels, Mask, check_levels, check_mask
-from latent_aug.utils.arguments import number_range
+from latent_aug.utils.arguments import require_range
 from latent_aug.utils.randomness import Draws
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class UsesFlow:
         Its counts are its own.
         """
         result = self.with_generator(None)
-        result.eps, result.p = number_range("eps", eps), 1.0
+        result.eps, result.p = require_range("eps", eps), 1.0
         return result
 
     def with_generator(self, generator: torch.Generator | None) -> Self:

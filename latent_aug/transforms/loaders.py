@@ -14,8 +14,8 @@ from latent_aug.images.conversion import is_tv_tensor
 from latent_aug.images.samples import image_key, over_tensors, with_images, with_items
 from latent_aug.transforms.random import LatentPerturb
 from latent_aug.transforms.schedule import hooks_in, parts_of
-from latent_aug.utils.arguments import natural
-from latent_aug.utils.randomness import mixed, rank, seeded
+from latent_aug.utils.arguments import require_natural
+from latent_aug.utils.randomness import get_rank, mix_seeds, use_seed
 
 
 class LatentCollate:
@@ -118,7 +118,7 @@ class LatentLoader:
     ) -> None:
         if not hasattr(loader, "__iter__"):
             raise TypeError(f"loader must be iterable, as a DataLoader is, got {loader!r}")
-        self.seed = None if seed is None else natural("seed", seed)
+        self.seed = None if seed is None else require_natural("seed", seed)
         self.transform = check_transform(transform, "LatentLoader")
         perturbs = [p for p in parts_of(transform) if isinstance(p, LatentPerturb)]
         if seed is not None and any(p.has_generator for p in perturbs):
@@ -154,9 +154,9 @@ class LatentLoader:
         self._epoch += 1
         # Before the loader's own draws, whose order depends on its workers.
         if self.seed is None:
-            seed = mixed(int(torch.randint(2**31, ())), rank() or 0)
+            seed = mix_seeds(int(torch.randint(2**31, ())), get_rank() or 0)
         else:
-            seed = mixed(self.seed, self._epoch, rank() or 0)
+            seed = mix_seeds(self.seed, self._epoch, get_rank() or 0)
         batches = self._perturbed(iter(self.loader), seed)
         # accelerate's loaders say which batch is the last one, of those they have given out.
         tells_its_end = hasattr(self.loader, "end_of_dataloader")
@@ -168,7 +168,7 @@ class LatentLoader:
         """The batches on the device, each perturbed with draws of its own."""
         for number, batch in enumerate(batches):
             there = moved(batch, self.device)
-            with seeded(mixed(seed, number), images_of(there).device):
+            with use_seed(mix_seeds(seed, number), images_of(there).device):
                 perturbed = perturb_batch(self.transform, there)
             yield perturbed
 

@@ -27,7 +27,14 @@ from latent_aug.transforms import functional as LF
 from latent_aug.transforms.labels import condition, labels_in
 from latent_aug.transforms.latents import UsesFlow
 from latent_aug.transforms.regions import Levels, Mask, movable, pixels_of, shrunk
-from latent_aug.utils.arguments import Range, distance, number_range, one_of, positive, probability
+from latent_aug.utils.arguments import (
+    Range,
+    require_choice,
+    require_distance,
+    require_positive,
+    require_probability,
+    require_range,
+)
 
 
 class Draw(NamedTuple):
@@ -131,12 +138,12 @@ class LatentPerturb(UsesFlow, v2.Transform):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.eps = number_range("eps", eps)
-        self.norm = one_of("norm", norm, ("linf", "l2", "rms", None))
-        self.p = probability("p", p)
-        self.clip = distance("clip", clip, self.norm)
+        self.eps = require_range("eps", eps)
+        self.norm = require_choice("norm", norm, ("linf", "l2", "rms", None))
+        self.p = require_probability("p", p)
+        self.clip = require_distance("clip", clip, self.norm)
         self.away = bool(away)
-        self.resolution = None if resolution is None else positive("resolution", resolution)
+        self.resolution = None if resolution is None else require_positive("resolution", resolution)
         self._use(
             flow,
             normalize=normalize,
@@ -270,12 +277,12 @@ class LatentPerturb(UsesFlow, v2.Transform):
         like = fit_to_flow(small, self.flow).expand(len(first), -1, -1, -1)
         pixels = pixels_of(self.mask, sample, first)
         mask = movable(self.flow, like, shrunk(pixels, small), self.levels)
-        eps = self._draws.between(*self.eps, len(first), x)
-        draws = self._draws.normal(like.shape, x)
+        eps = self._draws.sample_between(*self.eps, len(first), x)
+        draws = self._draws.sample_normal(like.shape, x)
         noise = self.noise(draws, eps, mask)
         if not self._norm_holds:
             noise = checked_noise(noise, draws, f"{type(self).__name__}.noise")
-        chosen = self._draws.uniform((len(first),), x) < self.p
+        chosen = self._draws.sample_uniform((len(first),), x) < self.p
         y = None
         if self.flow.num_classes:
             y = condition(self.flow, labels_in(sample, self.labels_getter), len(first), first)

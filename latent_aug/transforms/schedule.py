@@ -12,7 +12,7 @@ from torch import nn
 
 from latent_aug.transforms.adversarial import LatentAdversarial
 from latent_aug.transforms.latents import UsesFlow
-from latent_aug.utils.arguments import natural, positive
+from latent_aug.utils.arguments import require_natural, require_positive
 
 Perturbation = Callable[..., Any] | LatentAdversarial | None
 
@@ -78,7 +78,7 @@ class LatentSchedule:
 
     def set_epoch(self, epoch: int) -> None:
         """Go to an epoch, counted from 0, as `DistributedSampler.set_epoch` does."""
-        self._epoch.fill_(natural("epoch", epoch))
+        self._epoch.fill_(require_natural("epoch", epoch))
 
     def step(self) -> None:
         """One epoch is over, as for a learning rate scheduler."""
@@ -110,7 +110,7 @@ def check_phase(phase: Any) -> tuple[int, Perturbation]:
         raise TypeError(
             f"a phase holds a transform, a LatentAdversarial or None, got {perturbation!r}"
         )
-    return positive("the epochs of a phase (epochs, perturbation)", epochs), perturbation
+    return require_positive("the epochs of a phase (epochs, perturbation)", epochs), perturbation
 
 
 def parts_of(transform: Any) -> Iterator[Any]:

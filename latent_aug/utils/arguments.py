@@ -1,4 +1,4 @@
-"""Checks of what users pass, shared by the transforms and the hook."""
+"""Checks of users' arguments: each returns the value as a plain number, or raises."""
 
 from __future__ import annotations
 
@@ -10,21 +10,30 @@ from typing import Any
 Range = float | tuple[float, float]
 
 
-def store(config: Any, check: Callable[[str, Any], Any], *names: str) -> None:
-    """Check fields of a frozen dataclass, and keep what the check gives: plain numbers."""
+def require_fields(config: Any, require: Callable[[str, Any], Any], *names: str) -> None:
+    """Check fields of a frozen dataclass, and replace each by what the check returns."""
     for name in names:
-        object.__setattr__(config, name, check(name, getattr(config, name)))
+        object.__setattr__(config, name, require(name, getattr(config, name)))
 
 
-def real(name: str, value: Any) -> float:
-    """A number, also one of NumPy."""
+def require_number(name: str, value: Any) -> float:
+    """Accept a real number, NumPy's included, and return it as a float.
+
+    Raises:
+        TypeError: It is no number, or a bool.
+    """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     return float(value)
 
 
-def number_range(name: str, value: Any) -> tuple[float, float]:
-    """A finite number of at least 0, or a (low, high) pair of such, as a pair."""
+def require_range(name: str, value: Any) -> tuple[float, float]:
+    """Accept a finite number of at least 0, or a (low, high) pair, and return a pair.
+
+    Raises:
+        TypeError: It is neither.
+        ValueError: A bound is negative or not finite, or low exceeds high.
+    """
     low, high = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
     for bound in (low, high):
         if isinstance(bound, bool) or not isinstance(bound, Real):
@@ -36,25 +45,28 @@ def number_range(name: str, value: Any) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def probability(name: str, value: Any) -> float:
-    """A number in [0, 1]."""
-    if not 0 <= (number := real(name, value)) <= 1:
+def require_probability(name: str, value: Any) -> float:
+    """Accept a number in [0, 1]."""
+    if not 0 <= (number := require_number(name, value)) <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
     return number
 
 
-def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
-    """One of a few values."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+def require_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
+    """Accept one of a few values."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
 
 
-def distance(name: str, value: Any, norm: str | None) -> float | None:
-    """None, or a finite number of at least 0: of [0, 1] images, so a pixel's is at most 1."""
+def require_distance(name: str, value: Any, norm: str | None) -> float | None:
+    """Accept None, or a distance between images in [0, 1], measured by a norm.
+
+    A distance per pixel (norm "linf" or None) is at most 1.
+    """
     if value is None:
         return None
-    found = number_range(name, real(name, value))[0]
+    found = require_range(name, require_number(name, value))[0]
     if found > 1 and norm in ("linf", None):
         raise ValueError(
             f"{name} must be at most 1 with norm={norm!r}, as images lie in [0, 1], got {value!r}; "
@@ -63,18 +75,18 @@ def distance(name: str, value: Any, norm: str | None) -> float | None:
     return found
 
 
-def natural(name: str, value: Any) -> int:
-    """An integer of at least 0."""
-    return integer(name, value, 0)
+def require_natural(name: str, value: Any) -> int:
+    """Accept an integer of at least 0."""
+    return require_integer(name, value, 0)
 
 
-def positive(name: str, value: Any) -> int:
-    """An integer of at least 1."""
-    return integer(name, value, 1)
+def require_positive(name: str, value: Any) -> int:
+    """Accept an integer of at least 1."""
+    return require_integer(name, value, 1)
 
 
-def integer(name: str, value: Any, least: int) -> int:
-    """An integer, also one of NumPy, of at least so much."""
+def require_integer(name: str, value: Any, least: int) -> int:
+    """Accept an integer of at least `least`, NumPy's included, and return it as an int."""
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     return int(value)

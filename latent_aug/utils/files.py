@@ -12,13 +12,15 @@ from typing import Any
 
 
 @contextmanager
-def replaced(path: Path, *, flush: bool = False) -> Iterator[Path]:
-    """A path beside another one, which takes its place at the end, or is gone after a failure.
+def replace_file(path: Path, *, flush: bool = False) -> Iterator[Path]:
+    """Give a temporary path to write to, which takes the place of `path` at the end.
+
+    After a failure the temporary file is removed, and `path` stays as it was.
 
     Args:
-        path: Of the file to be.
-        flush: Bring the content to the disk first: else the name may outlive a crash of the
-            machine, and the content not.
+        path: The file to replace or to create.
+        flush: Bring the content to the disk before the file gets its name. Otherwise a crash of
+            the machine may leave the name without the content.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -32,22 +34,25 @@ def replaced(path: Path, *, flush: bool = False) -> Iterator[Path]:
 
 
 def remove_partial(path: Path) -> None:
-    """Remove what killed processes have left of a file that no other one is writing now."""
+    """Remove the temporary files of `path` that killed processes have left.
+
+    No process may be writing to `path` meanwhile.
+    """
     for left in path.parent.glob(f".{path.name}.*.partial"):
         left.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file in one go, down to the disk."""
-    with replaced(path, flush=True) as partial:
+    with replace_file(path, flush=True) as partial:
         partial.write_bytes(content)
 
 
 def read_json(path: Path) -> Any:
-    """A value that was written as JSON.
+    """Read the value in a JSON file.
 
     Raises:
-        ValueError: The file is damaged; names it.
+        ValueError: The file is damaged. The message names it.
     """
     try:
         return json.loads(path.read_text())
@@ -56,5 +61,5 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, likewise."""
+    """Write a value as JSON, in one go."""
     write_whole(path, (json.dumps(value, indent=1) + "\n").encode())

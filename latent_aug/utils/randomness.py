@@ -1,4 +1,8 @@
-"""Where random numbers come from: torch's generators, different in every loader worker."""
+"""Where random numbers come from: torch's generators, different in every loader worker.
+
+Every tensor here has an explicit dtype and device, so that `torch.set_default_dtype` and
+`torch.set_default_device` change no number.
+"""
 
 from __future__ import annotations
 
@@ -13,39 +17,46 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+CPU = torch.device("cpu")
 
-def normal(
+
+def sample_normal(
     shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """N(0, I) draws on like's device and in its dtype, by a generator of any device."""
+    """Draw from N(0, I), on like's device and in its dtype, by a generator of any device."""
     device = like.device if generator is None else generator.device
     return torch.randn(shape, generator=generator, device=device, dtype=like.dtype).to(like)
 
 
-def uniform(
+def sample_uniform(
     shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Uniform draws from [0, 1) on like's device and in its dtype, by a generator of any device."""
+    """Draw uniformly from [0, 1), on like's device and in its dtype, by any generator."""
     device = like.device if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=device, dtype=like.dtype).to(like)
 
 
-# In a worker: the seed that a generator was re-seeded for, and the generator, kept alive so that
-# its id stays its own.
+def sample_seed() -> int:
+    """Draw a seed from torch's global generator of the CPU."""
+    return int(torch.randint(2**31, (), device=CPU))
+
+
+# In a worker, by the id of a generator: the seed it was re-seeded for, and the generator itself.
+# It is kept alive so that no other one takes its id.
 _reseeded: dict[int, tuple[int, torch.Generator]] = {}
 
 
-def rank() -> int | None:
-    """This process's rank in distributed training; None where it trains alone."""
-    own, count = rank_and_count()
+def get_rank() -> int | None:
+    """Return this process's rank in distributed training, or None where it trains alone."""
+    own, count = get_rank_and_count()
     return own if count > 1 else None
 
 
-def rank_and_count() -> tuple[int, int]:
-    """This process's rank and the number of processes; (0, 1) alone.
+def get_rank_and_count() -> tuple[int, int]:
+    """Return this process's rank and the number of processes, (0, 1) where it is alone.
 
-    Loader workers, where torch.distributed is not set up, know it from their environment, as do
-    processes of torchrun or accelerate that do not set it up at all.
+    Loader workers know them from their environment, as torch.distributed is not set up there.
+    The same holds for processes of torchrun or accelerate that never set it up.
     """
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
@@ -53,8 +64,8 @@ def rank_and_count() -> tuple[int, int]:
     return (int(own), int(count)) if own.isdecimal() and count.isdecimal() else (0, 1)
 
 
-def mixed(*numbers: int) -> int:
-    """A seed of 32 bits, all that torch's CPU generator uses, in which every number counts."""
+def mix_seeds(*numbers: int) -> int:
+    """Mix numbers into one seed of 32 bits, which is all that torch's CPU generator uses."""
     seed = 0
     for number in numbers:
         seed = (seed ^ number) * 0x9E3779B1 % 2**32
@@ -63,10 +74,13 @@ def mixed(*numbers: int) -> int:
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators of the CPU and a device start from a seed, and are put back.
+def use_seed(seed: int, device: torch.device) -> Iterator[None]:
+    """Start torch's global generators from a seed, and put them back at the end.
 
-    Of another accelerator than CUDA its own generator stays as it is.
+    Args:
+        seed: The seed.
+        device: A device whose generator starts from it as well, besides the CPU's. Accelerators
+            other than CUDA keep theirs.
     """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -76,23 +90,23 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-class Shared:
-    """A user's generator; those of several `Draws` are one also where they are copied together.
+class SharedGenerator:
+    """A user's generator, which stays one when several `Draws` of it are copied together.
 
-    Pickling writes the generator's state as bytes, as torch's own way fails between spawned
-    processes; once for all `Draws` of it, as it is this object that they refer to.
+    It pickles the generator's state as bytes, since torch's own way fails between spawned
+    processes. All `Draws` of a generator refer to one such object, so it is written once.
     """
 
-    _of: ClassVar[WeakValueDictionary[int, Shared]] = WeakValueDictionary()
+    _known: ClassVar[WeakValueDictionary[int, SharedGenerator]] = WeakValueDictionary()
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
-        self._of[id(generator)] = self  # which stays its id as long as this lives
+        self._known[id(generator)] = self  # the id stays its own as long as this lives
 
     @classmethod
-    def of(cls, generator: torch.Generator) -> Shared:
-        """The one there is, or a new one."""
-        return cls._of.get(id(generator)) or cls(generator)
+    def wrap(cls, generator: torch.Generator) -> SharedGenerator:
+        """Return the one object for this generator."""
+        return cls._known.get(id(generator)) or cls(generator)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.generator.get_state().numpy().tobytes()
@@ -101,17 +115,18 @@ class Shared:
     def __setstate__(self, state: dict[str, Any]) -> None:
         generator = torch.Generator(state["device"])
         generator.set_state(torch.frombuffer(bytearray(state["state"]), dtype=torch.uint8))
-        Shared.__init__(self, generator)
+        SharedGenerator.__init__(self, generator)
 
 
 class Draws:
     """Random tensors from a user's generator, or from torch's global one.
 
-    Forked or spawned workers all begin with copies of the user's generator; the first draw in a
-    worker re-seeds its copy with the worker's own seed, so that workers and epochs differ. The
-    ranks of distributed training often share their seed: without a generator, each draw there is
-    from a generator that is seeded from one number of the global one, which so stays in step
-    between ranks, and the rank.
+    Forked or spawned workers all begin with copies of the user's generator. The first draw in a
+    worker re-seeds its copy with the worker's own seed, so that workers and epochs differ.
+
+    The processes of distributed training often share their seed. Without a user's generator, each
+    draw there takes one number from the global generator, which stays in step between processes.
+    That number and the process's rank seed the generator of the draw.
 
     Args:
         generator: The user's generator, or None for torch's global ones.
@@ -122,7 +137,7 @@ class Draws:
             raise TypeError(
                 f"generator must be a torch.Generator or None, got {type(generator).__name__}"
             )
-        self._shared = None if generator is None else Shared.of(generator)
+        self._shared = None if generator is None else SharedGenerator.wrap(generator)
         self._sender: int | None = None  # the rank of the process that sent it to this worker
 
     @property
@@ -130,37 +145,39 @@ class Draws:
         """The user's generator."""
         return None if self._shared is None else self._shared.generator
 
-    def normal(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """N(0, I) draws on like's device and in its dtype."""
-        return normal(shape, like, self.current(like.device))
+    def sample_normal(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Draw from N(0, I), on like's device and in its dtype."""
+        return sample_normal(shape, like, self.pick_generator(like.device))
 
-    def uniform(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Uniform draws from [0, 1) on like's device and in its dtype."""
-        return uniform(shape, like, self.current(like.device))
+    def sample_uniform(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Draw uniformly from [0, 1), on like's device and in its dtype."""
+        return sample_uniform(shape, like, self.pick_generator(like.device))
 
-    def between(self, low: float, high: float, count: int, like: Tensor) -> float | Tensor:
-        """One number per sample, (count, 1, 1, 1), uniform in [low, high]; low where they agree."""
+    def sample_between(self, low: float, high: float, count: int, like: Tensor) -> float | Tensor:
+        """Draw a number per sample uniformly from [low, high], shaped (count, 1, 1, 1).
+
+        Where both are equal, that number is returned and nothing is drawn.
+        """
         if low == high:
             return low
-        return low + (high - low) * self.uniform((count, 1, 1, 1), like)
+        return low + (high - low) * self.sample_uniform((count, 1, 1, 1), like)
 
-    def current(self, device: torch.device) -> torch.Generator | None:
-        """The generator to draw from in this process; None for torch's global one."""
+    def pick_generator(self, device: torch.device) -> torch.Generator | None:
+        """Return the generator to draw from in this process, None for torch's global one."""
         worker = get_worker_info()
-        own_rank = rank()
+        own_rank = get_rank()
         if own_rank is None and worker is not None:
             own_rank = self._sender
         if self.generator is None and own_rank is not None:
-            seed = int(torch.randint(2**31, ()))
-            return torch.Generator(device).manual_seed(mixed(seed, own_rank))
+            return torch.Generator(device).manual_seed(mix_seeds(sample_seed(), own_rank))
         if self.generator is not None and worker is not None:
             seeded_for, _ = _reseeded.get(id(self.generator), (None, None))
             if seeded_for != worker.seed:
                 # The generator's own seed is mixed in, so that two generators stay different.
-                seed = mixed(worker.seed, self.generator.initial_seed(), own_rank or 0)
+                seed = mix_seeds(worker.seed, self.generator.initial_seed(), own_rank or 0)
                 self.generator.manual_seed(seed)
                 _reseeded[id(self.generator)] = (worker.seed, self.generator)
         return self.generator
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_shared": self._shared, "_sender": rank()}
+        return {"_shared": self._shared, "_sender": get_rank()}
