@@ -95,7 +95,7 @@ def test_the_latent_can_be_first():
     x, y = torch.full((4, 3, 32, 32), 255, dtype=torch.uint8), torch.zeros(4, dtype=torch.long)
     edges = []
     for first in (True, False):
-        augment = methods.method_of({"latent": flow, "latent first": first})(nn.Conv2d(3, 1, 1), 1)
+        augment = methods.make_method({"latent": flow, "latent first": first})(nn.Conv2d(3, 1, 1), 1)
         torch.manual_seed(0)
         edges.append(augment(x, y)[0] == 0)
     # crop's black border is all zeros where nothing comes after it
@@ -206,7 +206,7 @@ def test_phases_follow_one_another():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 26 * 26, 2))
     pgd = {"flow": "pixels", "eps": 0.5, "alpha": 0.5, "steps": 1, "norm": "linf"}
     settings = {"pixels": "none", "phases": [[130, {"attack": pgd}], [70, {}]]}
-    augment = methods.method_of(settings)(model, 2)
+    augment = methods.make_method(settings)(model, 2)
     x, y = torch.randint(256, (4, 1, 28, 28), dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
     moved = []
     for share in (0.0, 0.64, 0.65, 0.99):
@@ -221,7 +221,7 @@ def test_pgd_takes_sign_steps_on_pixels():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 26 * 26, 2))
     pgd = {"flow": "pixels", "eps": 0.03, "alpha": 0.008, "steps": 3, "norm": "linf"}
-    attack = methods.perturbation_of(
+    attack = methods.make_perturbation(
         {"attack": {**pgd, "preset": "official notebook"}}, None, model
     )
     x, y = 0.4 + 0.2 * torch.rand(4, 1, 28, 28), torch.tensor([0, 1, 0, 1])
@@ -237,7 +237,7 @@ def test_official_attacks_predictions_in_the_mode_it_finds():
     import methods
 
     model = nn.Sequential(nn.Conv2d(1, 2, 3))
-    attack = methods.perturbation_of(
+    attack = methods.make_perturbation(
         {"attack": {"flow": "pixels", "preset": "official"}}, None, model
     )
     assert (attack.labels, attack.model_mode) == ("predicted", "unchanged")
@@ -282,7 +282,7 @@ def test_a_misspelt_setting_is_refused(settings, named):
     import methods
 
     with pytest.raises(ValueError, match=named):
-        methods.method_of(settings)(nn.Sequential(nn.Conv2d(3, 1, 1)), 2)
+        methods.make_method(settings)(nn.Sequential(nn.Conv2d(3, 1, 1)), 2)
 
 
 @pytest.mark.parametrize("pixels", ["erasing", "randaugment", "trivialaugment", "augmix"])
@@ -293,7 +293,7 @@ def test_peers_come_after_crop_and_flip(pixels, monkeypatch):
     found = []
     for method in ("common", pixels):
         torch.manual_seed(0)
-        augment = methods.method_of({"pixels": method})(nn.Conv2d(3, 1, 1), 2)
+        augment = methods.make_method({"pixels": method})(nn.Conv2d(3, 1, 1), 2)
         images, classes = augment(x, y)
         assert torch.equal(classes, y)
         assert images.min() >= 0
@@ -304,7 +304,7 @@ def test_peers_come_after_crop_and_flip(pixels, monkeypatch):
     given = []
     monkeypatch.setitem(methods.PEERS, pixels, lambda _: lambda image: given.append(image) or image)
     torch.manual_seed(0)
-    methods.method_of({"pixels": pixels})(nn.Conv2d(3, 1, 1), 2)(x, y)
+    methods.make_method({"pixels": pixels})(nn.Conv2d(3, 1, 1), 2)(x, y)
     torch.testing.assert_close(torch.stack(given) / 255, found[0])
     if pixels == "erasing":
         erased = (found[1] == 0).all(dim=1) & (found[0] != 0).any(dim=1)
@@ -316,7 +316,7 @@ def test_mixes_give_probabilities(pixels):
     import methods
 
     x, y = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
-    images, classes = methods.method_of({"pixels": pixels})(nn.Conv2d(3, 1, 1), 2)(x, y)
+    images, classes = methods.make_method({"pixels": pixels})(nn.Conv2d(3, 1, 1), 2)(x, y)
     assert images.shape == x.shape
     assert classes.shape == (4, 2)
     torch.testing.assert_close(classes.sum(dim=1), torch.ones(4))
@@ -328,7 +328,7 @@ def test_unmirrored_images_keep_their_sides():
     x = torch.arange(256, dtype=torch.uint8).repeat(8, 1, 32, 1)[:, :, :, :32].contiguous()
     torch.manual_seed(0)
     plain, mirrored = (
-        methods.cropped_and_flipped(x, flip)[:, 0, 4, 8:24].int().diff(dim=1)
+        methods.crop_and_flip(x, flip)[:, 0, 4, 8:24].int().diff(dim=1)
         for flip in (False, True)
     )
     assert plain.unique().tolist() == [1]
@@ -336,11 +336,11 @@ def test_unmirrored_images_keep_their_sides():
 
 
 def test_learning_rates():
-    from protocol import Protocol, optimizer_of
+    from protocol import Protocol, make_optimizer
 
     def rates(steps, **changes):
         parameter = nn.Linear(1, 1)
-        optimizer, schedule = optimizer_of(parameter, Protocol(**changes), steps)
+        optimizer, schedule = make_optimizer(parameter, Protocol(**changes), steps)
         found = []
         for _ in range(steps):
             found.append(optimizer.param_groups[0]["lr"])
@@ -387,7 +387,7 @@ def test_recipes_are_well_formed(recipe):
             part["flow"] = "pixels"  # theirs may not be here
             part.pop("levels", None)
             part.pop("resolution", None)
-        assert isinstance(methods.method_of(settings)(model, 10), methods.Augmentation)
+        assert isinstance(methods.make_method(settings)(model, 10), methods.Augmentation)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

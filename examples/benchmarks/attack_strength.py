@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from contestants import cifar_resnet
+from measurements import keep_measurement, read_measurement
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -30,7 +31,6 @@ HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
 from quickstart import load_images, no_augmentation, train_classifier  # noqa: E402
 
-RESULTS = HERE.parent / "results" / "attack_strength.json"
 TEST_IMAGES, BATCH = 1000, 100
 SETTINGS = [  # norm, eps, alpha, steps
     *(("l2", 1.0, 0.5, steps) for steps in (1, 2, 3, 5)),
@@ -122,9 +122,9 @@ def main() -> None:
     for setting in tqdm(SETTINGS, desc="attacking"):
         torch.manual_seed(0)
         rows.append(compare(model, images, labels, setting, flow))
-    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    kept = read_measurement("attack_strength") or {}
     kept[name] = {"flow": flow, "images": len(images), "accuracy": round(accuracy, 4), "rows": rows}
-    RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+    keep_measurement("attack_strength", kept)
     print(json.dumps(kept[name], indent=1))
 
 

@@ -17,16 +17,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from contestants import cifar_resnet, seconds
+from measurements import keep_measurement
 from torch.nn.functional import cross_entropy
 from torchvision.transforms.v2.functional import to_pil_image
 
 from latent_aug import LatentAdversarial, LatentPerturb, load_flow
 
-RESULTS = Path(__file__).parents[1] / "results" / "cost.json"
 TIMED = "import time; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
 FIRST_CALL = (
     "import torch, time; from latent_aug import LatentPerturb; p = LatentPerturb(0.25); "
@@ -112,7 +111,7 @@ def main() -> None:
         "compiled_round_trip": compiled(),
     }
     print(json.dumps(result, indent=1))
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    keep_measurement("cost", result)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,15 @@ the fast one on 256 of the images, relative to its norm.
 """
 
 import argparse
-import json
-from pathlib import Path
 
 import torch
 from contestants import contestant
+from measurements import keep_measurement
 
 from latent_aug import Glow
 from latent_aug.diagnostics.measure import loader
 from latent_aug.images.conversion import from_float
 from latent_aug.images.datasets import UInt8Images, as_batch, open_images
-
-RESULTS = Path(__file__).parents[1] / "results" / "exactness.json"
 
 
 @torch.no_grad()
@@ -78,7 +75,7 @@ def main() -> None:
                 rows["lean_against_fast"] = lean_against_fast(flow.cpu(), images)
             print(name, way, rows[way], flush=True)
             result[name] = rows
-            RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+            keep_measurement("exactness", result)
 
 
 if __name__ == "__main__":

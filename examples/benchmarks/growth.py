@@ -8,7 +8,6 @@ named), medians. "workers" is LatentPerturb on single images in loader processes
 """
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable
@@ -16,11 +15,11 @@ from pathlib import Path
 
 import torch
 from contestants import NETWORK_DTYPES, random_glow, seconds
+from measurements import keep_measurement, read_measurement
 from torch.utils.data import DataLoader, Dataset
 
 from latent_aug import LatentPerturb
 
-RESULTS = Path(__file__).parents[1] / "results" / "growth.json"
 PICTURE = Path(__file__).parents[2] / "docs" / "pictures" / "speed.png"
 USUAL = {"batch": 32, "side": 32, "K": 8, "H": 128}
 SWEEPS = {
@@ -120,8 +119,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draw", action="store_true")
     if not parser.parse_args().draw:
-        RESULTS.write_text(json.dumps(measure(), indent=1) + "\n")
-    draw(json.loads(RESULTS.read_text()))
+        keep_measurement("growth", measure())
+    draw(read_measurement("growth"))
 
 
 if __name__ == "__main__":

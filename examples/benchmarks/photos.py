@@ -8,7 +8,7 @@ class (the test images of tinyimagenet100_small).
 Prints and keeps, for linf 0.25 and every resolution: milliseconds an image, the mean change of a
 pixel, the share of saturated values and of images that fall back. The picture shows each photograph
 and, for each resolution, what becomes of it and four times the difference. What it brings a
-classifier is in the table of examples/paper/recipes/tinyimagenet-resolution.json.
+classifier is measured by the recipe tinyimagenet-resolution of examples/paper.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from contestants import seconds
 from matplotlib.figure import Figure
+from measurements import keep_measurement
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
@@ -25,7 +26,6 @@ from torchvision.transforms.v2 import functional as F
 from latent_aug import LatentPerturb
 from latent_aug.images.datasets import UInt8Images, as_batch, open_images
 
-RESULTS = Path(__file__).parents[1] / "results" / "photos.json"
 EPS, SMALL_COUNT = 0.25, 64
 
 
@@ -97,7 +97,7 @@ def main() -> None:
         print(json.dumps(row))
     if args.picture:
         draw(photos, resolutions, args.picture)
-    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    keep_measurement("photos", rows)
 
 
 if __name__ == "__main__":

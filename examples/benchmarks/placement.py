@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from contestants import cifar_resnet
+from measurements import keep_measurement
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
@@ -29,7 +30,6 @@ from torchvision.transforms import v2
 
 from latent_aug import LatentCache, LatentCollate, LatentLoader, LatentPerturb
 
-RESULTS = Path(__file__).parents[1] / "results" / "placement.json"
 IMAGES, BATCH, WORKERS, ROUNDS = 512, 64, 2, 3
 TO_FLOAT = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 
@@ -117,7 +117,7 @@ def main() -> None:
         "epoch_s": {name: round(statistics.median(s), 2) for name, s in seconds.items()},
     }
     print(json.dumps(result, indent=1))
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    keep_measurement("placement", result)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measurements import keep_measurement
 from torch.utils.data import DataLoader, Dataset
 
 from latent_aug import LatentPerturb
 
-RESULTS = Path(__file__).parents[1] / "results" / "processes.json"
 WORKERS, EACH = 8, 4
 
 
@@ -66,7 +66,7 @@ def main() -> None:
     result["children_left"] = len(multiprocessing.active_children())
     result["shared_memory_left"] = len(set(Path("/dev/shm").iterdir()) - shared_memory)
     print(json.dumps(result, indent=1))
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    keep_measurement("processes", result)
 
 
 if __name__ == "__main__":

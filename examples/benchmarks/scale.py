@@ -3,10 +3,10 @@
     python examples/benchmarks/scale.py           # three minutes; measures and draws
     python examples/benchmarks/scale.py --draw    # draws what was measured
 
-Rewrites examples/results/scale.json and the tables in docs/scale.md. Round trips are of one
-core, or on a GPU where there is one; the rest is on the CPU. Coupling networks also run in
-bfloat16 where that is faster than float32. Images are samples of the flow,
-32 x 32; a photograph is 500 x 375 pixels of them side by side.
+Rewrites its line of examples/results/measurements.jsonl and the tables in docs/scale.md. Round
+trips are of one core, or on a GPU where there is one; the rest is on the CPU. Coupling networks
+also run in bfloat16 where that is faster than float32. Images are samples of the flow, 32 x 32; a
+photograph is 500 x 375 pixels of them side by side.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from contestants import network_flops, seconds
+from measurements import keep_measurement, read_measurement
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
@@ -36,7 +37,6 @@ from latent_aug.training.processes import Processes
 from latent_aug.training.recipe import resolve_dtype
 from latent_aug.training.train import Run
 
-RESULTS = Path(__file__).parents[1] / "results" / "scale.json"
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 MARK, END = "<!-- drawn by examples/benchmarks/scale.py: {} -->", "<!-- until here -->"
 FLOWS = ("glow-cifar10", "glow-cifar10-small")
@@ -316,8 +316,8 @@ def main() -> None:
         worker(Path(options.worker[0]), options.worker[1:])
         return
     if not options.draw:
-        RESULTS.write_text(json.dumps(measure(), indent=1) + "\n")
-    draw(json.loads(RESULTS.read_text()))
+        keep_measurement("scale", measure())
+    draw(read_measurement("scale"))
 
 
 if __name__ == "__main__":

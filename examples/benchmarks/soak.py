@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from measurements import keep_measurement
 from torch import nn
 
 from latent_aug import Glow, LatentAdversarial, LatentPerturb
 
-RESULTS = Path(__file__).parents[1] / "results" / "soak.json"
 IMAGES, BATCH, BAD = 1_000_000, 500, 1000
 STEPS, PER_ATTACK = 10_000, 4
 
@@ -99,7 +99,7 @@ def main() -> None:
         "attacks": watched(attacks(flow), STEPS // PER_ATTACK),
     }
     print(json.dumps(result, indent=1))
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    keep_measurement("soak", result)
     first, second = result["perturbations"], result["attacks"]
     counts = {first[k] for k in ("not_finite_given", "not_finite_returned", "fallbacks")}
     if len(counts) > 1:

@@ -2,6 +2,7 @@
 
     python examples/benchmarks/speed.py IMAGES
     python examples/benchmarks/speed.py           # what was measured, as a table of ratios
+    python examples/benchmarks/speed.py --device "NVIDIA H200"    # the same, of another device
 
 IMAGES is a folder or tar of 32 x 32 colour images. For Glow flows of three levels with K steps of
 H hidden channels, and the bundled CIFAR-10 flows: images per second of encode, decode, round trip,
@@ -24,6 +25,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +42,9 @@ from torch import Tensor
 from latent_aug import Flow, Glow, LatentAdversarial
 from latent_aug.flows.backend import keep_freed_memory
 from latent_aug.images.datasets import UInt8Images, open_images
+from latent_aug.utils.files import write_whole
 
-RESULTS = Path(__file__).parents[1] / "results" / "speed.json"
+RESULTS = Path(__file__).parents[1] / "results" / "speed.jsonl"
 FLOWS = ("8,64", "8,128", "16,128", "16,256", "32,512", "glow-cifar10", "glow-cifar10-small")
 WAYS = ("normflows", "normflows kept", "float32", "bfloat16")
 GPU_WAYS = ("normflows", "float32", "bfloat16", "float32 graphs", "bfloat16 graphs")
@@ -148,20 +151,23 @@ def rows_of(args: argparse.Namespace) -> Iterator[list[dict[str, object]]]:
 
 
 def keep(rows: list[dict[str, object]], path: Path) -> None:
-    """Write rows beside those of other flows and batches."""
+    """Write rows beside those of other devices, flows and batches."""
     cpu = f"cpu, {torch.backends.cpu.get_cpu_capability()}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    result = {"device": device, "threads": torch.get_num_threads(), "rows": rows}
-    if path.exists():
-        measured = {(row["flow"], row["batch"]) for row in rows}
-        before = json.loads(path.read_text())["rows"]
-        result["rows"] = [r for r in before if (r["flow"], r["batch"]) not in measured] + rows
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    rows = [{"device": device, "threads": torch.get_num_threads(), **row} for row in rows]
+    measured = {(device, row["flow"], row["batch"]) for row in rows}
+    before = [r for r in read_rows(path) if (r["device"], r["flow"], r["batch"]) not in measured]
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in before + rows).encode())
 
 
-def table(path: Path) -> None:
-    """What was measured as a Markdown table: ratios to normflows, shares of the peak."""
-    rows = json.loads(path.read_text())["rows"]
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Every row that was kept."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(path: Path, device: str) -> None:
+    """What a device measured as a Markdown table: ratios to normflows, shares of the peak."""
+    rows = [row for row in read_rows(path) if row["device"] == device]
     found = {(row["flow"], row["batch"], row["way"]): row for row in rows}
     keys = ("round_trip", "gradient_fast", "attack", "training")
     head = ("K, H", "batch", "networks", "round trips a second", "round trip", "gradient")
@@ -197,10 +203,11 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", default=ways, choices=sorted({*WAYS, *GPU_WAYS}))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--device", default="cpu", help="of the table; as its rows name it")
     parser.add_argument("--one", nargs=3, metavar=("FLOW", "BATCH", "WAY"))
     args = parser.parse_args()
     if args.images is None:
-        return table(args.out)
+        return table(args.out, args.device)
     if args.one:
         name, batch, way = args.one
         return print(json.dumps(measure(name, int(batch), way, args.images)))

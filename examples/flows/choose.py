@@ -41,8 +41,9 @@ from latent_aug.images.datasets import UInt8Images, open_images
 sys.path.append(str(Path(__file__).parents[1] / "paper"))  # the same classifier as the tables'
 from methods import Augmentation, Method
 from protocol import Images, Protocol, labelled, read_images, run
+from records import append_line, read_lines
 
-RESULTS = Path(__file__).parents[1] / "results" / "flow_choices"
+RESULTS = Path(__file__).parents[1] / "results" / "flow_choices.jsonl"
 TIMED_STEPS = 30
 PROTOCOL = Protocol(per_class=250, epochs=20, width=16)
 VALIDATION = 500  # images of each class
@@ -125,7 +126,7 @@ def gains(
 
 def table() -> str:
     """What `judge` has left, as Markdown, best bits/dim first."""
-    rows = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
+    rows, plain = read_lines(RESULTS), ""
     lines = [
         "| variant | steps | bits/dim | latents' std | error | eps | fall back | out of range "
         "| LatentPerturb | LatentAdversarial |",
@@ -143,7 +144,7 @@ def table() -> str:
             f"| {at_eps['fallbacks']:.1%} | {at_eps['saturated']:.1%} "
             f"| {of_seeds(row.get('LatentPerturb'))} | {of_seeds(row.get('LatentAdversarial'))} |"
         )
-    return "\n".join([*lines, "", f"Crop and flip alone: {plain} %."])
+    return "\n".join([*lines, *["", f"Crop and flip alone: {plain} %."] * bool(plain)])
 
 
 def of_seeds(found: dict[str, Any] | None) -> str:
@@ -184,10 +185,9 @@ def main() -> None:
     test = UInt8Images(open_images(args.images[1]), 3)
     test = UInt8Images(torch.stack([test[i] for i in test.spread(args.count)]), 3)
     protocol = replace(PROTOCOL, precision=args.precision)
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    judged = {row["name"] for row in read_lines(RESULTS)}
     for name in args.only:
-        result = RESULTS / f"{slug(name)}.json"
-        if result.exists():
+        if name in judged:
             continue
         if name == NO_FLOW:
             plain = method_with(lambda model: None)
@@ -199,7 +199,7 @@ def main() -> None:
                 row |= gains(flow, row["linf"], (first, second), protocol)
         else:
             continue
-        result.write_text(json.dumps(row, indent=1) + "\n")
+        append_line(RESULTS, row)
         print(name, json.dumps(row), flush=True)
 
 

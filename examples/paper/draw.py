@@ -2,12 +2,12 @@
 
     python examples/paper/draw.py
 
-A section for each recipe of which there are runs: a table of its methods, mean ± standard deviation
-over seeds, beside the paper's figure where a recipe names one, and accuracy against training time.
-Validation runs, by which the best of the peers was chosen, stand below the test figures.
+A recipe with runs has a section: a table of its methods, mean ± standard deviation over seeds,
+beside the paper's figure where the recipe names one, and a plot of accuracy against training time.
+Validation runs, by which settings are chosen, stand below the test figures. The README stays as it
+is while there are no runs for its table.
 """
 
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
@@ -16,10 +16,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from records import RECIPES, RESULTS, read_lines, read_recipes
 
 ROOT = Path(__file__).parents[2]
-RECIPES = Path(__file__).parent / "recipes"
-RUNS = ROOT / "examples" / "results" / "paper"
 PICTURES = ROOT / "docs" / "pictures"
 OUTPUT = ROOT / "RESULTS.md"
 README = ROOT / "README.md"
@@ -46,52 +45,50 @@ CURVES = {  # of each picture: title, what is on the other axis, recipes from li
 HEAD = """\
 # Results
 
-Drawn by `python examples/paper/draw.py` from the runs in
-[examples/results/paper](examples/results/paper): one JSON a run, with its command, settings,
-versions, time and figures. Accuracies are in per cent, losses in nats, mean ± standard deviation
-over seeds; every method of a table has the same images, network and epochs, and seeds count up from
-0. A seed is of the training: the labelled images of a table are one draw from the training set, the
-same for all seeds. No setting was chosen by test accuracy, but for rows whose table says so. Bold
-are the best mean and those within its standard deviation, if it has three seeds or more. Minutes
-are of one CPU core, computing, on average over a row's runs on the processor of its first; the very
-first runs did not record them. Minutes with a star are of another processor than the table's first
-row: compare them with each other only. Releases of torch differ, and flows that are not in the
-repository were trained again by the same command for some seeds: each run's JSON names its release
-and, since fingerprints are kept, its flow's.
+`python examples/paper/draw.py` draws this page from the runs in
+[examples/results/paper](examples/results/paper). That folder has a file for each table and a line
+of JSON for each run: settings, versions, figures and the command that repeats it.
+
+- Accuracies are in per cent, losses in nats. Both are means ± standard deviations over seeds.
+- All methods of a table have the same network and epochs, and each seed the same labelled images.
+- The line above a table says whether each seed has a draw of labelled images of its own.
+- No setting was chosen by test accuracy, but for rows whose table says so.
+- Bold are the best mean and those within its standard deviation, if it has three seeds or more.
+- Minutes are those of one CPU core. With a star they are of another processor than the first row's.
+- Releases of torch differ between runs, and each run names its own.
+- Flows that are not in the repository were trained again for some seeds. Runs name the fingerprints
+  of their flows, but for the first ones.
 """
 
 
-def runs_of(recipe: str, kind: str) -> dict[str, list[dict[str, Any]]]:
-    """Of each method, in the recipe's order, by seed."""
+def read_runs(recipe: str, kind: str) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each method, in the recipe's order, by seed."""
     found = defaultdict(list)
-    for path in sorted((RUNS / recipe / kind).glob("*.json")):
-        entry = json.loads(path.read_text())
+    for entry in read_lines(RESULTS / f"{recipe}.{kind}.jsonl"):
         found[entry["method"]].append(entry)
-    return {name: found[name] for name in described(recipe)["methods"] if name in found}
+    methods = read_recipes(RECIPES)[recipe]["methods"]
+    return {
+        name: sorted(found[name], key=lambda run: run["seed"]) for name in methods if name in found
+    }
 
 
-def described(recipe: str) -> dict[str, Any]:
-    """What a recipe says."""
-    return json.loads((RECIPES / f"{recipe}.json").read_text())
-
-
-def accuracies(runs: list[dict[str, Any]]) -> list[float]:
+def list_accuracies(runs: list[dict[str, Any]]) -> list[float]:
     """Of each run."""
     return [run["accuracy"] for run in runs]
 
 
-def deviation(values: list[float]) -> float:
+def measure_deviation(values: list[float]) -> float:
     """The standard deviation, 0 of one value."""
     return statistics.stdev(values) if len(values) > 1 else 0
 
 
-def spread(values: list[float], digits: int = 1) -> str:
+def format_spread(values: list[float], digits: int = 1) -> str:
     """Mean ± standard deviation, or the one value."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def timed(runs: list[dict[str, Any]]) -> tuple[float | None, str]:
+def measure_time(runs: list[dict[str, Any]]) -> tuple[float | None, str]:
     """What a run of a method took of a CPU core, in minutes, and on which processor.
 
     On average over those that recorded it and were on the same kind of processor as the first of
@@ -106,12 +103,12 @@ def timed(runs: list[dict[str, Any]]) -> tuple[float | None, str]:
     return statistics.mean(took for processor, took in found if processor == usual), usual
 
 
-def minutes(runs: list[dict[str, Any]]) -> float | None:
+def find_minutes(runs: list[dict[str, Any]]) -> float | None:
     """What a run of a method took of a CPU core; None where that is not known."""
-    return timed(runs)[0]
+    return measure_time(runs)[0]
 
 
-def best_of(methods: dict[str, list[float]]) -> set[str]:
+def find_best(methods: dict[str, list[float]]) -> set[str]:
     """The method of the best mean accuracy, and those within its deviation; see `HEAD`."""
     means = {name: statistics.mean(own) for name, own in methods.items()}
     best = max(means, key=lambda name: means[name])
@@ -121,12 +118,19 @@ def best_of(methods: dict[str, list[float]]) -> set[str]:
     return {name for name, mean in means.items() if mean >= least}
 
 
-def device_of(run: dict[str, Any]) -> str:
+def describe_device(run: dict[str, Any]) -> str:
     """Where a run was computed."""
     return f"cpu, {run['threads']} thread(s)" if run["device"] == "cpu" else run["device"]
 
 
-def table(
+def describe_draws(recipe: dict[str, Any]) -> str:
+    """Whether all seeds of a table have the same labelled images."""
+    if recipe["protocol"].get("data_seed") is None:
+        return "Each seed has a draw of labelled images of its own."
+    return "All seeds have the same labelled images."
+
+
+def draw_table(
     runs: dict[str, list[dict[str, Any]]],
     paper: dict[str, float],
     *,
@@ -141,21 +145,21 @@ def table(
         digits: Of accuracies.
         losses: Of the evaluated images, too.
     """
-    best = best_of({name: accuracies(own) for name, own in runs.items()})
-    times = {name: timed(own) for name, own in runs.items()}
+    best = find_best({name: list_accuracies(own) for name, own in runs.items()})
+    times = {name: measure_time(own) for name, own in runs.items()}
     usual = next((where for took, where in times.values() if took is not None), "")
     are_timed = any(took is not None for took, _ in times.values())
     columns = ["method", "accuracy", *["loss"] * losses, "seeds", "train accuracy"]
     lines = [columns + ["minutes a run"] * are_timed + ["the paper"] * bool(paper)]
     lines.append(["---"] * len(lines[0]))
     for name, own in runs.items():
-        accuracy, (took, where) = spread(accuracies(own), digits), times[name]
+        accuracy, (took, where) = format_spread(list_accuracies(own), digits), times[name]
         row = [
             name,
             f"**{accuracy}**" if name in best else accuracy,
-            *[spread([r["loss"] for r in own], 3)] * losses,
+            *[format_spread([r["loss"] for r in own], 3)] * losses,
             str(len(own)),
-            spread([r["train_accuracy"] for r in own], digits),
+            format_spread([r["train_accuracy"] for r in own], digits),
         ]
         if are_timed:
             row.append("" if took is None else f"{took:.1f}{'*' * (where != usual)}")
@@ -165,23 +169,23 @@ def table(
     return [f"| {' | '.join(row)} |" for row in lines]
 
 
-def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def draw_plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Accuracy against minutes of training, a point a method of which they are known."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, (name, own) in enumerate(runs.items()):
-        time = minutes(own)
+        time = find_minutes(own)
         if time is None:
             continue
-        mean, error = statistics.mean(accuracies(own)), deviation(accuracies(own))
+        mean, error = statistics.mean(list_accuracies(own)), measure_deviation(list_accuracies(own))
         marker = "osD"[number // 10 % 3]  # as there are ten colours
         axes.errorbar(time, mean, yerr=error, fmt=marker, capsize=2, label=name)
     figure.legend(loc="outside right upper", fontsize=7)
-    against(MINUTES, axes)
+    label_axes(MINUTES, axes)
     figure.savefig(path, dpi=120)
 
 
-def against(axis: str, axes: Any, ticks: Iterable[int] = ()) -> None:
+def label_axes(axis: str, axes: Any, ticks: Iterable[int] = ()) -> None:
     """Label the axes of accuracies drawn against minutes or images."""
     axes.set(xscale="log", xlabel=axis, ylabel="accuracy (%)")
     if axis == MINUTES:
@@ -192,46 +196,46 @@ def against(axis: str, axes: Any, ticks: Iterable[int] = ()) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def section(recipe: str) -> list[str]:
+def draw_section(recipe: str) -> list[str]:
     """Text, table and plot of a recipe."""
-    says = described(recipe)
+    says = read_recipes(RECIPES)[recipe]
     lines = [f"\n## {says['title']}\n", says["text"]]
     for kind in ("test", "validation"):
-        runs = runs_of(recipe, kind)
+        runs = read_runs(recipe, kind)
         if not runs:
             continue
         some = next(iter(runs.values()))[0]
         lines += [
             "",
             f"Trained on {some['train_images']:,} images for {some['protocol']['epochs']} epochs, "
-            f"evaluated on {some['evaluated_on']}; {device_of(some)}, "
-            f"{some['protocol'].get('precision', 'bfloat16')}.",
+            f"evaluated on {some['evaluated_on']}; {describe_device(some)}, "
+            f"{some['protocol']['precision']}. {describe_draws(says)}",
             "",
-            *table(
+            *draw_table(
                 runs,
                 says.get("paper", {}) if kind == "test" else {},
                 digits=says.get("digits", 1),
                 losses=True,
             ),
         ]
-        if kind == "test" and sum(minutes(own) is not None for own in runs.values()) > 1:
+        if kind == "test" and sum(find_minutes(own) is not None for own in runs.values()) > 1:
             picture = PICTURES / f"{recipe}.png"
-            plot(runs, picture)
+            draw_plot(runs, picture)
             lines += ["", f"![accuracy against time]({picture.relative_to(ROOT)})"]
     return lines
 
 
-def curve(name: str) -> list[str]:
+def draw_curve(name: str) -> list[str]:
     """Accuracy against images or minutes, a line for each method of several recipes."""
     title, axis, recipes = CURVES[name]
     found: dict[str, dict[Any, list[float]]] = defaultdict(dict)
     for recipe in recipes:
-        for method, own in runs_of(recipe, "test").items():
-            place = minutes(own) if axis == MINUTES else own[0]["train_images"]
+        for method, own in read_runs(recipe, "test").items():
+            place = find_minutes(own) if axis == MINUTES else own[0]["train_images"]
             if place is not None:
-                found[method][place] = accuracies(own)
+                found[method][place] = list_accuracies(own)
     # What is one point is drawn with its table; but not what was trained for another time only.
-    drawn = runs_of(recipes[0], "test") if axis == MINUTES else found
+    drawn = read_runs(recipes[0], "test") if axis == MINUTES else found
     found = {
         method: points for method, points in found.items() if len(points) > 1 or method not in drawn
     }
@@ -241,9 +245,9 @@ def curve(name: str) -> list[str]:
     axes = figure.subplots()
     for method, points in found.items():
         means = [statistics.mean(values) for values in points.values()]
-        errors = [deviation(values) for values in points.values()]
+        errors = [measure_deviation(values) for values in points.values()]
         axes.errorbar(list(points), means, yerr=errors, fmt="o-", capsize=2, label=method)
-    against(axis, axes, sorted({place for points in found.values() for place in points}))
+    label_axes(axis, axes, sorted({place for points in found.values() for place in points}))
     axes.legend(fontsize=7)
     path = PICTURES / f"{name}.png"
     figure.savefig(path, dpi=120)
@@ -251,13 +255,13 @@ def curve(name: str) -> list[str]:
     return [f"\n## {title}\n", text, "", f"![{title}]({path.relative_to(ROOT)})"]
 
 
-def in_order(name: str) -> tuple[bool, str, int]:
+def sort_key(name: str) -> tuple[bool, str, int]:
     """Sort key: the README's table first, figure2-600 before figure2-2400."""
     start, _, end = name.rpartition("-")
     return name != FIRST, *((start, int(end)) if end.isdigit() else (name, 0))
 
 
-def into_readme(lines: list[str]) -> None:
+def write_readme(lines: list[str]) -> None:
     """Replace what stands between the two marks."""
     before, rest = README.read_text().split(MARKS[0])
     after = rest.split(MARKS[1])[1]
@@ -266,11 +270,13 @@ def into_readme(lines: list[str]) -> None:
 
 def main() -> None:
     """Every recipe with runs."""
-    recipes = sorted((path.name for path in RUNS.iterdir() if path.is_dir()), key=in_order)
-    curves = [line for name in CURVES for line in curve(name)]
-    lines = [HEAD, *curves, *(line for recipe in recipes for line in section(recipe))]
+    names = {path.stem.rpartition(".")[0] for path in RESULTS.glob("*.jsonl")}
+    curves = [line for name in CURVES for line in draw_curve(name)]
+    sections = [line for name in sorted(names, key=sort_key) for line in draw_section(name)]
+    lines = [HEAD, *curves, *sections]
     OUTPUT.write_text("\n".join(lines) + "\n")
-    into_readme(table(runs_of(FIRST, "test"), described(FIRST)["paper"]))
+    if runs := read_runs(FIRST, "test"):
+        write_readme(draw_table(runs, read_recipes(RECIPES)[FIRST]["paper"]))
 
 
 if __name__ == "__main__":

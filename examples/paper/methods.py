@@ -16,8 +16,6 @@ from latent_aug import Flow, LatentAdversarial, LatentPerturb, LatentSchedule, l
 from latent_aug.images.conversion import from_float
 from latent_aug.training.batches import cropped, flipped
 
-OWN_FLOWS = Path(__file__).parent / "flows"  # that runs share, and that take long to train
-
 PEERS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
     # From the classifier, which knows the images' mean; on one 8-bit image, after crop and flip.
     "cutout": lambda model: partial(cutout, colour=(255 * model.mean[0]).byte().cpu()),
@@ -35,7 +33,7 @@ PRESETS = {
 }
 
 
-def method_of(settings: dict[str, Any], flows: Path | None = None) -> Method:
+def make_method(settings: dict[str, Any], flows: Path | None = None) -> Method:
     """What a recipe names.
 
     Args:
@@ -45,8 +43,7 @@ def method_of(settings: dict[str, Any], flows: Path | None = None) -> Method:
             "phases": pairs of epochs and one of these, scaled to the epochs of the run.
             "flip": false leaves images unmirrored. "latent first": true perturbs images before
             they are cropped and mirrored.
-        flows: A folder in which a flow is looked for before those beside the recipes and the
-            bundled ones.
+        flows: The folder in which a flow is looked for before the bundled ones.
 
     Raises:
         ValueError: A setting or preset is unknown.
@@ -60,7 +57,7 @@ def method_of(settings: dict[str, Any], flows: Path | None = None) -> Method:
 
     def method(model: nn.Module, classes: int) -> Augmentation:
         return Augmentation(
-            schedule_of(settings, flows, model),
+            make_schedule(settings, flows, model),
             model,
             classes,
             pixels=pixels,
@@ -80,7 +77,7 @@ class Augmentation:
         perturb: Of the latent.
         model: The classifier, which knows the images' mean.
         classes: Their number.
-        pixels: See `method_of`, as for the others.
+        pixels: See `make_method`, as for the others.
         flip: Mirror half of the images.
         latent_first: Perturb before they are cropped and mirrored.
     """
@@ -107,13 +104,13 @@ class Augmentation:
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """A batch, augmented."""
         if self._latent_first:
-            x, y = self._perturb(unit(x), y)
+            x, y = self._perturb(to_unit(x), y)
             x = from_float(x, torch.uint8)
         if self._crop:
-            x = cropped_and_flipped(x, self._flip)
+            x = crop_and_flip(x, self._flip)
         if self._peer is not None:
             x = torch.stack([self._peer(image) for image in x.cpu()]).to(x.device)
-        x = unit(x)
+        x = to_unit(x)
         if not self._latent_first:
             x, y = self._perturb(x, y)
         return self._mix(x, y) if self._mix is not None else (x, y)
@@ -123,28 +120,28 @@ Method = Callable[[nn.Module, int], Augmentation]
 """From the classifier and the number of classes."""
 
 
-def unit(x: Tensor) -> Tensor:
+def to_unit(x: Tensor) -> Tensor:
     """8-bit images as floats in [0, 1]."""
     return (x / 255).contiguous(memory_format=torch.channels_last)
 
 
-def schedule_of(settings: dict[str, Any], flows: Path | None, model: nn.Module) -> LatentSchedule:
+def make_schedule(settings: dict[str, Any], flows: Path | None, model: nn.Module) -> LatentSchedule:
     """Of the latent: "latent" or "attack", or one after the other in "phases"."""
     phases = settings.get("phases", [[1, settings]])
     return LatentSchedule(
-        [(epochs, perturbation_of(phase, flows, model)) for epochs, phase in phases]
+        [(epochs, make_perturbation(phase, flows, model)) for epochs, phase in phases]
     )
 
 
-def perturbation_of(
+def make_perturbation(
     settings: dict[str, Any], flows: Path | None, model: nn.Module
 ) -> LatentPerturb | LatentAdversarial | None:
     """A single perturbation, if there is one."""
     channels = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     if "latent" in settings:
-        return LatentPerturb(**arguments_of(settings["latent"], flows, channels.in_channels))
+        return LatentPerturb(**read_arguments(settings["latent"], flows, channels.in_channels))
     if "attack" in settings:
-        arguments = arguments_of(settings["attack"], flows, channels.in_channels)
+        arguments = read_arguments(settings["attack"], flows, channels.in_channels)
         return LatentAdversarial(model, **arguments)
     return None
 
@@ -173,7 +170,7 @@ def cutout(image: Tensor, colour: Tensor) -> Tensor:
     return image
 
 
-def cropped_and_flipped(x: Tensor, flip: bool) -> Tensor:
+def crop_and_flip(x: Tensor, flip: bool) -> Tensor:
     """Zero-padded by 4, cropped back, mirrored with probability 1/2: the paper's A.2."""
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
     if flip:
@@ -181,7 +178,7 @@ def cropped_and_flipped(x: Tensor, flip: bool) -> Tensor:
     return cropped(x, 4, torch.randint(0, 2 * 4 + 1, (2, len(x)), generator=generator))
 
 
-def arguments_of(given: dict[str, Any], flows: Path | None, channels: int) -> dict[str, Any]:
+def read_arguments(given: dict[str, Any], flows: Path | None, channels: int) -> dict[str, Any]:
     """With the preset's, and the flow loaded, its networks in the precision asked for."""
     arguments = dict(given)
     preset = arguments.pop("preset", None)
@@ -193,14 +190,13 @@ def arguments_of(given: dict[str, Any], flows: Path | None, channels: int) -> di
         raise ValueError(f"a perturbation names its flow, got {given}")
     if name == "pixels":
         return {**arguments, "flow": Pixels(channels)}
-    return {**arguments, "flow": flow_of(name, flows, dtype)}
+    return {**arguments, "flow": read_flow(name, flows, dtype)}
 
 
 @cache
-def flow_of(name: str, flows: Path | None, dtype: str | None) -> Flow:
+def read_flow(name: str, flows: Path | None, dtype: str | None) -> Flow:
     """Read once, so that the flow a run names is the one that it trained with."""
-    folders = [folder / name for folder in (flows, OWN_FLOWS) if folder is not None]
-    flow = load_flow(next((folder for folder in folders if folder.is_dir()), name))
+    flow = load_flow(flows / name if flows and (flows / name).is_dir() else name)
     if torch.cuda.is_available():
         flow = flow.to("cuda")
         flow.cuda_graphs = True

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 
 from latent_aug.images.datasets import to_uint8
+from latent_aug.utils.files import replace_file
 
 if TYPE_CHECKING:
     from methods import Method
@@ -51,7 +52,8 @@ class Protocol:
         weight_decay: Of the optimizer.
         test: Evaluate on the test images; else train on four fifths of the labelled images and
             evaluate on the rest.
-        data_seed: Which images of a class are labelled.
+        data_seed: Which images of a class are labelled. If None, each seed has a draw of its own,
+            of the same number.
         size: Resize images to this side; None leaves them.
         precision: In which the classifier computes, and coupling networks where a recipe lowers
             theirs: "bfloat16", or "float32" on processors that are slow in it.
@@ -69,17 +71,17 @@ class Protocol:
     final_lr: float = 0.1
     weight_decay: float = 5e-4
     test: bool = False
-    data_seed: int = 0
+    data_seed: int | None = None
     size: int | None = None
     precision: Literal["bfloat16", "float32"] = "bfloat16"
 
 
 def read_images(folder: Path, size: int | None = None, channels: int = 3) -> Images:
     """Every image of <folder>/<class>/*, in order."""
-    return in_memory(ImageFolder(str(folder)), size, channels)
+    return stack_images(ImageFolder(str(folder)), size, channels)
 
 
-def in_memory(
+def stack_images(
     samples: Iterable[tuple[Any, int]], size: int | None = None, channels: int = 3
 ) -> Images:
     """Every image and class of a data set, in its order."""
@@ -89,10 +91,9 @@ def in_memory(
 
 
 def labelled(train: Images, protocol: Protocol) -> Images:
-    """So many images of each class, the same for every method and seed."""
-    order = torch.randperm(
-        len(train.labels), generator=torch.Generator().manual_seed(protocol.data_seed)
-    )
+    """The labelled images of each class: draw 0 where the protocol names none."""
+    generator = torch.Generator().manual_seed(protocol.data_seed or 0)
+    order = torch.randperm(len(train.labels), generator=generator)
     chosen = [order[train.labels[order] == c][: protocol.per_class] for c in range(train.classes)]
     # One of each class in turn, so that any first part is as balanced as the whole.
     places = torch.cat([torch.arange(len(part)) for part in chosen])
@@ -131,7 +132,7 @@ class Standardized(nn.Module):
         return logits.float()
 
 
-def optimizer_of(
+def make_optimizer(
     model: nn.Module, protocol: Protocol, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """With its schedule over all steps of a run."""
@@ -168,32 +169,63 @@ def run(
     protocol: Protocol,
     *,
     seed: int,
-    on_epoch: Callable[[float], object] = lambda loss: None,
+    on_epoch: Callable[[int, float], object] = lambda epoch, loss: None,
+    state: Path | None = None,
+    save_seconds: float = 180.0,
 ) -> dict[str, float]:
-    """Train and evaluate; accuracies in per cent, losses in nats, seconds."""
+    """Train and evaluate; accuracies in per cent, losses in nats, seconds.
+
+    Args:
+        method: See methods.py.
+        train: Images to train on.
+        evaluated: Images to evaluate on.
+        protocol: What all methods share.
+        seed: Seed of the weights, of the order of images and of all augmentations.
+        on_epoch: Called after each epoch with the number of epochs so far and the mean loss.
+        state: A file that keeps the training state. A run that finds it goes on from there, to the
+            same figures.
+        save_seconds: Time between two savings of it.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.benchmark = True  # on a GPU: nearly all batches are of one shape
     torch.manual_seed(seed)
     network = NETWORKS[protocol.network](protocol.channels, train.classes, protocol.width)
     model = Standardized(network, train.pixels, protocol.precision).to(device)
     augment = method(model, train.classes)
-    steps = protocol.epochs * (len(train.labels) // protocol.batch_size)
-    optimizer, schedule = optimizer_of(model, protocol, steps)
-    started, computed = time.perf_counter(), time.process_time()
-    for epoch in range(protocol.epochs):
+    per_epoch = len(train.labels) // protocol.batch_size
+    if per_epoch == 0:
+        raise ValueError(f"a batch of {protocol.batch_size} needs more than {len(train.labels)}")
+    steps = protocol.epochs * per_epoch
+    optimizer, schedule = make_optimizer(model, protocol, steps)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    at = {"step": 0, "order": torch.empty(0), "total": torch.zeros(()), "spent": (0.0, 0.0)}
+    if state is not None and state.exists():
+        at = load_state(state, parts)
+    order, total = at["order"], at["total"].to(device)
+    started = time.perf_counter() - at["spent"][0]
+    computed = time.process_time() - at["spent"][1]
+    saved = time.perf_counter()
+    for step in range(at["step"], steps):
+        epoch, place = divmod(step, per_epoch)
+        if place == 0:
+            order = torch.randperm(len(train.labels))
+            total = torch.zeros((), device=device)
         augment.begin(epoch / protocol.epochs)
-        order = torch.randperm(len(train.labels))
-        total = torch.zeros((), device=device)
-        batches = order.split(protocol.batch_size)[: len(order) // protocol.batch_size]
-        for chosen in batches:
-            x, y = augment(train.pixels[chosen].to(device), train.labels[chosen].to(device))
-            loss = F.cross_entropy(model(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.detach()
-        on_epoch(float(total) / len(batches))
+        chosen = order[place * protocol.batch_size : (place + 1) * protocol.batch_size]
+        x, y = augment(train.pixels[chosen].to(device), train.labels[chosen].to(device))
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        total += loss.detach()
+        if place == per_epoch - 1:
+            on_epoch(epoch + 1, float(total) / per_epoch)
+        if state is not None and time.perf_counter() - saved >= save_seconds:
+            spent = (time.perf_counter() - started, time.process_time() - computed)
+            at = {"step": step + 1, "order": order, "total": total, "spent": spent}
+            save_state(state, parts, at)
+            saved = time.perf_counter()
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - computed
     accuracy, loss = evaluate(model, evaluated)
     train_accuracy, train_loss = evaluate(model, train)
@@ -205,6 +237,32 @@ def run(
         "seconds": round(seconds, 2),
         "cpu_seconds": round(cpu_seconds, 2),  # other work on the machine hardly matters to it
     }
+
+
+def save_state(path: Path, parts: dict[str, Any], at: dict[str, Any]) -> None:
+    """Keep all that the next step depends on; what was kept before stays until this is whole.
+
+    Transforms keep nothing themselves: they draw from torch's global generators.
+    """
+    generators = [torch.get_rng_state()]
+    if torch.cuda.is_available():
+        generators += torch.cuda.get_rng_state_all()
+    content = {name: part.state_dict() for name, part in parts.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(path, flush=True) as partial:
+        torch.save({**content, "at": at, "generators": generators}, partial)
+
+
+def load_state(path: Path, parts: dict[str, Any]) -> dict[str, Any]:
+    """Put the parts and torch's generators back; the place in the training, as `save_state` got."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(content[name])
+    own, *others = content["generators"]
+    torch.set_rng_state(own)
+    if torch.cuda.is_available() and others:
+        torch.cuda.set_rng_state_all(others)
+    return content["at"]
 
 
 @torch.no_grad()

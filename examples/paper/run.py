@@ -1,40 +1,45 @@
-"""Train every classifier of a recipe that is not trained yet; each run leaves a JSON.
+"""Train every classifier of a recipe that is not trained yet; each run leaves a line of JSON.
 
-    python examples/paper/run.py examples/paper/recipes/NAME.json DATA [--test]
+    python examples/paper/run.py NAME DATA [--test]
 
-A recipe names a data set of DATA (a folder with <set>/train/<class>/* and <set>/test/<class>/*), or
-"torchvision:NAME", which is downloaded there; what of the protocol differs from its defaults, the
-flow, and for each method its settings and seeds. Without --test, runs are evaluated on a part of
-the labelled training images, to choose settings; the test images are read with --test only. Stop it
-at any time; the same command goes on with what is missing. Runs of one recipe may share out its
-methods by --only, on several machines. On a processor that is slow in a recipe's bfloat16, give
---precision float32, and another folder as --results if there are runs in bfloat16 already.
+NAME is a recipe of recipes/*.json. It says which images are used, what of the protocol differs from
+its defaults, and for each method its settings and seeds. The images are those of a folder of DATA,
+as <set>/train/<class>/* and <set>/test/<class>/*. Those of "torchvision:NAME" are downloaded there.
+Without --test, runs are evaluated on a part of the labelled training images, to choose settings.
+The test images are read with --test only.
+
+Stop it at any time: the same command goes on with what is missing, and a run that was stopped goes
+on from its last minutes. Several processes may share a recipe. They share --results and --state,
+and none begins a run that another one is at. Where bfloat16 is slow, give --precision float32, and
+another folder as --results if there are runs in bfloat16 already.
 """
 
 import argparse
 import copy
+import hashlib
 import json
 import platform
+import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
-from methods import arguments_of, method_of
-from protocol import Images, Protocol, in_memory, read_images, run, split
+from methods import make_method, read_arguments
+from protocol import Images, Protocol, read_images, run, split, stack_images
+from records import RECIPES, RESULTS, append_line, claim, read_lines, read_recipes
 from tqdm import tqdm
 
 from latent_aug import __version__
 from latent_aug.images.datasets import open_images
-from latent_aug.utils.files import write_json
+from latent_aug.utils.files import remove_partial
 
-RESULTS = Path(__file__).parents[1] / "results" / "paper"
+STATE = Path(__file__).parents[2] / "runs" / "paper"
 
 
-def methods_and_seeds(recipe: dict[str, Any], only: list[str] | None) -> Iterator[tuple[str, int]]:
+def list_runs(recipe: dict[str, Any], only: list[str] | None) -> Iterator[tuple[str, int]]:
     """Every method with its first seed, then with its second, so that tables fill evenly."""
     unknown = set(only or ()) - set(recipe["methods"])
     if unknown:
@@ -46,46 +51,53 @@ def methods_and_seeds(recipe: dict[str, Any], only: list[str] | None) -> Iterato
                 yield name, method["seeds"][place]
 
 
-def parts_of(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Its perturbations of the latent, in all its phases."""
+def list_perturbations(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The perturbations of the latent, in all phases of a method."""
     for holder in (settings, *(phase for _, phase in settings.get("phases", []))):
         yield from (holder[part] for part in ("latent", "attack") if part in holder)
 
 
-def settings_of(recipe: dict[str, Any], name: str, precision: str) -> dict[str, Any]:
-    """A method's, with the recipe's flow where it names none."""
+def fill_settings(recipe: dict[str, Any], name: str, precision: str) -> dict[str, Any]:
+    """The settings of a method, with the recipe's flow where it names none."""
     settings = copy.deepcopy({k: v for k, v in recipe["methods"][name].items() if k != "seeds"})
-    for part in parts_of(settings):
+    for part in list_perturbations(settings):
         part.update({"flow": "glow-cifar10", **recipe.get("flow", {}), **part})
         if precision == "float32":
             part.pop("network_dtype", None)
     return settings
 
 
-def missing_runs(
-    recipe: dict[str, Any], only: list[str] | None, folder: Path, precision: str
-) -> list[tuple[str, int, Path]]:
-    """Methods, seeds and files of what has not been run; says what has been."""
-    missing, found = [], 0
-    for name, seed in methods_and_seeds(recipe, only):
-        path = folder / f"{name} {seed}.json"
-        if path.exists():
-            check_precision(path, precision)
-            found += 1
-        else:
-            missing.append((name, seed, path))
-    print(f"{len(missing)} runs to make; {found} are in {folder}", flush=True)
-    return missing
+def fill_protocol(recipe: dict[str, Any], seed: int, **changes: Any) -> Protocol:
+    """The protocol of a run: its labelled images are a draw of its own, or the recipe's."""
+    return Protocol(**{"data_seed": seed, **recipe["protocol"], **changes})
 
 
-def flows_by_method(
+def find_done(path: Path, precision: str) -> set[tuple[str, int]]:
+    """Methods and seeds whose runs are there; refuses to go on in another precision."""
+    runs = read_lines(path)
+    for entry in runs:
+        if (found := entry["protocol"]["precision"]) != precision:
+            raise SystemExit(
+                f"{path}: {entry['method']}, seed {entry['seed']}, was run in {found}: "
+                f"give --precision {found}, or another folder as --results"
+            )
+    return {(entry["method"], entry["seed"]) for entry in runs}
+
+
+def find_flows(
     methods: dict[str, dict[str, Any]], folder: Path | None, channels: int
 ) -> dict[str, dict[str, str]]:
-    """`flows_of` each method; refuses to begin where a flow is missing."""
+    """The fingerprints of each method's flows: a flow that is trained again is another.
+
+    Refuses to begin where a flow is missing.
+    """
     found, problems = {}, []
     for name, settings in methods.items():
         try:
-            found[name] = flows_of(settings, folder, channels)
+            found[name] = {
+                part["flow"]: read_arguments(part, folder, channels)["flow"].fingerprint()
+                for part in list_perturbations(settings)
+            }
         except ValueError as error:
             problems.append(f"{name}: {error}")
     if problems:
@@ -95,39 +107,26 @@ def flows_by_method(
     return found
 
 
-def flows_of(settings: dict[str, Any], folder: Path | None, channels: int) -> dict[str, str]:
-    """The fingerprint of each flow of a method: a flow that is trained again is another."""
+def read_data(recipe: dict[str, Any], root: Path, protocol: Protocol) -> dict[str, Images]:
+    """The training images, and the test images if the protocol has them."""
+    name, how = recipe["data"], (protocol.size, protocol.channels)
+    parts = ("train", "test") if protocol.test else ("train",)
+    if not name.startswith("torchvision:"):
+        return {part: read_images(root / name / part, *how) for part in parts}
     return {
-        part["flow"]: arguments_of(part, folder, channels)["flow"].fingerprint()
-        for part in parts_of(settings)
+        part: stack_images(open_images(name, root=root, train=part == "train"), *how)
+        for part in parts
     }
 
 
-def images_of(recipe: dict[str, Any], root: Path, protocol: Protocol) -> tuple[Images, Images]:
-    """What to train and to evaluate on; the test images are read if the protocol has them."""
-    name, parts = recipe["data"], {}
-    how = (protocol.size, protocol.channels)
-    for part in ("train", "test") if protocol.test else ("train",):
-        if name.startswith("torchvision:"):
-            parts[part] = in_memory(open_images(name, root=root, train=part == "train"), *how)
-        else:
-            parts[part] = read_images(root / name / part, *how)
-    return split(parts["train"], parts.get("test"), protocol)
+def name_state(task: dict[str, Any]) -> str:
+    """A file name for the state of a task; a task that differs in anything has another one."""
+    mark = hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()[:12]
+    words = re.sub(r"\W+", "-", f"{task['recipe']} {task['method']} {task['seed']}")
+    return f"{words}-{mark}.pt"
 
 
-def check_precision(path: Path, precision: str) -> None:
-    """Refuse to go on in another precision than that of a run that is there.
-
-    The first runs do not name theirs, bfloat16.
-    """
-    found = json.loads(path.read_text())["protocol"].get("precision", "bfloat16")
-    if found != precision:
-        raise SystemExit(
-            f"{path} was run in {found}: give --precision {found}, or another folder as --results"
-        )
-
-
-def processor() -> str:
+def name_processor() -> str:
     """The CPU's name, as Linux gives it; elsewhere its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -137,72 +136,119 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def command_of(recipe: str, method: str, args: argparse.Namespace) -> str:
+def write_command(method: str, args: argparse.Namespace) -> str:
     """What repeats a method's runs; DATA and FOLDER stand for those of data sets and flows."""
-    command = ["python", "examples/paper/run.py", f"examples/paper/recipes/{recipe}.json", "DATA"]
+    command = ["python", "examples/paper/run.py", args.recipe, "DATA"]
     command += [*["--test"] * args.test, *["--flows", "FOLDER"] * bool(args.flows)]
     command += ["--precision", args.precision] * bool(args.precision)
     return shlex.join([*command, "--only", method])
 
 
-def main() -> None:
-    """Train what is missing."""
+def describe_machine() -> dict[str, Any]:
+    """With what a run was computed."""
+    return {
+        "versions": {
+            "latent-aug": __version__,
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "python": platform.python_version(),
+        },
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "processor": name_processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def read_options() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("data", type=Path)
+    parser.add_argument("recipe", metavar="NAME", help="of a recipe")
+    parser.add_argument("data", metavar="DATA", type=Path, help="the folder of data sets")
     parser.add_argument("--test", action="store_true", help="evaluate on the test images")
-    parser.add_argument("--only", nargs="+", help="these methods of the recipe")
-    parser.add_argument(
-        "--flows", type=Path, help="a folder of flows that are neither bundled nor in flows/"
-    )
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="these methods of the recipe")
+    parser.add_argument("--flows", type=Path, help="the folder of flows that are not bundled")
     choices = ("bfloat16", "float32")
     parser.add_argument("--precision", choices=choices, help="in place of the recipe's")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    recipe = json.loads(args.recipe.read_text())
-    protocol = Protocol(**recipe["protocol"], test=args.test)
-    if args.precision:
-        protocol = replace(protocol, precision=args.precision)
-    kind = "test" if args.test else "validation"
-    place = args.results / args.recipe.stem / kind
-    missing = missing_runs(recipe, args.only, place, protocol.precision)
-    methods = {name: settings_of(recipe, name, protocol.precision) for name, _, _ in missing}
-    flows = flows_by_method(methods, args.flows, protocol.channels)
-    data = images_of(recipe, args.data, protocol) if missing else None
-    for name, seed, path in missing:
-        settings = methods[name]
-        with tqdm(total=protocol.epochs, unit="epoch", desc=f"{name}, seed {seed}") as bar:
+    parser.add_argument("--recipes", type=Path, default=RECIPES, help="another folder of recipes")
+    parser.add_argument("--state", type=Path, default=STATE, help="the folder of unfinished runs")
+    parser.add_argument("--save-seconds", type=float, default=180.0, help="between two savings")
+    return parser.parse_args()
 
-            def advance(loss: float, bar: Any = bar) -> None:
-                bar.update()
-                bar.set_postfix_str(f"loss {loss:.3f}")
 
-            method = method_of(settings, args.flows)
-            figures = run(method, *data, protocol, seed=seed, on_epoch=advance)
-        entry = {
-            "recipe": args.recipe.stem,
+def train_one(
+    task: dict[str, Any],
+    protocol: Protocol,
+    images: dict[str, Images],
+    state: Path,
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """The figures of a run, under a progress bar."""
+    train, evaluated = split(images["train"], images.get("test"), protocol)
+    title = f"{task['method']}, seed {task['seed']}"
+    with tqdm(total=protocol.epochs, unit="epoch", desc=title) as bar:
+
+        def advance(epoch: int, loss: float) -> None:
+            bar.update(epoch - bar.n)
+            bar.set_postfix_str(f"loss {loss:.3f}")
+
+        figures = run(
+            make_method(task["settings"], args.flows),
+            train,
+            evaluated,
+            protocol,
+            seed=task["seed"],
+            on_epoch=advance,
+            state=state,
+            save_seconds=args.save_seconds,
+        )
+    kind = "test" if protocol.test else "validation"
+    return {
+        "train_images": len(train.labels),
+        "evaluated_on": f"{len(evaluated.labels)} {kind} images",
+        **figures,
+    }
+
+
+def main() -> None:
+    """Train what is missing."""
+    args = read_options()
+    recipes = read_recipes(args.recipes)
+    if args.recipe not in recipes:
+        raise SystemExit(f"there is no recipe {args.recipe!r}, but {sorted(recipes)}")
+    recipe, kind = recipes[args.recipe], "test" if args.test else "validation"
+    changes = {"test": args.test, **({"precision": args.precision} if args.precision else {})}
+    protocol = fill_protocol(recipe, 0, **changes)
+    results = args.results / f"{args.recipe}.{kind}.jsonl"
+    done = find_done(results, protocol.precision)
+    missing = [run for run in list_runs(recipe, args.only) if run not in done]
+    print(f"{len(missing)} runs to make; {len(done)} are in {results}", flush=True)
+    methods = {name: fill_settings(recipe, name, protocol.precision) for name, _ in missing}
+    flows = find_flows(methods, args.flows, protocol.channels)
+    images = read_data(recipe, args.data, protocol) if missing else {}
+    machine = describe_machine()
+    for name, seed in missing:
+        protocol = fill_protocol(recipe, seed, **changes)
+        task = {
+            "recipe": args.recipe,
             "method": name,
-            "settings": settings,
+            "settings": methods[name],
             "flows": flows[name],
             "seed": seed,
             "protocol": vars(protocol),
-            "train_images": len(data[0].labels),
-            "evaluated_on": f"{len(data[1].labels)} {kind} images",
-            **figures,
-            "command": command_of(args.recipe.stem, name, args),
-            "versions": {
-                "latent-aug": __version__,
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-                "python": platform.python_version(),
-            },
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "processor": processor(),
-            "threads": torch.get_num_threads(),
         }
-        place.mkdir(parents=True, exist_ok=True)
-        write_json(path, entry)
-        print(f"{name}, seed {seed}: {figures['accuracy']:.2f} %", flush=True)
+        identity = {**task, "results": str(results.resolve()), "device": machine["device"]}
+        state = args.state / name_state(identity)
+        with claim(state.with_suffix(".lock")) as is_ours:
+            if not is_ours or (name, seed) in find_done(results, protocol.precision):
+                print(f"{name}, seed {seed}: another process has it", flush=True)
+                continue
+            remove_partial(state)
+            figures = train_one(task, protocol, images, state, args)
+            command = {"command": write_command(name, args)}
+            append_line(results, {**task, **figures, **command, **machine})
+            state.unlink(missing_ok=True)
+            print(f"{name}, seed {seed}: {figures['accuracy']:.2f} %", flush=True)
 
 
 if __name__ == "__main__":

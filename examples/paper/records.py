@@ -1,0 +1,97 @@
+"""Recipes and their runs as files: who may write, and what a killed process has left."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
+
+RECIPES = Path(__file__).parent / "recipes"
+RESULTS = Path(__file__).parents[1] / "results" / "paper"
+
+
+def read_recipes(folder: Path = RECIPES) -> dict[str, dict[str, Any]]:
+    """Every recipe by its name. A file holds those of one figure or of tables that belong together.
+
+    Raises:
+        ValueError: Two files hold a recipe of the same name.
+    """
+    recipes: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json")):
+        found = json.loads(path.read_text())
+        if twice := recipes.keys() & found.keys():
+            raise ValueError(f"{path} has recipes that another file has, too: {sorted(twice)}")
+        recipes |= found
+    return recipes
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every entry of a JSON-lines file, none if there is no file.
+
+    A last line that a killed process has not finished is left out.
+
+    Raises:
+        ValueError: Another line is damaged.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    if not is_entry(lines[-1]):
+        del lines[-1]
+    for number, line in enumerate(lines, 1):
+        if not is_entry(line):
+            raise ValueError(f"line {number} of {path} is damaged")
+    return [json.loads(line) for line in lines]
+
+
+def is_entry(line: bytes) -> bool:
+    """Whether this is JSON from its first to its last byte."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def append_line(path: Path, entry: dict[str, Any]) -> None:
+    """Add a line, while other processes add theirs; it is on the disk at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")), path.open("a+b", buffering=0) as file:
+        end_last_line(file)
+        file.write(json.dumps(entry).encode() + b"\n")
+        os.fsync(file.fileno())
+
+
+def end_last_line(file: BinaryIO) -> None:
+    """Remove what a killed process has left of a line, so that the next one begins anew."""
+    file.seek(0)
+    content = file.read()
+    last = content[content.rfind(b"\n") + 1 :]
+    if is_entry(last):
+        file.write(b"\n")
+    elif last:
+        file.truncate(len(content) - len(last))
+
+
+@contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Claim what a lock file stands for: whether no other process has.
+
+    The claim ends with the block, and with the process, however that is killed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
