@@ -11,6 +11,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from latent_aug import TrainConfig, check_flow, load_flow, train_flow
 from latent_aug.diagnostics.check import greatest, padded, remedy_for
+from latent_aug.diagnostics.verdict import interpret_figures
 from latent_aug.images.datasets import UInt8Images
 
 
@@ -87,9 +88,30 @@ def test_images_like_the_training_data_fit_and_noise_does_not(usual):
     assert usual.fits
     assert not off.fits
     assert any("prior's scale" in problem for problem in off.problems)
-    assert "does not suit" in str(off)
+    assert "The flow is not usable on these images as it is (about" in str(off)
+    assert off.grade == "not usable"
     assert "fine-tune" in str(off)
     assert usual.figures["bits_per_dim"] < off.figures["bits_per_dim"]
+
+
+def test_a_flow_that_is_a_little_off_is_usable(usual):
+    images = (smooth() + 30 * torch.randn(12, 1, 28, 28)).clamp(0, 255).to(torch.uint8)
+    found = check_flow("glow-fashionmnist", images)
+    assert found.grade == "usable"
+    assert not found.fits
+    assert found.minutes > 0
+    assert f"usable on these images at linf eps {found.eps:.3g}. Fine-tuning helps" in str(found)
+    assert usual.minutes is None
+
+
+def test_mostly_black_images_are_a_remark(usual):
+    at_eps = {**usual.figures["perturbations"][1], "saturated": 0.3}
+    findings = tuple(interpret_figures(usual.figures, at_eps))
+    found = replace(usual, findings=findings)
+    assert found.fits
+    assert found.problems == ()
+    assert "30.0% of all pixel values" in found.remarks[0]
+    assert f"- {found.remarks[0]}" in str(found)
 
 
 def test_what_no_eps_can_do_is_said():

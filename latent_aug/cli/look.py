@@ -20,7 +20,7 @@ from latent_aug.cli.options import (
     SIZE,
     Norm,
     check_picture,
-    errors_as_messages,
+    show_errors,
 )
 from latent_aug.diagnostics.check import GREY_LEVELS, check_flow
 from latent_aug.diagnostics.figures import preview as preview_figure
@@ -53,7 +53,7 @@ def check(
     picture: Annotated[Path | None, PICTURE] = None,
 ) -> None:
     """Does a flow suit your images, and which eps does? Exit code 3 if it does not."""
-    with errors_as_messages():
+    with show_errors():
         model = None if classifier is None else imported_model(classifier)
         scaling = None if normalize is None else imported("normalize", normalize)
         if picture is not None:
@@ -74,7 +74,7 @@ def check(
         if picture is not None:
             draw(LatentPerturb(found.eps, norm=norm, flow=loaded), images, picture, None)
     typer.echo(str(found))
-    if not found.fits:
+    if found.grade == "not usable":
         raise typer.Exit(3)
 
 
@@ -89,7 +89,7 @@ def preview(
     resolution: Annotated[int | None, RESOLUTION] = None,
 ) -> None:
     """Draw images, what becomes of them at several eps, the differences, and samples."""
-    with errors_as_messages():
+    with show_errors():
         check_picture(picture, data)
         loaded = load_flow(flow)
         images = images_for(loaded, open_images(data, root=root), size, keep_bytes=0)
@@ -107,7 +107,7 @@ def explore(
     browser: Annotated[bool, typer.Option(help="Open it in a browser.")] = True,
 ) -> None:
     """Look at perturbations on a page of this machine: drag eps, choose norm, level and region."""
-    with errors_as_messages():
+    with show_errors():
         from latent_aug.diagnostics.app import serve
 
         flows = [*(flow or []), *reversed(bundled_flows())]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shlex
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from latent_aug.diagnostics.flips import CHUNK, Flips
-from latent_aug.diagnostics.measure import markdown_rows, mean_change, measure_flow, problems_of
+from latent_aug.diagnostics.measure import markdown_rows, mean_change, measure_flow
+from latent_aug.diagnostics.verdict import Finding, Grade, choose_grade, interpret_figures
 from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
 from latent_aug.flows.hub import load_flow
 from latent_aug.images.conversion import Normalization, encoded, fit_to_flow, from_float
@@ -27,7 +30,8 @@ from latent_aug.images.datasets import (
     with_classes,
 )
 from latent_aug.transforms import functional as LF
-from latent_aug.utils.arguments import one_of, positive
+from latent_aug.utils.arguments import require_choice, require_positive
+from latent_aug.utils.randomness import sample_normal
 
 GREY_LEVELS = 10.0
 """Mean change of a pixel that a suggested eps aims at; linf 0.25 makes about that on CIFAR-10."""
@@ -35,23 +39,28 @@ GREY_LEVELS = 10.0
 CALIBRATED_ON = 200  # images
 FEW = 100  # images below which figures are rough
 LOWEST, HIGHEST = 1e-3, 1e3  # eps
+TUNING_STEPS, TUNING_BATCH = 1000, 64  # of the advised fine-tuning
+TIMED = 32  # images of the step that its time is estimated by
 
 
 @dataclass(frozen=True)
 class FlowCheck:
-    """What `check_flow` found.
+    """The result of `check_flow`.
 
     Attributes:
-        figures: Of `measure_flow`; with a classifier each perturbation has its `flipped`, the share
-            of predictions that change.
-        norm: Of the suggested eps.
+        figures: The result of `measure_flow`; with a classifier each perturbation has its
+            `flipped`, the share of predictions that change.
+        norm: The norm of the suggested eps.
         eps: The suggested eps.
         by_change: The eps that changes pixels by the asked number of grey levels on average;
             `HIGHEST` if none does.
         by_flips: The greatest eps that flips no more than the asked share of the classifier's
             predictions, `LOWEST` if there is none; None without a classifier.
-        problems: What does not fit, one sentence each; empty if the flow suits the images.
-        remedy: What to do about it: for a flow of the package the command that fine-tunes it.
+        findings: What the figures show, each with the best grade that it allows.
+        remedy: The way to a flow that suits: for a flow of the package the command that fine-tunes
+            it.
+        minutes: An estimate of the time that the remedy takes on this machine; None where the flow
+            suits, or cannot be trained here.
     """
 
     figures: dict[str, Any]
@@ -59,13 +68,29 @@ class FlowCheck:
     eps: float
     by_change: float
     by_flips: float | None
-    problems: tuple[str, ...]
+    findings: tuple[Finding, ...]
     remedy: str
+    minutes: float | None = None
+
+    @property
+    def grade(self) -> Grade:
+        """The worst grade of the findings: "suits", "usable" at that eps, or "not usable"."""
+        return choose_grade(self.findings)
 
     @property
     def fits(self) -> bool:
         """Whether the flow suits the images."""
-        return not self.problems
+        return self.grade == "suits"
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Findings that keep the flow from suiting the images, one sentence each."""
+        return tuple(found.text for found in self.findings if found.grade != "suits")
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Findings that are no problem, one sentence each."""
+        return tuple(found.text for found in self.findings if found.grade == "suits")
 
     def __str__(self) -> str:
         f = self.figures
@@ -95,11 +120,24 @@ class FlowCheck:
 
     @property
     def verdict(self) -> str:
-        """What does not fit, a line each, and the conclusion."""
-        conclusion = "The flow suits these images."
-        if not self.fits:
-            conclusion = f"The flow does not suit these images as it is: {self.remedy}"
-        return "\n".join([*(f"- {problem}" for problem in self.problems), conclusion])
+        """The findings, a line each, and the conclusion."""
+        lines = [f"- {finding.text}" for finding in self.findings]
+        return "\n".join([*lines, self.conclusion])
+
+    @property
+    def conclusion(self) -> str:
+        """The grade, with what to do about it."""
+        took = (
+            "" if self.minutes is None else f" (about {max(1, round(self.minutes))} minutes here)"
+        )
+        if self.grade == "suits":
+            return "The flow suits these images."
+        if self.grade == "usable":
+            return (
+                f"The flow is usable on these images at {self.norm} eps {self.eps:.3g}. "
+                f"Fine-tuning helps{took}: {self.remedy}"
+            )
+        return f"The flow is not usable on these images as it is{took}: {self.remedy}"
 
 
 def check_flow(
@@ -117,6 +155,9 @@ def check_flow(
     progress: bool = False,
 ) -> FlowCheck:
     """Does a flow suit your images, and which eps would? Look here before you train with it.
+
+    The answer has three grades. "suits": take it. "usable": it works at the suggested eps, and
+    fine-tuning it on your images helps. "not usable": it does not perturb them sensibly.
 
     Args:
         flow: A `Flow`, or a name or path for `load_flow`. A flow of classes takes them as its
@@ -139,7 +180,7 @@ def check_flow(
         progress: Show a progress bar.
 
     Returns:
-        Figures, a suggested eps, and what does not fit; print it to read it.
+        Figures, a suggested eps, findings and a grade; print it to read it.
 
     Raises:
         ValueError: The images have other channels than the flow, or another size than the one that
@@ -164,7 +205,7 @@ def check_flow(
         images = open_images(images)
     check_dataset("images", images)
     pixels = images_for(loaded, images, size, keep_bytes=0)
-    positive("count", count)
+    require_positive("count", count)
     check_size(pixels, loaded)
     chosen, y = pixels.some(count)
     few = spread(len(chosen), CALIBRATED_ON)
@@ -183,17 +224,49 @@ def check_flow(
         seed=seed,
         progress=progress,
     )
-    problems = [*problems_of(figures)]
+    findings = [*interpret_figures(figures, figures["perturbations"][1])]
     if by_change >= HIGHEST:
-        problems.append(f"no eps changes pixels by {grey_levels:g} grey levels on average")
+        text = f"no eps changes pixels by {grey_levels:g} grey levels on average"
+        findings.append(Finding(text, "not usable"))
     if flipped is not None:
         for perturbation in figures["perturbations"]:
             perturbation["flipped"] = flipped.share(perturbation["eps"])
-        problems += flipped.problems()
+        findings += [Finding(text, "usable") for text in flipped.explain_doubts()]
     if by_flips is not None and by_flips <= LOWEST:
-        problems.append(f"no eps flips {flips:.0%} or less of the predictions")
-    remedy = remedy_for(loaded, pixels)
-    return FlowCheck(figures, norm, eps, by_change, by_flips, tuple(problems), remedy)
+        text = f"no eps flips {flips:.0%} or less of the predictions"
+        findings.append(Finding(text, "not usable"))
+    suits = choose_grade(findings) == "suits"
+    return FlowCheck(
+        figures,
+        norm,
+        eps,
+        by_change,
+        by_flips,
+        tuple(findings),
+        remedy_for(loaded, pixels),
+        None if suits else estimate_minutes(loaded, pixels),
+    )
+
+
+def estimate_minutes(flow: Flow, images: UInt8Images) -> float | None:
+    """About how long the advised fine-tuning takes on this machine.
+
+    None for a flow that `latent-aug train` does not train.
+    """
+    if not isinstance(flow, (Glow, ConditionalDenseFlow)):
+        return None
+    trained = copy.deepcopy(flow).requires_grad_(True).train()
+    x = fit_to_flow(images.some(TIMED)[0].to(flow.device, torch.float32) / 255, flow)
+    y = torch.zeros(len(x), dtype=torch.long, device=x.device) if flow.num_classes else None
+    seconds = []
+    with torch.enable_grad():
+        for _ in range(2):  # the first one warms up
+            started = time.perf_counter()
+            loss = -trained.log_prob(x, y).mean()
+            loss.backward()
+            float(loss.detach())  # waits for an accelerator
+            seconds.append(time.perf_counter() - started)
+    return seconds[-1] / len(x) * TUNING_BATCH * TUNING_STEPS / 60
 
 
 def check_arguments(
@@ -204,7 +277,7 @@ def check_arguments(
     Raises:
         ValueError, TypeError: One is out of range or of another type.
     """
-    one_of("norm", norm, ("linf", "l2", "rms"))
+    require_choice("norm", norm, ("linf", "l2", "rms"))
     if not grey_levels > 0 or not 0 < flips < 1:
         raise ValueError(
             f"grey_levels must be above 0 and flips lie in (0, 1), got {grey_levels!r}, {flips!r}"
@@ -222,7 +295,7 @@ def padded(pixels: Tensor, flow: Flow) -> Tensor:
     """uint8 images (B, C, H, W), padded where the flow does not map their sides."""
     if not any(side % flow.multiple for side in pixels.shape[2:]):
         return pixels
-    parts = [fit_to_flow(part / 255, flow) for part in pixels.split(CHUNK)]
+    parts = [fit_to_flow(part.float() / 255, flow) for part in pixels.split(CHUNK)]
     return torch.cat([from_float(part, torch.uint8) for part in parts])
 
 
@@ -241,7 +314,8 @@ def remedy_for(flow: Flow, images: UInt8Images) -> str:
     needed = "with their classes" if flow.num_classes else "labels not needed"
     return (
         f"fine-tune it on them, {needed}, with `latent-aug train DATA --init "
-        f"{shlex.quote(name)} {options}--output DIRECTORY --lr 5e-4 --steps 1000`, or use another."
+        f"{shlex.quote(name)} {options}--output DIRECTORY --lr 5e-4 --steps {TUNING_STEPS}`, or "
+        "use another."
     )
 
 
@@ -254,13 +328,16 @@ def perturbed_by(
     They are padded for a flow that does not map their sides, and cropped back.
     """
     height, width = pixels.shape[-2:]
-    device = next(flow.parameters(), pixels).device
+    device = flow.device
     classes = [None] * len(pixels.split(CHUNK)) if y is None else y.to(device).split(CHUNK)
     parts = zip(pixels.split(CHUNK), classes, strict=True)
     z = torch.cat(
-        [encoded(flow, fit_to_flow(part.to(device) / 255, flow), own) for part, own in parts]
+        [
+            encoded(flow, fit_to_flow(part.to(device, torch.float32) / 255, flow), own)
+            for part, own in parts
+        ]
     )
-    draws = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z)
+    draws = sample_normal(z.shape, z, torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
     def moved(eps: float) -> Tensor:

@@ -57,8 +57,8 @@ class Flips:
         classes_of(outputs[0], "wrap the classifier in a module that gives two")
         return torch.cat(outputs).argmax(dim=1)
 
-    def problems(self) -> Iterator[str]:
-        """Why the shares say nothing."""
+    def explain_doubts(self) -> Iterator[str]:
+        """Reasons why the shares say nothing."""
         alike = float(self.before.bincount().max()) / len(self.before)
         if len(self.before) > 1 and alike > MOST_ALIKE:
             yield (
