@@ -59,7 +59,7 @@ if __name__ == "__main__":
     flow = load_flow(args.flow)
     torch.manual_seed(0)
     side = 32 if flow.channels == 3 else 28
-    samples = flow.decode(0.7 * torch.randn(COLUMNS, flow.channels, side, side)).clamp(0, 1)
+    samples = flow.sample(COLUMNS, size=side, temperature=0.7)
     rows = [samples, *(parts if args.parts else sizes)(flow, samples)]
     large = torch.cat(rows).repeat_interleave(SCALE, 2).repeat_interleave(SCALE, 3)
     save_image(large, args.picture, nrow=COLUMNS, padding=2)

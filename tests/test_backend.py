@@ -13,7 +13,7 @@ from conftest import random_glow
 
 from latent_aug import load_flow
 from latent_aug.flows import ConditionalDenseFlow
-from latent_aug.flows.backend import full_precision, settings
+from latent_aug.flows.backend import list_settings, use_full_precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NEW = hasattr(torch.backends.cudnn, "conv")  # torch 2.9 and later
@@ -36,11 +36,11 @@ def bfloat16_products(medium):
 
 
 def values(kind="cpu"):
-    return [setting.read() for setting in settings(kind)]
+    return [setting.read() for setting in list_settings(kind)]
 
 
 def are_full(kind="cpu"):
-    return all(setting.read() in setting.full for setting in settings(kind))
+    return all(setting.read() in setting.wanted for setting in list_settings(kind))
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -74,7 +74,7 @@ def test_settings_are_full_inside_and_put_back(precision, device):
     torch.set_float32_matmul_precision(precision)
     try:
         before = values(device.type)
-        with full_precision(device):
+        with use_full_precision(device):
             assert are_full(device.type)
         assert values(device.type) == before
         assert torch.get_float32_matmul_precision() == precision
@@ -85,7 +85,7 @@ def test_settings_are_full_inside_and_put_back(precision, device):
 @pytest.mark.usefixtures("medium")
 def test_the_last_of_several_threads_puts_settings_back():
     before = values()
-    first, second = full_precision(CPU), full_precision(CPU)
+    first, second = use_full_precision(CPU), use_full_precision(CPU)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
@@ -106,16 +106,16 @@ def run(code):
 def test_on_a_cpu_a_wider_setting_decides_afterwards_as_before():
     code = """
 import torch
-from latent_aug.flows.backend import full_precision
+from latent_aug.flows.backend import use_full_precision
 b = torch.backends
 b.cudnn.conv.fp32_precision = "none"  # which is a default in some releases of torch only
-with full_precision(torch.device("cpu")):
+with use_full_precision(torch.device("cpu")):
     pass
 b.fp32_precision = "ieee"
 print(b.cudnn.conv.fp32_precision, b.mkldnn.matmul.fp32_precision)
 b.fp32_precision = "tf32"
 print(b.mkldnn.matmul.fp32_precision)
-with full_precision(torch.device("cpu")):
+with use_full_precision(torch.device("cpu")):
     print(b.mkldnn.matmul.fp32_precision)
 b.fp32_precision = "ieee"
 print(b.mkldnn.matmul.fp32_precision)
@@ -131,7 +131,7 @@ def test_a_process_forked_while_another_thread_is_inside_is_neither_locked_nor_c
 
     def enter():
         while not stop.is_set():
-            with full_precision(CPU):
+            with use_full_precision(CPU):
                 time.sleep(1e-3)
 
     thread = threading.Thread(target=enter)
@@ -139,7 +139,7 @@ def test_a_process_forked_while_another_thread_is_inside_is_neither_locked_nor_c
     try:
         for _ in range(20):
             if (child := os.fork()) == 0:
-                with full_precision(CPU):
+                with use_full_precision(CPU):
                     inside = are_full()
                 os._exit(0 if inside and values() == before else 1)
             assert exit_code(child) == 0

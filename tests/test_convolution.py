@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from latent_aug.flows import convolution
-from latent_aug.flows.convolution import Conv, can_pack, convolve, packed
+from latent_aug.flows.convolution import Conv, can_reorder, convolve, reorder_weight
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 0.1}
 
@@ -37,7 +37,7 @@ def test_it_is_torch_s_convolution(kernel, inputs, dtype, size, bias, threads):
         x.double(), *(None if t is None else t.double() for t in conv[:2]), padding=kernel // 2
     )
     before = x.clone()
-    for c, relu in itertools.product((conv, packed(conv)), (False, True)):
+    for c, relu in itertools.product((conv, reorder_weight(conv)), (False, True)):
         found = convolve(x, c, relu=relu)
         assert found.dtype == dtype
         wanted = expected.clamp(min=0) if relu else expected
@@ -45,24 +45,24 @@ def test_it_is_torch_s_convolution(kernel, inputs, dtype, size, bias, threads):
     assert torch.equal(x, before)
 
 
-def test_large_inputs_take_the_packed_weight(monkeypatch):
-    if not can_pack(torch.float32):
+def test_large_inputs_take_the_reordered_weight(monkeypatch):
+    if not can_reorder(torch.float32):
         pytest.skip("no oneDNN")
-    conv = packed(layer(3, 6, torch.float32))
-    assert conv.packed is not None
+    conv = reorder_weight(layer(3, 6, torch.float32))
+    assert conv.reordered is not None
     other = conv._replace(weight=torch.zeros_like(conv.weight))
     assert convolve(torch.randn(4, 6, 16, 16), other).std() > 0.1
     small = convolve(torch.randn(1, 6, 16, 16), other)
     torch.testing.assert_close(small, other.bias[:, None, None].expand_as(small))
-    monkeypatch.setattr(convolution, "can_pack", lambda dtype: False)
-    assert packed(layer(3, 6, torch.float32)).packed is None
+    monkeypatch.setattr(convolution, "can_reorder", lambda dtype: False)
+    assert reorder_weight(layer(3, 6, torch.float32)).reordered is None
 
 
 @pytest.mark.parametrize("outputs", [12, 24, 32, 48])
 def test_outputs_are_filled_up_with_zeros(outputs):
-    if not can_pack(torch.float32):
+    if not can_reorder(torch.float32):
         pytest.skip("no oneDNN")
-    conv = packed(Conv(torch.randn(outputs, 5, 3, 3), torch.randn(outputs)), fill=True)
+    conv = reorder_weight(Conv(torch.randn(outputs, 5, 3, 3), torch.randn(outputs)), fill=True)
     x = torch.randn(8, 5, 16, 16)
     found, expected = convolve(x, conv), F.conv2d(x, conv.weight, conv.bias, padding=1)
     assert found.shape[1] == (outputs if outputs in (12, 32) else -(-outputs // 32) * 32)
@@ -70,13 +70,13 @@ def test_outputs_are_filled_up_with_zeros(outputs):
     assert not found[:, outputs:].any()
 
 
-def test_float64_is_not_packed():
-    assert packed(layer(3, 6, torch.float64)).packed is None
+def test_float64_is_not_reordered():
+    assert reorder_weight(layer(3, 6, torch.float64)).reordered is None
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_gradients_pass(kernel):
-    conv = packed(layer(kernel, 70, torch.float32))
+    conv = reorder_weight(layer(kernel, 70, torch.float32))
     x = torch.randn(4, 70, 16, 16, requires_grad=True)
     out = convolve(x, conv, relu=True)
     (grad,) = torch.autograd.grad(out.sum(), x)
@@ -92,7 +92,7 @@ def test_gradients_pass(kernel):
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_forward_mode_derivatives_are_not_lost():
     """Right, or refused; never silently without them."""
-    conv = packed(layer(3, 6, torch.float32))
+    conv = reorder_weight(layer(3, 6, torch.float32))
     x = torch.randn(4, 6, 16, 16)
     try:
         _, tangent = torch.func.jvp(lambda t: convolve(t, conv), (x,), (torch.ones_like(x),))

@@ -210,7 +210,7 @@ class TestTraining:
         assert torch.equal(loaded.encode(x, y), flow.encode(x, y))
 
     def test_a_glow_s_precision_is_refused(self, tmp_path):
-        with pytest.raises(ValueError, match="this flow is a ConditionalDenseFlow"):
+        with pytest.raises(ValueError, match="got a ConditionalDenseFlow"):
             self.train(tmp_path, network_dtype="bfloat16")
         assert not any(tmp_path.iterdir())
 

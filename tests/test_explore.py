@@ -156,7 +156,7 @@ def test_examples_and_samples():
 
 
 def test_flows_of_classes_are_refused(monkeypatch):
-    monkeypatch.setattr(explore, "shared_flow", lambda name: ByClass())
+    monkeypatch.setattr(explore, "get_shared_flow", lambda name: ByClass())
     with pytest.raises(ValueError, match="without classes"):
         explore.flow_of("by-class")
 

@@ -8,8 +8,7 @@ import torch
 from conftest import random_glow
 
 from latent_aug import LatentAdversarial
-from latent_aug.flows import engine, graphs
-from latent_aug.flows import glow as glow_module
+from latent_aug.flows import engine, graphs, prepared
 
 
 class Standin:
@@ -53,8 +52,8 @@ def flow(monkeypatch):
     monkeypatch.setattr(Standin, "recorded", 0)
     monkeypatch.setattr(graphs, "Graph", Standin)
     monkeypatch.setattr(graphs, "Replays", Shared)
-    monkeypatch.setattr(glow_module, "Graph", Standin)
-    monkeypatch.setattr(glow_module, "can_record", lambda t: True)
+    monkeypatch.setattr(prepared, "Graph", Standin)
+    monkeypatch.setattr(prepared, "can_record", lambda t: True)
     flow = random_glow()
     flow.cuda_graphs = True
     return flow
@@ -160,8 +159,8 @@ def test_what_fails_half_way_leaves_nothing(flow, monkeypatch):
     monkeypatch.setattr(engine, "read_mix", fails)
     with pytest.raises(RuntimeError, match="not while"):
         flow.encode(x)
-    (prepared,) = flow._prepared.values()
-    assert not prepared.networks
+    ((_, _, half_way),) = flow._prepared.values()
+    assert not half_way._networks
     assert torch.equal(flow.encode(x), expected)
 
 

@@ -6,8 +6,7 @@ Times the bundled CIFAR-10 flow on random 8-bit images of 32 and 64 pixels (the 
 depend on what is in them, and samples that fall back cost the same), medians. "worker" is one PIL
 image at a time on one thread, as in each DataLoader worker; "batch" is 64 images on all threads;
 "bfloat16" has coupling networks of that precision. The attack is on ResNet-18 for small images,
-3 steps. Imports and first calls are timed in fresh processes, which take turns. "compiled" has
-`Glow.compiled`, with what its first call takes.
+3 steps. Imports and first calls are timed in fresh processes, which take turns.
 """
 
 import copy
@@ -15,7 +14,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import torch
@@ -77,24 +75,6 @@ def costs(side: int) -> dict[str, float]:
     }
 
 
-@torch.no_grad()
-def compiled() -> dict[str, float]:
-    """A round trip of a batch of 64 with compiled steps: the first call, then beside plain ones."""
-    x = torch.rand(64, 3, 32, 32)
-    result = {}
-    for dtype in (None, torch.bfloat16):
-        plain, fused = load_flow(), load_flow()
-        plain.network_dtype = fused.network_dtype = dtype
-        fused.compiled = True
-        name = str(dtype or torch.float32).removeprefix("torch.")
-        started = time.perf_counter()
-        fused.decode(fused.encode(x))
-        result[f"{name}_first_call_s"] = round(time.perf_counter() - started, 1)
-        result[f"{name}_compiled_ms"] = milliseconds(lambda: fused.decode(fused.encode(x)), 64)  # noqa: B023
-        result[f"{name}_plain_ms"] = milliseconds(lambda: plain.decode(plain.encode(x)), 64)  # noqa: B023
-    return result
-
-
 def main() -> None:
     """Measure, print, keep."""
     fresh = in_fresh_processes(
@@ -108,7 +88,6 @@ def main() -> None:
         **fresh,
         "threads": torch.get_num_threads(),
         "rows": rows,
-        "compiled_round_trip": compiled(),
     }
     print(json.dumps(result, indent=1))
     keep_measurement("cost", result)

@@ -34,7 +34,7 @@ from torchvision.transforms.v2 import functional as tvf
 from latent_aug import AugmentConfig, Glow, LatentPerturb, TrainConfig, augment_images, load_flow
 from latent_aug.images.datasets import EncodedImages, UInt8Images, to_uint8
 from latent_aug.training.processes import Processes
-from latent_aug.training.recipe import resolve_dtype
+from latent_aug.training.recipe import choose_dtype
 from latent_aug.training.train import Run
 
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
@@ -51,15 +51,15 @@ timed = partial(seconds, repeats=20, patience=3.0)
 def precisions() -> list[str]:
     """Of the coupling networks, that are worth measuring here."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    fastest = resolve_dtype(TrainConfig(output="unused"), glow(FLOWS[0], "float32"), device)
+    fastest = choose_dtype(TrainConfig(output="unused"), glow(FLOWS[0], "float32"), device)
     return sorted({"float32", fastest}, reverse=True)
 
 
 def samples(count: int) -> Tensor:
     """Images that a flow takes for its own, uint8 (B, 3, 32, 32)."""
-    z = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return (load_flow(FLOWS[0]).decode(0.7 * z).clamp(0, 1) * 255).byte()
+    generator = torch.Generator().manual_seed(0)
+    drawn = load_flow(FLOWS[0]).sample(count, size=32, temperature=0.7, generator=generator)
+    return (drawn * 255).byte()
 
 
 def glow(name: str, dtype: str) -> Glow:
@@ -131,7 +131,7 @@ def training(place: Path, dtype: str) -> dict[str, float]:
     flow = Glow(3, levels=3, steps=8, hidden=128)
     run = Run(flow, config, UInt8Images(EncodedImages(place / "images"), 3), processes)
     taken = []
-    for _, batch in zip(range(3 + TIMED_STEPS), run.batches(), strict=False):
+    for _, batch in zip(range(3 + TIMED_STEPS), run.read_batches(), strict=False):
         started = time.perf_counter()
         run.train_step(*batch)  # ends where all have met
         taken.append(time.perf_counter() - started)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from latent_aug.flows import Flow
-from latent_aug.flows.hub import shared_flow
+from latent_aug.flows.hub import get_shared_flow
 from latent_aug.images.conversion import check_mode
 from latent_aug.images.datasets import to_uint8
 from latent_aug.transforms.adversarial import LatentAdversarial
@@ -136,7 +136,7 @@ def flow_of(name: str) -> Flow:
     Raises:
         ValueError: It needs labels, which the page does not have.
     """
-    flow = shared_flow(name)
+    flow = get_shared_flow(name)
     if flow.num_classes:
         raise ValueError(f"this page is for flows without classes, {name} has {flow.num_classes}")
     return flow
@@ -157,10 +157,12 @@ def samples(
 ) -> Tensor:
     """The same latents at several temperatures, decoded: (T, count, C, H, W) in [0, 1]."""
     side = 28 if flow.channels == 1 else 32  # what the bundled flows were trained on
-    height, width = flow.size or (side + -side % flow.multiple,) * 2
-    draws = torch.Generator().manual_seed(seed)
-    z = torch.randn((count, flow.channels, height, width), generator=draws)
-    return torch.stack([flow.decode(t * z).nan_to_num().clamp(0, 1) for t in temperatures])
+    size = flow.size or side + -side % flow.multiple
+    drawn = [
+        flow.sample(count, size=size, temperature=t, generator=torch.Generator().manual_seed(seed))
+        for t in temperatures
+    ]
+    return torch.stack(drawn).nan_to_num()
 
 
 def read_upload(path: str | Path, channels: int, side: int) -> Tensor:

@@ -236,15 +236,15 @@ def draw_samples(
     figure: Any, flow: Flow, like: Tensor, temperatures: Sequence[float], seed: int
 ) -> None:
     """One row: the same latents at each temperature."""
-    shape = (SAMPLES, *fit_to_flow(like, flow).shape[1:])
-    z = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    weights = next(flow.parameters(), z)
-    y = (
-        torch.arange(SAMPLES, device=weights.device) % flow.num_classes
-        if flow.num_classes
-        else None
-    )
+    height, width = fit_to_flow(like, flow).shape[-2:]
     axes = figure.subplots(1, len(temperatures), squeeze=False)[0]
     for place, temperature in zip(axes, temperatures, strict=True):
-        samples = flow.decode((temperature * z).to(weights.device), y).cpu()
+        # A user's flow may have a `sample` of its own, with other arguments.
+        samples = Flow.sample(
+            flow,
+            SAMPLES,
+            size=(height, width),
+            temperature=temperature,
+            generator=torch.Generator().manual_seed(seed),
+        ).cpu()
         draw_image(place, torch.cat(list(samples), dim=2), f"samples, temperature {temperature:g}")

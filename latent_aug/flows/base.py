@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,8 +15,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from latent_aug.utils.arguments import require_natural, require_number, require_positive
 from latent_aug.utils.files import write_whole
-from latent_aug.utils.randomness import sample_uniform
+from latent_aug.utils.randomness import sample_normal, sample_uniform
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -38,12 +40,13 @@ augment = LatentPerturb(flow="{repo_id}")
 
 Config: `{config}`.
 """
-MOST_PARAMETERS = 2**28  # of a config from outside; the paper's Glow has 44 million
+MOST_PARAMETERS = 2**28  # that a config from outside may ask for; the paper's Glow has 44 million
 RUN_NAME = "run.pt"  # the state of a training run, beside the flow it ends in
+SAMPLED_SIDE = 32  # of the images that `Flow.sample` draws where no size is given
 
 
-def digest_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of a flow: its config, and each tensor's name, type, shape and bytes."""
+def compute_digest(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Compute the SHA-256 of a flow: its config, and each tensor's name, type, shape and bytes."""
     config = json.loads(json.dumps(config))  # as it is read back: keys are strings
     sha = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
@@ -53,7 +56,7 @@ def digest_of(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 
 def is_setting(name: str, value: Any) -> bool:
-    """Whether an attribute of a module is plain and its own: a number, text, or a tuple of such."""
+    """Whether a module's attribute is a plain value: a number, a text, or a tuple of these."""
     if name.startswith("_") or name in ("training", "loaded_from"):
         return False
     if isinstance(value, (tuple, list)):
@@ -61,13 +64,13 @@ def is_setting(name: str, value: Any) -> bool:
     return type(value) in (int, float, str, bool)
 
 
-def check_config(config: dict[str, Any], largest: dict[str, int], number: str) -> None:
+def require_config(config: dict[str, Any], largest: dict[str, int], number: str) -> None:
     """Refuse a config from outside that does not hold a constructor's arguments.
 
     Args:
-        config: From a file.
-        largest: The sizes that must be there, integers from 1 to so much.
-        number: What else must be there, a number; the constructor checks its range.
+        config: The content of a config file.
+        largest: The names of the sizes it must hold, and the largest value of each.
+        number: The name of the number it must also hold, whose range the constructor checks.
 
     Raises:
         ValueError: A key is unknown or missing, or a value of the wrong type or too large.
@@ -83,8 +86,8 @@ def check_config(config: dict[str, Any], largest: dict[str, int], number: str) -
         raise ValueError(f"{number} must be a number, got {config[number]!r}")
 
 
-def check_parameters(count: int) -> None:
-    """Refuse a config of so many parameters that building it could exhaust the memory.
+def require_parameter_count(count: int) -> None:
+    """Refuse a flow of so many parameters that building it could exhaust the memory.
 
     Raises:
         ValueError: It has more than `MOST_PARAMETERS`.
@@ -93,31 +96,33 @@ def check_parameters(count: int) -> None:
         raise ValueError(f"this config is of more than {MOST_PARAMETERS:,} parameters")
 
 
-def dequantized(x: Tensor, noise: Tensor) -> Tensor:
-    """8-bit images (values v / 255) spread over their bins by uniform noise in [0, 1)."""
+def dequantize(x: Tensor, noise: Tensor) -> Tensor:
+    """Spread 8-bit images (values v / 255) over their bins by uniform noise in [0, 1)."""
     return x + (noise - 0.5) / 255
 
 
-def bits_of(log_prob: Tensor, x: Tensor) -> Tensor:
-    """Bits per dimension of 8-bit images (B, C, H, W) from their log-density (B,), in nats."""
+def compute_bits(log_prob: Tensor, x: Tensor) -> Tensor:
+    """Compute the bits per dimension of images (B, C, H, W) from their log-density in nats (B,)."""
     return (math.log(255) - log_prob / math.prod(x.shape[1:])) / math.log(2)
 
 
 class Flow(nn.Module):
     """An invertible map between images and latents of the same shape, with an N(0, I) prior.
 
-    Subclass it, set the attributes and write `encode` and `decode`: every transform and attack of
+    Subclass it, set the attributes and write `encode` and `decode`. Every transform and attack of
     the package then works with it. `log_prob` is for training and for bits/dim. Add `config` and
     `from_config` to save and load it.
 
     Attributes:
-        channels: Channels of the images it maps.
-        multiple: Height and width must divide by it; the transforms pad and crop.
-        size: The only (H, W) it maps; None for any size.
-        num_classes: Above 0 for a conditional flow, whose `encode` and `decode` need `y`.
-        levels: Scales of its latent, see `split_levels`.
-        spatial: Whether a latent's places are the image's, so that a region's can move alone.
-        network_dtype: Precision of its networks, where it can lower that; None is the input's.
+        channels: The number of image channels.
+        multiple: Height and width must divide by it. The transforms pad and crop.
+        size: The only (H, W) it maps, or None for any size.
+        num_classes: The number of classes of a conditional flow, whose `encode` and `decode` need
+            `y`. 0 for any other flow.
+        levels: The number of scales of its latents, see `split_levels`.
+        spatial: Whether a latent's places are the image's, so that a region can move alone.
+        network_dtype: The precision of its networks, where it can lower that. None for that of
+            the input.
 
     Source: the paper's §2 writes F for `encode` and F⁻¹ for `decode`.
 
@@ -145,9 +150,9 @@ class Flow(nn.Module):
     levels: int = 1
     spatial: bool = True
     network_dtype: torch.dtype | None = None
-    # name, commit, and the weights' version and fingerprint when they were loaded
+    # the name, the commit, and the weights' version and fingerprint when they were loaded
     loaded_from: tuple[str, str | None, tuple[tuple[Any, ...], str]] | None = None
-    read_from: tuple[Path, int] | None = None  # its weights' file, and when that was written
+    read_from: tuple[Path, int] | None = None  # the file of its weights, and when it was written
     card: Path | None = None  # the model card that lay beside the weights when they were loaded
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -158,26 +163,41 @@ class Flow(nn.Module):
         Flow.architectures[cls.__name__] = cls
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Images (B, C, H, W), float in [0, 1], to latents of the same shape, prior N(0, I)."""
+        """Map images to latents of the same shape, which the prior N(0, I) describes.
+
+        Args:
+            x: Images (B, C, H, W), float in [0, 1].
+            y: The images' classes (B,) or class probabilities (B, num_classes), for a conditional
+                flow.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define encode(x, y=None)")
 
     def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
-        """Exact inverse of `encode`; (B, C, H, W), not clamped."""
+        """Map latents to images (B, C, H, W), not clamped: the exact inverse of `encode`.
+
+        Args:
+            z: Latents (B, C, H, W).
+            y: The classes that the latents were encoded with, for a conditional flow.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define decode(z, y=None)")
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Log-density of x in [0, 1], exact at x: (B,), in nats."""
+        """Compute the log-density of images (B, C, H, W) in [0, 1], exact at x: (B,), in nats."""
         raise NotImplementedError(f"{type(self).__name__} does not define log_prob(x, y=None)")
 
     def is_initialized(self) -> bool:
-        """Whether what `initialize` sets is set; a flow without such parts always is."""
+        """Whether `initialize` was called, or nothing of the flow depends on it."""
         return True
 
     def initialize(self, x: Tensor) -> None:
-        """Set what depends on data from one batch (B, C, H, W) in [0, 1], before training."""
+        """Set the parts that depend on data, before training.
+
+        Args:
+            x: One batch of images (B, C, H, W), float in [0, 1].
+        """
 
     def split_levels(self, z: Tensor) -> list[Tensor]:
-        """The parts of a latent (B, C, H, W), finest level first, each at its own resolution."""
+        """Split a latent (B, C, H, W) into levels, finest first, each at its own resolution."""
         return [z]
 
     def join_levels(self, parts: Sequence[Tensor]) -> Tensor:
@@ -185,29 +205,110 @@ class Flow(nn.Module):
         (z,) = parts
         return z
 
+    @torch.no_grad()
+    def sample(
+        self,
+        count: int,
+        y: Tensor | None = None,
+        *,
+        size: int | tuple[int, int] | None = None,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw images from the flow: normal latents, decoded.
+
+        Args:
+            count: The number of images.
+            y: Their classes (count,) or class probabilities (count, num_classes), for a
+                conditional flow. By default the classes come in turn: 0, 1, 2, ...
+            size: Height and width of the images, or one number for both. By default the flow's
+                only size, or 32 x 32, rounded up to the flow's `multiple`.
+            temperature: Standard deviation of the latents. About 0.7 gives smoother images than 1.
+            generator: The generator to draw from, of any device. By default torch's global one of
+                the flow's device.
+
+        Returns:
+            Images (count, C, H, W), float32 in [0, 1], on the flow's device.
+
+        Raises:
+            ValueError: `count` or `size` is out of range, the flow does not map this size, or
+                `temperature` is negative or not finite.
+            TypeError: `temperature` is no number.
+
+        Source: Kingma & Dhariwal 2018, §5, on temperature.
+
+        Example:
+            >>> from latent_aug import load_flow
+            >>> load_flow("glow-fashionmnist").sample(4, size=28, temperature=0.7).shape
+            torch.Size([4, 1, 28, 28])
+        """
+        shape = (require_natural("count", count), self.channels, *self._choose_size(size))
+        if not 0 <= require_number("temperature", temperature) < math.inf:
+            raise ValueError(f"temperature must be finite and at least 0, got {temperature!r}")
+        like = torch.empty(0, dtype=torch.float32, device=self.device)
+        z = temperature * sample_normal(shape, like, generator)
+        if y is None and self.num_classes:
+            y = torch.arange(count, device=z.device) % self.num_classes
+        return self.decode(z, None if y is None else y.to(z.device)).clamp(0, 1)
+
+    def _choose_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
+        """Return the (H, W) of images to draw, the flow's own by default."""
+        if size is None:
+            side = SAMPLED_SIDE + -SAMPLED_SIDE % self.multiple
+            return self.size or (side, side)
+        sides = size if isinstance(size, (tuple, list)) else (size, size)
+        if len(sides) != 2:
+            raise ValueError(f"size must be a number or (height, width), got {size!r}")
+        height, width = (require_positive("size", side) for side in sides)
+        if self.size not in (None, (height, width)):
+            raise ValueError(f"size must be {self.size}, the only one of this flow, got {size!r}")
+        if height % self.multiple or width % self.multiple:
+            raise ValueError(f"size must divide by {self.multiple} for this flow, got {size!r}")
+        return height, width
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its weights.
+
+        Of a flow without parameters and buffers it is the CPU, or the device that was assigned
+        here. Assigning moves no weights: use ``flow.to(device)``.
+        """
+        for weight in chain(self.parameters(), self.buffers()):
+            return weight.device
+        return torch.device(self.__dict__.get("device") or "cpu")
+
+    @device.setter
+    def device(self, device: str | torch.device | None) -> None:  # users' flows may do so
+        self.__dict__["device"] = device
+
     def bits_per_dim(
         self, x: Tensor, y: Tensor | None = None, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Negative log-likelihood of 8-bit images in bits per dimension: (B,).
+        """Compute the negative log-likelihood of 8-bit images in bits per dimension: (B,).
 
-        Uniform dequantization noise, one bin wide, is added to x (values v / 255); the result is
-        an upper bound on the bits of the discrete image (Theis et al. 2016, §3.1).
+        Uniform dequantization noise, one bin wide, is added to x. The result is an upper bound on
+        the bits of the discrete image (Theis et al. 2016, §3.1).
+
+        Args:
+            x: Images (B, C, H, W), values v / 255.
+            y: Their classes, for a conditional flow.
+            generator: The generator of the noise, of any device. By default torch's global one.
         """
         noise = sample_uniform(x.shape, x, generator)
-        return bits_of(self.log_prob(dequantized(x, noise), y), x)
+        return compute_bits(self.log_prob(dequantize(x, noise), y), x)
 
     def weights_version(self) -> tuple[Any, ...]:
-        """Something that changes when a parameter or buffer is written to, moved or replaced.
+        """Return what changes when a parameter or buffer is written to, moved or replaced.
 
         Torch leaves no sign of some ways to write: through `.data`, by a fused optimizer, by a
-        collective such as `broadcast`. A flow that was in evaluation mode meanwhile has its new
-        weights seen after ``flow.eval()``.
+        collective such as `broadcast`. After these, call ``flow.eval()`` to have the new weights
+        seen by a flow in evaluation mode.
         """
         tensors = (*self.parameters(), *self.buffers())
         return tuple((t.data_ptr(), t._version) for t in tensors)
 
     def is_as_loaded(self) -> bool:
-        """Whether it came from `load_flow`, and nothing of it has changed since."""
+        """Whether it came from `load_flow` and has not changed since."""
         if self.loaded_from is None:
             return False
         version, fingerprint = self.loaded_from[2]
@@ -219,10 +320,10 @@ class Flow(nn.Module):
         return self
 
     def fingerprint(self) -> str:
-        """SHA-256 of what the latents follow from: class, precision, settings and weights.
+        """Compute the SHA-256 of all that latents depend on: class, precision, settings, weights.
 
-        Settings are the numbers it holds and its `config`; where it has no `config`, all plain
-        attributes of it and its submodules.
+        The settings are the numbers it holds and its `config`. Without a `config` they are all
+        plain attributes of the flow and of its submodules.
         """
         settings = {k: v for k, v in vars(self).items() if type(v) in (int, float)}
         try:
@@ -233,27 +334,30 @@ class Flow(nn.Module):
                 settings |= {start + k: v for k, v in vars(module).items() if is_setting(k, v)}
         about = [type(self).__name__, str(self.network_dtype), settings]
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        return digest_of({"about": about}, tensors)
+        return compute_digest({"about": about}, tensors)
 
     @property
     def config(self) -> dict[str, Any]:
-        """The JSON-ready constructor arguments; absent ones are None."""
+        """The JSON-ready constructor arguments. Absent ones are None."""
         raise NotImplementedError(f"{type(self).__name__} has no config, so it cannot be saved")
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Flow:
-        """Build the flow from a config that came from outside: validate, then construct."""
+        """Build the flow from a config that came from outside, which is validated first."""
         raise NotImplementedError(f"{cls.__name__} has no from_config, so it cannot be loaded")
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` for `load_flow` into the directory.
+        """Write `config.json` and `model.safetensors` for `load_flow`.
 
         The weights' header holds a digest of both, so that damage does not go unnoticed.
+
+        Args:
+            directory: The directory to write to, which is made where it does not exist.
         """
         config = {"architecture": type(self).__name__, **self.config}
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         # Before anything is written; save_file makes files that only their owner may read.
-        weights = save(tensors, {DIGEST_KEY: digest_of(config, tensors)})
+        weights = save(tensors, {DIGEST_KEY: compute_digest(config, tensors)})
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         # The large file first: where it fails, a flow that was there stays as it was.
@@ -264,13 +368,13 @@ class Flow(nn.Module):
         """Upload config, weights, card and its pictures to "org/repo" on the Hugging Face hub.
 
         Uses the token of `hf auth login`. Creates the repository where it does not exist. The
-        card is the one that lay beside the weights where they are as they were loaded, else a
-        short one that says how to load the flow.
+        card of unchanged weights is the one that lay beside them. Otherwise it is a short one that
+        says how to load the flow.
 
         Args:
-            repo_id: Where to, "org/repo".
-            private: Whether a new repository is; by default as the account has it, usually not.
-                One that is there stays as it is.
+            repo_id: The repository to upload to, "org/repo".
+            private: Whether a new repository is private. By default the account decides, usually
+                for a public one. A repository that exists stays as it is.
 
         Returns:
             The commit's address.
@@ -288,7 +392,7 @@ class Flow(nn.Module):
         return str(commit.commit_url)
 
     def _write_card(self, directory: Path, repo_id: str) -> None:
-        """Of what is pushed, with its pictures: others may show training images."""
+        """Write the card of what is pushed, and its pictures only: others may be private."""
         if self.card and self.is_as_loaded():
             text = self.card.read_text(encoding="utf-8", errors="replace")
             named = text.replace(f'flow="{self.card.parent.name}"', f'flow="{repo_id}"')
@@ -302,7 +406,7 @@ class Flow(nn.Module):
 
 
 def preprocess(x: Tensor) -> Tensor:
-    """[0, 1] to the middle of its bin in [-½, ½]: (255 x + ½) / 256 - ½."""
+    """Bring values in [0, 1] to the middle of their bins in [-½, ½]: (255 x + ½) / 256 - ½."""
     return x * (255 / 256) + (0.5 / 256 - 0.5)
 
 

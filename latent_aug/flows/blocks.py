@@ -11,10 +11,14 @@ from torch import Tensor
 
 
 class BoundedConvNet2d(nf.nets.ConvNet2d):
-    """The coupling network of normflows with its log-scale outputs bounded by ``bound * tanh``.
+    """normflows' coupling network, with log-scales of ``bound * tanh(raw)``.
 
-    With ``scale_map="exp"`` a coupling then multiplies by no more than e^bound either way, so
-    that decoding a latent off the data cannot blow up as it does with sigmoid(s + 2).
+    With ``scale_map="exp"`` a coupling then multiplies by no more than e^bound either way.
+    Decoding a latent off the data cannot blow up, as it does with sigmoid(s + 2).
+
+    Args:
+        channels: The channels of the input, of the two hidden activations and of the output.
+        bound: The greatest absolute log-scale.
     """
 
     def __init__(self, channels: Sequence[int], bound: float) -> None:
@@ -22,13 +26,13 @@ class BoundedConvNet2d(nf.nets.ConvNet2d):
         self.bound = bound
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shift and bounded log-scale, alternating along the channels as normflows reads them."""
+        """Compute shift and log-scale, alternating along the channels as normflows reads them."""
         shift, raw = self.net(x).unflatten(1, (-1, 2)).unbind(2)
         return torch.stack([shift, self.bound * torch.tanh(raw)], dim=2).flatten(1, 2)
 
 
-def glow_block(channels: int, hidden: int, bound: float) -> nf.flows.GlowBlock:
-    """A GlowBlock of normflows with a bounded affine coupling."""
+def build_block(channels: int, hidden: int, bound: float) -> nf.flows.GlowBlock:
+    """Build a GlowBlock of normflows with a bounded affine coupling."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # normflows still calls torch.lu, which is deprecated
         block = nf.flows.GlowBlock(channels, hidden, scale_map="exp")
@@ -37,14 +41,24 @@ def glow_block(channels: int, hidden: int, bound: float) -> nf.flows.GlowBlock:
     return block
 
 
-def multiscale_glow(
+def build_multiscale(
     channels: int, levels: int, steps: int, hidden: int, bound: float
 ) -> nf.MultiscaleFlow:
-    """A multi-scale flow of normflows: coarsest level first, priors over one pixel's channels."""
+    """Build a multi-scale flow of normflows, coarsest level first.
+
+    A level's prior has one mean and one scale per channel, the same for all pixels.
+
+    Args:
+        channels: The number of image channels.
+        levels: The number of scales.
+        steps: The number of steps in each scale.
+        hidden: The number of hidden channels of each coupling network.
+        bound: The greatest absolute log-scale of a coupling.
+    """
     priors, flows, merges = [], [], []
     for depth in reversed(range(levels)):  # halvings before this level
         width = channels * 2 ** (depth + 2)
-        blocks = [glow_block(width, hidden, bound) for _ in range(steps)]
+        blocks = [build_block(width, hidden, bound) for _ in range(steps)]
         flows.append([*blocks, nf.flows.Squeeze()])
         coarsest = depth == levels - 1
         priors.append(nf.distributions.GlowBase((width if coarsest else width // 2, 1, 1)))

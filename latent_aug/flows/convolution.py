@@ -1,7 +1,7 @@
 """Convolutions that keep height and width, as fast as torch can be asked for them on a CPU.
 
 torch's CPU convolutions bring the weights into oneDNN's layout at every call, run a ReLU after
-them on its own, and with one thread and few images leave oneDNN out. Frozen weights are packed
+them on its own, and with one thread and few images leave oneDNN out. Frozen weights are reordered
 once here, by the operators that torch.compile emits.
 """
 
@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-PACKED_PIXELS = 1024
-"""With fewer, calling the packed operator costs more than it saves."""
+REORDERED_PIXELS = 1024
+"""With fewer pixels, calling the operator for reordered weights costs more than it saves."""
 
 
 ONEDNN_PIXELS = 128
-"""With so many and a wide kernel, a 1x1 convolution is faster in oneDNN, which torch does not take
-for few images on one thread."""
+"""From so many pixels and a wide kernel on, a 1x1 convolution is faster in oneDNN. torch does not
+take it for few images on one thread."""
 
 ONEDNN_CHANNELS = 64
 
@@ -29,26 +29,26 @@ class Conv(NamedTuple):
     """A convolution of stride 1 whose output has the size of its input.
 
     Args:
-        weight: (out, in, k, k), k odd.
-        bias: (out,), or None.
-        packed: The weight in oneDNN's layout and the bias, see `packed`.
+        weight: The kernel (out, in, k, k), k odd.
+        bias: The bias (out,), or None.
+        reordered: The weight in oneDNN's layout and its bias, or None.
     """
 
     weight: Tensor
     bias: Tensor | None = None
-    packed: tuple[Tensor, Tensor | None] | None = None
+    reordered: tuple[Tensor, Tensor | None] | None = None
 
 
-def packed(conv: Conv, *, fill: bool = False) -> Conv:
-    """The same with its weight packed, where this torch and this CPU can.
+def reorder_weight(conv: Conv, *, fill: bool = False) -> Conv:
+    """Add the weight in oneDNN's layout, where this torch and this CPU can compute with it.
 
     Args:
-        conv: Frozen.
-        fill: Fill the output channels up with zeros to a multiple of 32, where that is faster (up
-            to 1.8 times); then `convolve` may give more channels than the weight has.
+        conv: A convolution whose weight is frozen.
+        fill: Add output channels of zeros up to a multiple of 32, where that is faster (up to 1.8
+            times). `convolve` may then give more channels than the weight has.
     """
     weight, bias = conv.weight.detach(), conv.bias
-    if weight.device.type != "cpu" or not can_pack(weight.dtype):
+    if weight.device.type != "cpu" or not can_reorder(weight.dtype):
         return conv
     if fill and len(weight) > 16:
         missing = -len(weight) % 32
@@ -60,10 +60,10 @@ def packed(conv: Conv, *, fill: bool = False) -> Conv:
     layout = torch.ops.mkldnn._reorder_convolution_weight(
         weight, [pad, pad], [1, 1], [1, 1], 1, example
     )
-    return conv._replace(packed=(layout, bias))
+    return conv._replace(reordered=(layout, bias))
 
 
-def can_pack(dtype: torch.dtype) -> bool:
+def can_reorder(dtype: torch.dtype) -> bool:
     """Whether oneDNN is there, and computes in this precision."""
     if not torch.backends.mkldnn.is_available():
         return False
@@ -75,15 +75,18 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def convolve(x: Tensor, conv: Conv, *, relu: bool = False) -> Tensor:
-    """The convolution, then a ReLU if asked for; differentiable where x or the weight want it."""
-    weight, bias, prepared = conv
+    """Convolve, then apply a ReLU if asked for.
+
+    The result is differentiable where x or the weight require gradients.
+    """
+    weight, bias, reordered = conv
     pad = weight.shape[2] // 2
-    if prepared is not None and is_plain(x, weight):
+    if reordered is not None and is_untracked(x, weight):
         pixels = x.shape[0] * x.shape[2] * x.shape[3]
-        if pixels >= PACKED_PIXELS:
+        if pixels >= REORDERED_PIXELS:
             then = "relu" if relu else "none"
             result: Tensor = torch.ops.mkldnn._convolution_pointwise(
-                x, *prepared, [pad, pad], [1, 1], [1, 1], 1, then, [], ""
+                x, *reordered, [pad, pad], [1, 1], [1, 1], 1, then, [], ""
             )
             return result
         if pad == 0 and pixels >= ONEDNN_PIXELS and weight.shape[1] >= ONEDNN_CHANNELS:
@@ -93,7 +96,7 @@ def convolve(x: Tensor, conv: Conv, *, relu: bool = False) -> Tensor:
     return F.relu_(out) if relu else out
 
 
-def is_plain(x: Tensor, weight: Tensor) -> bool:
+def is_untracked(x: Tensor, weight: Tensor) -> bool:
     """Whether operators that nothing can differentiate or trace may run."""
     backward = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     forward = forward_ad._current_level >= 0

@@ -1,39 +1,46 @@
 """The flow engine: Glow computed fast from normflows' parameters.
 
-normflows holds the parameters and defines the numbers; this file computes the same numbers
-with less work. Read it from top to bottom: how a step's parameters are read, one step each
-way, the multi-scale recursion each way.
+normflows holds the parameters and defines the numbers. This file computes the same numbers with
+less work. Read it from top to bottom: how a step's parameters are read, one step each way, the
+multi-scale recursion each way.
 
 What it saves against normflows' own methods: ActNorm is folded into the 1x1 convolution, the
 convolution's inverse is taken once, log-determinants are computed only when asked for, shift
 and scale come out of the coupling network as two halves, convolutions run in the channels_last
 layout, and the coupling networks may run in lower precision while everything that carries the
 state stays in the input's precision. Where nobody wants gradients, steps also work in place and,
-on a CPU, on a few images at a time (see `in_tiles`).
+on a CPU, on a few images at a time (see `run_in_tiles`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latent_aug.flows.convolution import Conv, convolve, packed
+from latent_aug.flows.convolution import Conv, convolve, reorder_weight
 
 if TYPE_CHECKING:
     import normflows as nf
 
 Network = tuple[Conv, Conv, Conv]
-"""The coupling network's three convolutions; the last gives `shift`, then `raw`, of which
-``bound * tanh(raw / 2)`` is the log-scale. There may be further outputs, see `packed`."""
+"""The coupling network's three convolutions. The last one gives `shift`, then `raw`, of which
+``bound * tanh(raw / 2)`` is the log-scale. Further outputs may follow, see `reorder_weight`."""
 
 TILE_BYTES = 2**22
-"""Of one hidden activation of a tile; see `in_tiles`."""
+"""The most bytes of one hidden activation of a tile, see `run_in_tiles`."""
+
+
+class Target(NamedTuple):
+    """The device and dtype that parameters are read for: those of the images and latents."""
+
+    device: torch.device
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Step:
 
     @property
     def half(self) -> int:
-        """Channels that stay in the coupling, and as many that move."""
+        """The number of channels that stay in the coupling, and as many that move."""
         return self.mix.weight.shape[0] // 2
 
 
@@ -63,9 +70,9 @@ class Activations(NamedTuple):
 
     Args:
         z: The step's input (B, C, H, W).
-        log_scale: Of its coupling (B, C/2, H, W).
-        hidden2: The network's second hidden activation; only where it is above 0 matters.
-        hidden1: The first one, or None where it is to be computed again.
+        log_scale: The log-scale of its coupling (B, C/2, H, W).
+        hidden2: The network's second hidden activation. Only where it is above 0 matters.
+        hidden1: The first hidden activation, or None where it is to be computed again.
     """
 
     z: Tensor
@@ -76,43 +83,43 @@ class Activations(NamedTuple):
 
 @dataclass(frozen=True)
 class Level:
-    """One scale: its steps in the order of use and its prior's mean and log-scale (1, C, 1, 1).
+    """One scale of the flow, in one direction.
 
-    `frozen` says that no gradient goes to its weights, `compiled` whether its steps are run by
-    torch.compile where nobody wants gradients.
+    Args:
+        steps: Its steps in the order of use.
+        loc: The mean of its prior (1, C, 1, 1).
+        log_scale: The log-scale of its prior (1, C, 1, 1).
+        frozen: Whether no gradient goes to its weights.
     """
 
     steps: tuple[Step, ...]
     loc: Tensor
     log_scale: Tensor
     frozen: bool = True
-    compiled: bool = False
 
 
 def read_levels(
     multiscale: nf.MultiscaleFlow,
-    like: Tensor,
+    target: Target,
     *,
     bound: float,
     inverse: bool,
     frozen: bool,
     network_dtype: torch.dtype | None = None,
     networks: dict[nn.Module, Network] | None = None,
-    compiled: bool = False,
 ) -> tuple[Level, ...]:
     """Read normflows' parameters, finest level first.
 
     Args:
         multiscale: Levels of GlowBlocks followed by a Squeeze, priors GlowBase.
-        like: Its device and dtype are the result's.
-        bound: See `Step`.
+        target: The device and dtype of the result.
+        bound: The greatest absolute log-scale of a coupling.
         inverse: False for image -> latent, True for latent -> image.
         frozen: True for use: detached, and folded in float64 on the CPU, since a 1x1
             convolution's inverse deserves it. False for training: differentiable.
-        network_dtype: Precision of the coupling networks; None for that of `like`.
-        networks: Coupling networks that were read before, by block, to be shared between the
-            directions; those read now are added.
-        compiled: See `Level`.
+        network_dtype: Precision of the coupling networks, None for the dtype of the target.
+        networks: Coupling networks that were read before, by block, which both directions share.
+            Those read now are added.
     """
     levels, networks = [], {} if networks is None else networks
     for flows, base in zip(reversed(multiscale.flows), reversed(multiscale.q0), strict=True):
@@ -122,21 +129,20 @@ def read_levels(
         steps = []
         for block in ordered:
             if block not in networks:
-                networks[block] = read_network(block, like, network_dtype, frozen=frozen)
-            mix = read_mix(block, like, inverse=inverse, frozen=frozen)
+                networks[block] = read_network(block, target, network_dtype, frozen=frozen)
+            mix = read_mix(block, target, inverse=inverse, frozen=frozen)
             steps.append(Step(*mix, networks[block], bound))
-        prior = read_prior(base, like, frozen=frozen)
-        levels.append(Level(tuple(steps), *prior, frozen=frozen, compiled=compiled))
+        levels.append(Level(tuple(steps), *read_prior(base, target, frozen=frozen), frozen))
     return tuple(levels)
 
 
 def read_mix(
-    block: nf.flows.GlowBlock, like: Tensor, *, inverse: bool, frozen: bool
+    block: nf.flows.GlowBlock, target: Target, *, inverse: bool, frozen: bool
 ) -> tuple[Conv, Tensor]:
-    """ActNorm and 1x1 convolution as one convolution; its log-determinant as encoded."""
+    """Fold ActNorm and 1x1 convolution into one, and give its log-determinant as encoded."""
     _, conv, norm = block.flows
     lower, upper, log_diagonal, scale, shift = (
-        for_folding(p, frozen) for p in (conv.L, conv.U, conv.log_S, norm.s, norm.t)
+        read_parameter(p, frozen=frozen) for p in (conv.L, conv.U, conv.log_S, norm.s, norm.t)
     )
     permutation, sign, eye = (b.to(lower) for b in (conv.P, conv.sign_S, conv.eye))
     scale, shift = scale.flatten(), shift.flatten()
@@ -148,36 +154,33 @@ def read_mix(
         weight = matrix * torch.exp(-scale)
         bias = -(weight @ shift)
     log_det = log_diagonal.sum() - scale.sum()
-    return Conv(weight[:, :, None, None].to(like), bias.to(like)), log_det.to(like)
+    return Conv(weight[:, :, None, None].to(*target), bias.to(*target)), log_det.to(*target)
 
 
 def read_network(
-    block: nf.flows.GlowBlock, like: Tensor, dtype: torch.dtype | None, *, frozen: bool
+    block: nf.flows.GlowBlock, target: Target, dtype: torch.dtype | None, *, frozen: bool
 ) -> Network:
-    """The coupling network's convolutions, outputs reordered from pairs to two halves."""
+    """Read the coupling network's convolutions, with its outputs in two halves."""
     network = block.flows[0].flows[1].param_map
     layers = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
     convs: list[tuple[Any, Any]] = [(layer.weight, layer.bias) for layer in layers]
-    convs[-1] = halved_outputs(*convs[-1])
+    convs[-1] = separate_outputs(*convs[-1])
     if frozen:
         convs = [(w.detach(), b.detach()) for w, b in convs]
+    place = Target(target.device, dtype or target.dtype)
     one, two, three = (
-        Conv(
-            w.to(like.device, dtype or like.dtype, memory_format=torch.channels_last),
-            b.to(like.device, dtype or like.dtype),
-        )
-        for w, b in convs
+        Conv(w.to(*place, memory_format=torch.channels_last), b.to(*place)) for w, b in convs
     )
     if not frozen:
         return one, two, three
-    return packed(one), packed(two), packed(three, fill=True)
+    return reorder_weight(one), reorder_weight(two), reorder_weight(three, fill=True)
 
 
-def halved_outputs(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """From shift and log-scale in turn, as normflows has them, to one after the other.
+def separate_outputs(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring shift and log-scale, which alternate in normflows, one after the other.
 
-    The log-scale's are doubled as tanh(a) = 2 sigmoid(2 a) - 1, and a sigmoid takes a tenth of
-    the time of a tanh on a CPU.
+    The log-scale's outputs are doubled, as tanh(a) = 2 sigmoid(2 a) - 1. A sigmoid takes a tenth
+    of the time of a tanh on a CPU.
     """
     return (
         torch.cat([weight[0::2], 2 * weight[1::2]]),
@@ -186,140 +189,128 @@ def halved_outputs(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def read_prior(
-    base: nf.distributions.GlowBase, like: Tensor, *, frozen: bool
+    base: nf.distributions.GlowBase, target: Target, *, frozen: bool
 ) -> tuple[Tensor, Tensor]:
-    """Mean and log-scale of a level's Gaussian prior, (1, C, 1, 1)."""
+    """Read mean and log-scale of a level's Gaussian prior, (1, C, 1, 1)."""
     loc, loc_logs, log_scale, log_scale_logs = (
-        for_folding(p, frozen)
+        read_parameter(p, frozen=frozen)
         for p in (base.loc, base.loc_logs, base.log_scale, base.log_scale_logs)
     )
     loc = loc * torch.exp(loc_logs * base.logscale_factor)
     log_scale = log_scale * torch.exp(log_scale_logs * base.logscale_factor)
-    return loc.to(like), log_scale.to(like)
+    return loc.to(*target), log_scale.to(*target)
 
 
-def for_folding(parameter: Tensor, frozen: bool) -> Tensor:
-    """The parameter itself for training, a detached float64 copy on the CPU for use."""
+def read_parameter(parameter: Tensor, *, frozen: bool) -> Tensor:
+    """Give the parameter itself for training, a detached float64 copy on the CPU for use."""
     return parameter.detach().to("cpu", torch.float64) if frozen else parameter
 
 
 def run_network(
     z1: Tensor, network: Network, hidden1: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The coupling network: its outputs, and its second hidden activation."""
+    """Compute the coupling network's outputs, and its second hidden activation."""
     _, two, three = network
     if hidden1 is None:
-        hidden1 = first_hidden(z1, network)
+        hidden1 = compute_first_hidden(z1, network)
     hidden2 = convolve(hidden1, two, relu=True)
     return convolve(hidden2, three), hidden2
 
 
-def first_hidden(z1: Tensor, network: Network) -> Tensor:
-    """The coupling network's first hidden activation."""
+def compute_first_hidden(z1: Tensor, network: Network) -> Tensor:
+    """Compute the coupling network's first hidden activation."""
     one = network[0]
     return convolve(z1.to(one.weight.dtype), one, relu=True)
 
 
 def encode_step(z: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-    """One step towards the latent; also the coupling's log-scale (B, C/2, H, W)."""
+    """Go one step towards the latent, and give the coupling's log-scale (B, C/2, H, W)."""
     z1, z2 = convolve(z, step.mix).chunk(2, dim=1)
-    shift, log_scale = shift_and_log_scale(z1, step)
+    shift, log_scale = compute_shift_and_log_scale(z1, step)
     return torch.cat([z1, (z2 - shift) * torch.exp(-log_scale)], dim=1), log_scale
 
 
 def decode_step(z: Tensor, step: Step) -> Tensor:
-    """One step towards the image."""
+    """Go one step towards the image."""
     z1, z2 = z.chunk(2, dim=1)
-    shift, log_scale = shift_and_log_scale(z1, step)
+    shift, log_scale = compute_shift_and_log_scale(z1, step)
     z2 = torch.addcmul(shift, z2, torch.exp(log_scale))
     return convolve(torch.cat([z1, z2], dim=1), step.mix)
 
 
-def shift_and_log_scale(z1: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-    """What the half that moves is moved by: two tensors of its shape."""
+def compute_shift_and_log_scale(z1: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    """Compute the coupling's two outputs from the half that stays, each of its shape."""
     out, _ = run_network(z1, step.network)
     shift, raw = out.to(z1.dtype)[:, : 2 * step.half].chunk(2, dim=1)
     return shift, (2 * step.bound) * torch.sigmoid(raw) - step.bound
 
 
 def encode_in_place(z: Tensor, steps: Sequence[Step]) -> Tensor:
-    """`encode_step` for each step, without gradients and fewer tensors."""
+    """Go all steps towards the latent, without gradients and with fewer tensors."""
     for step in steps:
         z = convolve(z, step.mix)
         z1, z2 = z.chunk(2, dim=1)
         out, _ = run_network(z1, step.network)
-        z2.sub_(shift_of(out, step, z)).mul_(log_scale_of(out, step, z, -1).exp_())
+        z2.sub_(extract_shift(out, step, z)).mul_(extract_log_scale(out, step, z, -1).exp_())
     return z
 
 
 def decode_in_place(
     z: Tensor, steps: Sequence[Step], keep: list[Activations] | None = None
 ) -> Tensor:
-    """`decode_step` for each step, without autograd; z is overwritten.
+    """Go all steps towards the image, without autograd.
 
-    If `keep` is given, what the gradient of each step needs is appended to it.
+    Args:
+        z: The latents, which are overwritten.
+        steps: The steps to go.
+        keep: A list to which what the gradient of each step needs is appended, or None.
     """
     for step in steps:
         z1, z2 = z.chunk(2, dim=1)
         out, hidden = run_network(z1, step.network)
-        log_scale = log_scale_of(out, step, z)
+        log_scale = extract_log_scale(out, step, z)
         if keep is not None:
-            keep.append(Activations(z.clone(), log_scale, for_keeping(hidden)))
+            keep.append(Activations(z.clone(), log_scale, shrink_hidden(hidden)))
         scale = log_scale.exp_() if keep is None else log_scale.exp()
-        z2.mul_(scale).add_(shift_of(out, step, z))
+        z2.mul_(scale).add_(extract_shift(out, step, z))
         z = convolve(z, step.mix)
     return z
 
 
-def shift_of(out: Tensor, step: Step, like: Tensor) -> Tensor:
-    """The shift from the network's outputs, in the dtype of `like`."""
+def extract_shift(out: Tensor, step: Step, like: Tensor) -> Tensor:
+    """Take the shift from the network's outputs, in the dtype of `like`."""
     return out[:, : step.half].to(like.dtype, memory_format=torch.channels_last)
 
 
-def log_scale_of(out: Tensor, step: Step, like: Tensor, sign: int = 1) -> Tensor:
-    """Log-scale times `sign` from the network's outputs, a new tensor of the dtype of `like`."""
+def extract_log_scale(out: Tensor, step: Step, like: Tensor, sign: int = 1) -> Tensor:
+    """Compute log-scale times `sign` from the network's outputs, in the dtype of `like`."""
     raw = out[:, step.half : 2 * step.half]
     raw = raw.to(like.dtype, copy=True, memory_format=torch.channels_last)
     return raw.sigmoid_().mul_(sign * 2 * step.bound).sub_(sign * step.bound)
 
 
-def for_keeping(hidden: Tensor) -> Tensor:
-    """In half the memory, as only its zeros matter: bfloat16 has the range of float32."""
+def shrink_hidden(hidden: Tensor) -> Tensor:
+    """Halve the memory, as only the zeros matter: bfloat16 has the range of float32."""
     return hidden.to(torch.bfloat16) if hidden.dtype == torch.float32 else hidden
 
 
-def encode_compiled(z: Tensor, steps: Sequence[Step]) -> Tensor:
-    """`encode_in_place` with each step compiled."""
-    for step in steps:
-        z, _ = compiled(encode_step)(z, step)
-    return z
+def run_in_tiles(run: Callable[[Tensor], Tensor], z: Tensor, step: Step) -> Tensor:
+    """Run the steps of a level on as many images at a time as fit a CPU's caches.
 
+    A whole batch's hidden activations would go to memory and back. The allocator gives such blocks
+    back to the system, so that the kernel would clear their pages at every step.
 
-def decode_compiled(z: Tensor, steps: Sequence[Step]) -> Tensor:
-    """`decode_in_place` with each step compiled."""
-    for step in steps:
-        z = compiled(decode_step)(z, step)
-    return z
-
-
-@cache
-def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The function under torch.compile, which compiles it anew for each shape."""
-    return torch.compile(step, dynamic=False)
-
-
-def in_tiles(run: Callable[[Tensor], Tensor], z: Tensor, step: Step) -> Tensor:
-    """Run all steps of a level, alike to this one, on as many images as fit a CPU's caches.
-
-    A whole batch's hidden activations would go to memory and back; and as the allocator gives
-    such blocks back to the system, the kernel would clear their pages at every step.
+    Args:
+        run: Runs the steps on a tensor (B, C, H, W).
+        z: The tensor to run them on.
+        step: One of these steps. All have the same sizes.
     """
-    tile = tile_of(z, step)
+    tile = choose_tile(z, step)
     return run(z) if tile >= len(z) else torch.cat([run(part) for part in z.split(tile)])
 
 
-def tile_of(z: Tensor, step: Step) -> int:
-    """How many images of (C, H, W) are run at a time."""
+def choose_tile(z: Tensor, step: Step) -> int:
+    """Choose how many images (C, H, W) to run at a time."""
     if not z.is_cpu:
         return len(z)
     weight = step.network[0].weight
@@ -327,7 +318,7 @@ def tile_of(z: Tensor, step: Step) -> int:
 
 
 def squeeze(x: Tensor) -> Tensor:
-    """(B, C, H, W) to (B, 4 C, H/2, W/2), channels last in memory."""
+    """Bring (B, C, H, W) to (B, 4 C, H/2, W/2), channels last in memory."""
     return F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)
 
 
@@ -337,21 +328,20 @@ def unsqueeze(z: Tensor) -> Tensor:
 
 
 def encode(x: Tensor, levels: Sequence[Level], log_dets: list[Tensor] | None = None) -> Tensor:
-    """Image-shaped (B, C, H, W) to latent of the same shape, whitened by the prior.
+    """Map images (B, C, H, W) to latents of the same shape, whitened by the prior.
 
-    The finer level's half of the channels is a latent at once, the other half goes on to the
-    coarser levels; both are put back where they came from by undoing the squeeze.
+    Half of the finer level's channels are latents at once, the other half goes on to the coarser
+    levels. Undoing the squeeze puts both back where they came from.
 
     Args:
         x: Preprocessed images, H and W divisible by 2 ** len(levels).
-        levels: From `read_levels(..., inverse=False)`.
-        log_dets: If given, every term of the log-determinant, (B,) or (), is appended to it.
+        levels: The levels as read for encoding.
+        log_dets: A list to which every term of the log-determinant, (B,) or (), is appended.
     """
     level, *coarser = levels
     z = squeeze(x)
     if log_dets is None and not wants_gradients(z, level):
-        run = encode_compiled if level.compiled else encode_in_place
-        z = in_tiles(partial(run, steps=level.steps), z, level.steps[0])
+        z = run_in_tiles(partial(encode_in_place, steps=level.steps), z, level.steps[0])
     else:
         for step in level.steps:
             z, log_scale = encode_step(z, step)
@@ -369,13 +359,13 @@ def encode(x: Tensor, levels: Sequence[Level], log_dets: list[Tensor] | None = N
 def decode(
     z: Tensor, levels: Sequence[Level], keep: list[list[list[Activations]]] | None = None
 ) -> Tensor:
-    """Exact inverse of `encode`.
+    """Map latents (B, C, H, W) to images: the exact inverse of `encode`.
 
     Args:
         z: Latents (B, C, H, W).
-        levels: From `read_levels(..., inverse=True)`.
-        keep: A list for each level, to which what the gradient of its steps needs is appended,
-            one list a tile; or None.
+        levels: The levels as read for decoding.
+        keep: A list for each level, or None. What the gradient of the steps needs is appended to
+            it, one list per tile.
     """
     level, *coarser = levels
     rest, latent = None, squeeze(z)
@@ -391,8 +381,6 @@ def decode(
         return unsqueeze(latent)
 
     def run(tile: Tensor) -> Tensor:
-        if level.compiled and not keep:
-            return decode_compiled(tile, level.steps)
         kept: list[Activations] | None = None
         if keep:
             kept = []
@@ -400,9 +388,9 @@ def decode(
         return decode_in_place(tile, level.steps, kept)
 
     latent = latent.contiguous(memory_format=torch.channels_last)
-    return unsqueeze(in_tiles(run, latent, level.steps[0]))
+    return unsqueeze(run_in_tiles(run, latent, level.steps[0]))
 
 
 def wants_gradients(z: Tensor, level: Level) -> bool:
-    """Whether autograd is to see what happens to z."""
+    """Whether autograd must see what happens to z."""
     return torch.is_grad_enabled() and (z.requires_grad or not level.frozen)

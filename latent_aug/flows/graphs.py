@@ -1,8 +1,8 @@
 """CUDA graphs of a flow: its kernels recorded once for a shape, then launched all at once.
 
 A flow is hundreds of small kernels. Launching them one by one may take a processor several times as
-long as they take a GPU. A recorded graph reads and writes memory of its own: inputs are copied
-into it and results out of it, and each replay comes after the last one, on whatever stream.
+long as they take a GPU. A recorded graph reads and writes memory of its own. Inputs are copied
+into it and results out of it. Each replay comes after the last one, on whatever stream.
 """
 
 from __future__ import annotations
@@ -17,51 +17,51 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 MOST = 16
-"""Graphs that are kept of the same weights on a device and in a dtype; what else is asked for is
-launched as ever."""
+"""The most graphs that are kept of the same weights, device and dtype. Kernels of other shapes are
+launched one by one."""
 
 RECORDING = threading.Lock()
-"""Held while one is recorded: torch can do so in one thread at a time."""
+"""Held while a graph is recorded, as torch records in one thread at a time."""
 
 T = TypeVar("T")
 
 
 class Graphs:
-    """The graphs of a flow's weights, by what they compute and of which shape.
+    """The graphs of a flow's weights, by what they compute and for which shape.
 
-    One is recorded when its shape comes for the second time, as recording takes a moment and a last
-    batch comes once an epoch.
+    A graph is recorded when its shape comes for the second time. Recording takes a moment, and the
+    last batch of an epoch comes only once.
     """
 
     def __init__(self) -> None:
         self._seen: set[Any] = set()
-        self._recorded: dict[Any, Any] = {}
+        self._graphs: dict[Any, Any] = {}
 
     def __len__(self) -> int:
-        return len(self._recorded)
+        return len(self._graphs)
 
     def get(self, what: str, like: Tensor, record: Callable[[], T]) -> T | None:
-        """The graph of what is computed of tensors like this one; None where there is none yet.
+        """Return the graph of a computation for tensors like this one, or None.
 
         Args:
-            what: A name for it.
-            like: A tensor of that shape; device and dtype are always the same.
+            what: A name for the computation.
+            like: A tensor of that shape. Device and dtype are always the same.
             record: Makes the graph.
         """
         key = what, like.shape
-        if key not in self._recorded:
+        if key not in self._graphs:
             with RECORDING:
                 if key not in self._seen or len(self) >= MOST:
                     self._seen.add(key)
                     return None
-                if key not in self._recorded:  # by another thread meanwhile
-                    self._recorded[key] = record()
-        graph: T = self._recorded[key]
+                if key not in self._graphs:  # by another thread meanwhile
+                    self._graphs[key] = record()
+        graph: T = self._graphs[key]
         return graph
 
 
 def can_record(t: Tensor) -> bool:
-    """Whether graphs may stand in for what is launched: on a GPU, and torch traces nothing."""
+    """Whether a graph may stand in for launches: on a GPU, where torch traces nothing."""
     return (
         t.is_cuda
         and not torch.compiler.is_compiling()
@@ -71,13 +71,13 @@ def can_record(t: Tensor) -> bool:
 
 
 @cache
-def stream_of(device: torch.device) -> torch.cuda.Stream:
-    """On which graphs of a device are recorded: blocks of memory are kept by stream."""
+def get_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream that a device's graphs are recorded on, as memory is kept by stream."""
     return torch.cuda.Stream(device)
 
 
 class Replays:
-    """What graphs that share memory share: one is replayed at a time, after the last one."""
+    """The order of replays of graphs that share memory: one at a time, after the last one."""
 
     def __init__(self, device: torch.device) -> None:
         self.lock = threading.RLock()
@@ -87,17 +87,17 @@ class Replays:
 
 
 class Graph:
-    """A function of one tensor, recorded; called with a tensor it gives the result for that.
+    """A recorded function of one tensor.
 
     Args:
-        function: Of a tensor; it gives a tensor, or a tensor and something more. It does not make
+        function: Takes a tensor and returns one, or a tensor and something more. It must not make
             the processor wait.
         like: A tensor of the shape, dtype and device of those to come.
-        replays: Shared with other graphs that read this one's memory, or None.
+        replays: The order shared with other graphs that read this one's memory, or None.
 
     Attributes:
         output: The last result, in the graph's memory.
-        more: What the function gave besides, there too.
+        more: What the function returned besides, in the graph's memory.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Graph:
         with torch.cuda.device(like.device), torch.inference_mode(False), torch.no_grad():
             self._input = like.clone(memory_format=torch.contiguous_format)
             # What a first call does besides, as choosing kernels, is not to be recorded.
-            aside = stream_of(like.device)
+            aside = get_stream(like.device)
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 for _ in range(2):
@@ -127,7 +127,7 @@ class Graph:
         self.output, self.more = result if isinstance(result, tuple) else (result, None)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The result for x, of the recorded shape, in memory of the caller's."""
+        """Compute the result for x, of the recorded shape, in memory of the caller's."""
         with self._replays.lock, torch.cuda.device(x.device):
             stream = torch.cuda.current_stream()
             stream.wait_event(self._replays.done)
@@ -140,11 +140,12 @@ class Graph:
 
 
 class DifferentiableGraph:
-    """A function and its gradient, which needs what the function kept in the graph's memory.
+    """A recorded function and its gradient, which reads what the function kept.
 
     Args:
-        function: Of a tensor: its value, and what the gradient needs.
-        gradient: Of the value's gradient, the value and what was kept: the tensor's gradient.
+        function: Takes a tensor, and returns the value and what the gradient needs.
+        gradient: Takes the value's gradient, the value and what was kept, and returns the tensor's
+            gradient.
         like: A tensor of the shape, dtype and device of those to come.
     """
 
@@ -163,15 +164,15 @@ class DifferentiableGraph:
         self._calls = 0
 
     def __call__(self, x: Tensor) -> tuple[Tensor, int]:
-        """The value, and the number of this call."""
+        """Compute the value, and give the number of this call."""
         with self._replays.lock:
             self._calls += 1
             return self._forward(x), self._calls
 
     def gradient(self, grad: Tensor, x: Tensor, call: int) -> Tensor:
-        """The gradient at x, the tensor of that call, from the value's.
+        """Compute the gradient at x, the tensor of that call, from the value's gradient.
 
-        After another call, whose memory is the same, the function is computed again.
+        Another call since then has overwritten the memory, so the function is computed again.
         """
         with self._replays.lock:
             if call == self._calls:

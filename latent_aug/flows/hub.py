@@ -19,20 +19,21 @@ from safetensors.torch import load_file
 
 from latent_aug.checkpoints import SHA256  # type: ignore[import-not-found,unused-ignore]
 from latent_aug.flows import Flow
+from latent_aug.flows.backend import use_plain_defaults
 from latent_aug.flows.base import (
     CARD_NAME,
     CONFIG_NAME,
     DIGEST_KEY,
     RUN_NAME,
     WEIGHTS_NAME,
-    digest_of,
+    compute_digest,
 )
 
-LARGEST_CONFIG = 2**16  # bytes; a config is a handful of numbers
+LARGEST_CONFIG = 2**16  # bytes of a config, which holds a handful of numbers
 
 
 def bundled_flows() -> dict[str, Path]:
-    """Name and directory of every flow that ships with the package."""
+    """Return the name and directory of every flow that ships with the package."""
     root = Path(str(resources.files("latent_aug.checkpoints")))
     return {p.name: p for p in sorted(root.iterdir()) if (p / CONFIG_NAME).is_file()}
 
@@ -45,15 +46,17 @@ def load_flow(
 ) -> Flow:
     """Load a trained flow: frozen, in evaluation mode, ready to encode and decode.
 
+    Weights are loaded in the same precision whatever torch's default dtype and device are.
+
     Args:
         name_or_path: A bundled name, a local directory, or "org/repo" on the Hugging Face hub,
             looked for in that order. Offline mode, mirrors and tokens are the hub client's
             (`HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_TOKEN`).
         revision: Branch, tag or commit of a hub repository.
-        device: Where to put the weights; the CPU by default.
+        device: The device to put the weights on, by default the CPU.
 
     Returns:
-        A flow of its own, not shared with other callers.
+        A flow that no other caller shares.
 
     Raises:
         ValueError: The name is unknown, or config or weights are not what they should be.
@@ -66,9 +69,9 @@ def load_flow(
     """
     directory, origin = locate(str(name_or_path), revision)
     expected = SHA256.get(origin[0])
-    if expected is not None and sha256(directory / WEIGHTS_NAME) != expected:
+    if expected is not None and compute_sha256(directory / WEIGHTS_NAME) != expected:
         raise OSError(f"{directory / WEIGHTS_NAME} was changed; install latent-aug again")
-    read_from = directory / WEIGHTS_NAME, written(directory / WEIGHTS_NAME)
+    read_from = directory / WEIGHTS_NAME, get_write_time(directory / WEIGHTS_NAME)
     with torch.inference_mode(False):  # the weights serve outside it
         flow = read_flow(directory)
         fingerprint = flow.fingerprint()  # here, as the weights would have to come back for it
@@ -81,7 +84,7 @@ def load_flow(
 
 
 def locate(name: str, revision: str | None = None) -> tuple[Path, tuple[str, str | None]]:
-    """The directory that holds a flow, and the name and commit under which to find it again."""
+    """Find the directory of a flow, and the name and commit under which to find it again."""
     bundled, path = bundled_flows(), Path(name).expanduser()
     if name in bundled or path.is_dir():
         if revision is not None:
@@ -108,7 +111,15 @@ def locate(name: str, revision: str | None = None) -> tuple[Path, tuple[str, str
 
 
 def download(name: str, revision: str | None, bundled: Iterable[str]) -> Path:
-    """The directory of a hub repository's config and weights at one commit, in the hub's cache.
+    """Download config and weights of a hub repository at one commit into the hub's cache.
+
+    Args:
+        name: The repository, "org/repo".
+        revision: A branch, tag or commit, or None for the main branch.
+        bundled: The bundled flows' names, for the error message.
+
+    Returns:
+        The directory of that commit in the cache.
 
     Raises:
         OSError: The repository cannot be read, or what came is not what the hub announced.
@@ -124,7 +135,7 @@ def download(name: str, revision: str | None, bundled: Iterable[str]) -> Path:
             pass
         else:
             if all((snapshot / file).is_file() for file in wanted):
-                check_digest(snapshot / WEIGHTS_NAME)
+                verify_digest(snapshot / WEIGHTS_NAME)
                 return snapshot
     try:
         try:
@@ -145,32 +156,32 @@ def download(name: str, revision: str | None, bundled: Iterable[str]) -> Path:
             f"no flow could be read from {where} on the hub: {error}\n(bundled flows: "
             f"{', '.join(bundled)}; private repositories need a token: hf auth login, or HF_TOKEN)"
         ) from error
-    check_digest(snapshot / WEIGHTS_NAME)
+    verify_digest(snapshot / WEIGHTS_NAME)
     return snapshot
 
 
-def check_digest(path: Path) -> None:
+def verify_digest(path: Path) -> None:
     """Compare a file of the hub's cache with the SHA-256 that the cache keeps it under.
 
     Raises:
-        OSError: They differ; the file is removed, so that the next call fetches it anew.
+        OSError: They differ. The file is removed, so that the next call fetches it anew.
     """
     blob = path.resolve()
     if not re.fullmatch("[0-9a-f]{64}", blob.name):
         return  # small files are under git's names, and some systems have no links
-    found = sha256(blob)
+    found = compute_sha256(blob)
     if found != blob.name:
         blob.unlink()
         raise OSError(f"{path} has SHA-256 {found}, the hub says {blob.name}; it was removed")
 
 
-def sha256(path: Path) -> str:
-    """Of a file's content."""
+def compute_sha256(path: Path) -> str:
+    """Compute the SHA-256 of a file's content."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_flow(directory: Path) -> Flow:
-    """Build a flow from config and weights in a directory; strict in both."""
+    """Build a flow from the config and the weights in a directory, strict in both."""
     if not (directory / CONFIG_NAME).exists() and (directory / RUN_NAME).exists():
         raise FileNotFoundError(
             f"{directory} holds an unfinished training run; give its command again to go on"
@@ -190,7 +201,7 @@ def read_flow(directory: Path) -> Flow:
         )
     try:
         # The caller's random draws stay as they were.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), use_plain_defaults():
             flow = Flow.architectures[architecture].from_config(copy.deepcopy(config))
             load_weights(flow, directory / WEIGHTS_NAME, {"architecture": architecture, **config})
     except ValueError as error:
@@ -199,7 +210,7 @@ def read_flow(directory: Path) -> Flow:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The JSON object in a small file."""
+    """Read the JSON object in a small file."""
     if path.stat().st_size > LARGEST_CONFIG:
         raise ValueError(f"{path} is larger than {LARGEST_CONFIG} bytes")
     try:
@@ -239,21 +250,21 @@ def load_weights(flow: Flow, path: Path, config: dict[str, Any]) -> None:
             raise ValueError(f"{name} is of {tensor.dtype}, the flow has {expected[name].dtype}")
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} has values that are not finite")
-    if DIGEST_KEY in metadata and metadata[DIGEST_KEY] != digest_of(config, tensors):
+    if DIGEST_KEY in metadata and metadata[DIGEST_KEY] != compute_digest(config, tensors):
         raise ValueError(
             f"{WEIGHTS_NAME} and {CONFIG_NAME} are not as they were saved: their digest differs"
         )
     flow.load_state_dict(tensors)
 
 
-def shared_flow(name: str, revision: str | None = None) -> Flow:
-    """The one flow of this name in this process; read again where its weights file changed."""
+def get_shared_flow(name: str, revision: str | None = None) -> Flow:
+    """Return this process's one flow of this name, read again where its weights file changed."""
     directory, (name, revision) = locate(name, revision)
-    return _load_once(name, revision, written(directory / WEIGHTS_NAME))
+    return _load_once(name, revision, get_write_time(directory / WEIGHTS_NAME))
 
 
-def written(path: Path) -> int:
-    """When a file was last written, in nanoseconds; 0 where it is not there."""
+def get_write_time(path: Path) -> int:
+    """Return when a file was last written, in nanoseconds, or 0 where it is not there."""
     return path.stat().st_mtime_ns if path.is_file() else 0
 
 
@@ -265,8 +276,8 @@ def _load_once(name: str, revision: str | None, modified: int) -> Flow:
 class HeldFlow:
     """A flow as a transform holds it: shared in this process, out of sight of `parameters()`.
 
-    Pickled by name where it was loaded and its weights and their file are as they were, so that
-    a spawned worker loads it by itself; with its weights otherwise.
+    A flow that was loaded, and whose weights and their file are unchanged, is pickled by name. A
+    spawned worker so loads it by itself. Any other flow is pickled with its weights.
 
     Args:
         flow: A flow, or anything `load_flow` takes, which is loaded once in a process.
@@ -274,17 +285,17 @@ class HeldFlow:
 
     def __init__(self, flow: Flow | str | Path) -> None:
         if isinstance(flow, (str, Path)):
-            flow = shared_flow(str(flow))
+            flow = get_shared_flow(str(flow))
         elif not isinstance(flow, Flow):
             raise TypeError(f"flow must be a Flow, a name or a path, got {type(flow).__name__}")
         self.flow = flow
 
     def __reduce__(self) -> tuple[Any, ...]:
         path, when = self.flow.read_from or (Path(), 0)
-        if self.flow.loaded_from and written(path) == when and self.flow.is_as_loaded():
-            return _held_by_name, self.flow.loaded_from[:2]
+        if self.flow.loaded_from and get_write_time(path) == when and self.flow.is_as_loaded():
+            return _hold_by_name, self.flow.loaded_from[:2]
         return HeldFlow, (self.flow,)
 
 
-def _held_by_name(name: str, revision: str | None) -> HeldFlow:
-    return HeldFlow(shared_flow(name, revision))
+def _hold_by_name(name: str, revision: str | None) -> HeldFlow:
+    return HeldFlow(get_shared_flow(name, revision))

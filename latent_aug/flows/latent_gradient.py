@@ -1,10 +1,11 @@
 """The gradient of a frozen flow's decode to its latents, in little memory.
 
-Weights get no gradients, so that of all that a coupling network computes only the log-scale and
-the signs of the hidden activations matter for the way back. "fast" keeps these (the first hidden
-activation is cheap to compute again, the second is kept in half precision); "lean" keeps the
-image only, undoes one step at a time, as a flow can, and computes them anew. Gradients pass
-transposed convolutions, which are plain ones whose kernels were flipped beforehand.
+Weights get no gradients. Of all that a coupling network computes, only the log-scale and the signs
+of the hidden activations matter for the way back.
+
+"fast" keeps these: the second hidden activation in half precision, while the first one is cheap
+to compute again. "lean" keeps the image only. It undoes one step at a time, as a flow can, and
+computes them anew. Gradients pass transposed convolutions: plain ones with flipped kernels.
 """
 
 from __future__ import annotations
@@ -18,58 +19,63 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from latent_aug.flows import engine
-from latent_aug.flows.backend import full_precision
-from latent_aug.flows.convolution import Conv, convolve, packed
+from latent_aug.flows.backend import use_full_precision
+from latent_aug.flows.convolution import Conv, convolve, reorder_weight
 from latent_aug.flows.engine import Activations, Level, Step
 from latent_aug.flows.graphs import DifferentiableGraph, Graphs
 
 Gradient = Literal["auto", "fast", "lean"]
 
 MOST_KEPT = 2**31
-"""Bytes that "auto" lets autograd keep. Not by what is free at the moment: the two ways differ in
-the last digits, and a run should not depend on its neighbours."""
+"""The most bytes that "auto" lets autograd keep. It does not ask how much memory is free: the two
+ways differ in the last digits, and a run should not depend on its neighbours."""
 
 
 class Adjoint(NamedTuple):
-    """The linear maps of a decoding step, transposed: each is a convolution again."""
+    """The linear maps of a decoding step, transposed: each is a convolution again.
+
+    Args:
+        mix: The transpose of the step's 1x1 convolution.
+        network: The transposes of the coupling network's convolutions.
+    """
 
     mix: Conv
     network: engine.Network
 
 
 Adjoints = tuple[tuple[Adjoint, ...], ...]
-"""One for each step of each level, in the order of decoding."""
+"""The adjoint of each step of each level, in the order of decoding."""
 
 
 Kept = list[list[list[Activations]]]
-"""By level, tile and step."""
+"""What decoding keeps for the gradient, by level, tile and step."""
 
 
-def read_adjoints(levels: Sequence[Level]) -> Adjoints:
+def transpose_levels(levels: Sequence[Level]) -> Adjoints:
     """Transpose every convolution of levels that were read for decoding."""
-    return tuple(tuple(adjoint_of(step) for step in level.steps) for level in levels)
+    return tuple(tuple(transpose_step(step) for step in level.steps) for level in levels)
 
 
-def adjoint_of(step: Step) -> Adjoint:
+def transpose_step(step: Step) -> Adjoint:
     """Transpose the convolutions of one step."""
     one, two, three = (conv.weight for conv in step.network)
-    mix = transposed(step.mix.weight)
-    return Adjoint(mix, (transposed(one), transposed(two), transposed(three)))
+    mix = transpose_conv(step.mix.weight)
+    return Adjoint(mix, (transpose_conv(one), transpose_conv(two), transpose_conv(three)))
 
 
-def transposed(weight: Tensor) -> Conv:
-    """The convolution that takes gradients of outputs to those of inputs."""
+def transpose_conv(weight: Tensor) -> Conv:
+    """Build the convolution that takes gradients of outputs to those of inputs."""
     flipped = weight.flip(2, 3).transpose(0, 1)
-    return packed(Conv(flipped.contiguous(memory_format=torch.channels_last)))
+    return reorder_weight(Conv(flipped.contiguous(memory_format=torch.channels_last)))
 
 
 def prefers_lean(z: Tensor, levels: Sequence[Level]) -> bool:
-    """Whether "auto" is lean: "fast" would keep too much."""
-    return kept_bytes(z, levels) > MOST_KEPT
+    """Whether "auto" is lean, as "fast" would keep too much."""
+    return estimate_kept_bytes(z, levels) > MOST_KEPT
 
 
-def kept_bytes(z: Tensor, levels: Sequence[Level]) -> int:
-    """About what "fast" keeps for latents (B, C, H, W)."""
+def estimate_kept_bytes(z: Tensor, levels: Sequence[Level]) -> int:
+    """Estimate the bytes that "fast" keeps for latents (B, C, H, W)."""
     total, pixels = 0, z.shape[0] * z.shape[2] * z.shape[3]
     for level in levels:
         pixels //= 4
@@ -87,39 +93,39 @@ def decode(
     inverse: Sequence[Level] | None,
     graphs: Graphs | None = None,
 ) -> Tensor:
-    """`engine.decode`, differentiable once in z.
+    """Decode latents, differentiably once in z.
 
     Args:
         z: Latents (B, C, H, W).
-        levels: Read for decoding.
-        adjoints: Of those levels.
-        inverse: The same levels read for encoding: to undo steps with, "lean". None is "fast".
-        graphs: To record "fast" in, and to replay it from; None for neither.
+        levels: The levels as read for decoding.
+        adjoints: The adjoints of their steps.
+        inverse: The levels as read for encoding, which "lean" undoes steps with. None is "fast".
+        graphs: The graphs that "fast" is replayed from and recorded in, or None.
     """
     if graphs is not None and inverse is None:
-        graph = graphs.get("gradient", z, lambda: recorded(z, levels, adjoints))
+        graph = graphs.get("gradient", z, lambda: record_graph(z, levels, adjoints))
         if graph is not None:
             return _Replay.apply(z, graph)
     return _Decode.apply(z, levels, adjoints, inverse)
 
 
-def recorded(z: Tensor, levels: Sequence[Level], adjoints: Adjoints) -> DifferentiableGraph:
-    """Decoding latents like z, "fast", as a graph."""
+def record_graph(z: Tensor, levels: Sequence[Level], adjoints: Adjoints) -> DifferentiableGraph:
+    """Record the decoding of latents like z, "fast", as a graph."""
     return DifferentiableGraph(
         lambda z: decode_and_keep(z, levels),
-        lambda grad, x, kept: gradient(grad, levels, adjoints, x, None, kept),
+        lambda grad, x, kept: backpropagate(grad, levels, adjoints, x, None, kept),
         z.detach(),
     )
 
 
 def decode_and_keep(z: Tensor, levels: Sequence[Level]) -> tuple[Tensor, Kept]:
-    """Decoded images, and what their gradient needs."""
+    """Decode latents, and give what the gradient needs beside the images."""
     kept: Kept = [[] for _ in levels]
     return engine.decode(z, levels, kept), kept
 
 
 class _Replay(torch.autograd.Function):
-    """`_Decode`, "fast", by a graph, in whose memory the activations are."""
+    """Replay "fast" from a graph, in whose memory the activations are."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, graph: DifferentiableGraph) -> Tensor:
@@ -131,7 +137,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        with full_precision(grad.device):  # as in _Decode
+        with use_full_precision(grad.device):  # as in _Decode
             return ctx.graph.gradient(grad, *ctx.saved_tensors, ctx.call), None
 
 
@@ -155,22 +161,24 @@ class _Decode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x, *tensors = ctx.saved_tensors
-        kept = unflattened(iter(tensors), ctx.levels, ctx.tiles)
+        kept = unflatten_kept(iter(tensors), ctx.levels, ctx.tiles)
         # It runs in another thread, later: what surrounded decode does not surround it.
-        with full_precision(grad.device):
-            z_grad = gradient(grad, ctx.levels, ctx.adjoints, x, ctx.inverse, kept)
+        with use_full_precision(grad.device):
+            z_grad = backpropagate(grad, ctx.levels, ctx.adjoints, x, ctx.inverse, kept)
         return z_grad, None, None, None
 
 
-def unflattened(tensors: Iterator[Tensor], levels: Sequence[Level], tiles: Sequence[int]) -> Kept:
-    """What was kept, by level, tile and step, from the tensors in that order."""
+def unflatten_kept(
+    tensors: Iterator[Tensor], levels: Sequence[Level], tiles: Sequence[int]
+) -> Kept:
+    """Sort what was kept by level, tile and step, from the tensors in that order."""
     return [
         [[Activations(*islice(tensors, 3)) for _ in level.steps] for _ in range(count)]
         for level, count in zip(levels, tiles, strict=False)
     ]
 
 
-def gradient(
+def backpropagate(
     grad: Tensor,
     levels: Sequence[Level],
     adjoints: Adjoints,
@@ -178,19 +186,19 @@ def gradient(
     inverse: Sequence[Level] | None,
     kept: Kept,
 ) -> Tensor:
-    """Gradient of the latents from that of the image, step by step, a tile at a time.
+    """Compute the latents' gradient from the images', step by step, a tile at a time.
 
     Args:
         grad: Gradient of the decoded images (B, C, H, W).
-        levels: Read for decoding.
-        adjoints: Of those levels.
+        levels: The levels as read for decoding.
+        adjoints: The adjoints of their steps.
         x: The decoded images.
-        inverse: The levels read for encoding, for "lean".
-        kept: What decoding kept, by level, tile and step, for "fast".
+        inverse: The levels as read for encoding, for "lean". None is "fast".
+        kept: The activations that decoding kept, for "fast".
     """
     level, *coarser = levels
     grad, x = engine.squeeze(grad), engine.squeeze(x)
-    tile = engine.tile_of(grad, level.steps[0])
+    tile = engine.choose_tile(grad, level.steps[0])
     grads, inputs = [], []
     for i, part in enumerate(grad.split(tile)):
         if inverse:
@@ -200,14 +208,14 @@ def gradient(
         for step, adjoint, activations in zip(
             reversed(level.steps), reversed(adjoints[0]), found, strict=True
         ):
-            part = step_gradient(part, step, adjoint, activations)
+            part = backpropagate_step(part, step, adjoint, activations)
         grads.append(part)
         inputs.append(activations.z)
     grad = torch.cat(grads)
     if not coarser:
         return engine.unsqueeze(grad * torch.exp(level.log_scale))
     rest, latent = grad.chunk(2, dim=1)
-    rest = gradient(
+    rest = backpropagate(
         rest,
         coarser,
         adjoints[1:],
@@ -219,20 +227,20 @@ def gradient(
 
 
 def undo_steps(x: Tensor, steps: Sequence[Step]) -> Iterator[Activations]:
-    """What each decoding step had, last step first, from what came out of the last."""
+    """Recompute what each decoding step had, last step first, from the output of the last."""
     for step in steps:
         z = convolve(x, step.mix)
         z1, z2 = z.chunk(2, dim=1)
-        hidden1 = engine.first_hidden(z1, step.network)
+        hidden1 = engine.compute_first_hidden(z1, step.network)
         out, hidden2 = engine.run_network(z1, step.network, hidden1)
-        log_scale = engine.log_scale_of(out, step, z)
-        z2.sub_(engine.shift_of(out, step, z)).mul_(torch.exp(-log_scale))
+        log_scale = engine.extract_log_scale(out, step, z)
+        z2.sub_(engine.extract_shift(out, step, z)).mul_(torch.exp(-log_scale))
         yield Activations(z, log_scale, hidden2, hidden1)
         x = z
 
 
-def step_gradient(grad: Tensor, step: Step, adjoint: Adjoint, kept: Activations) -> Tensor:
-    """Through one decoding step: from its output's gradient to its input's."""
+def backpropagate_step(grad: Tensor, step: Step, adjoint: Adjoint, kept: Activations) -> Tensor:
+    """Compute the gradient of a decoding step's input from that of its output."""
     grad = convolve(grad, adjoint.mix)
     grad1, shift_grad = grad.chunk(2, dim=1)
     z1, z2 = kept.z.chunk(2, dim=1)
@@ -242,27 +250,29 @@ def step_gradient(grad: Tensor, step: Step, adjoint: Adjoint, kept: Activations)
     network_grad = torch.cat([shift_grad, slope.mul_(grad2).mul_(z2)], dim=1)
     hidden1 = kept.hidden1
     if hidden1 is None:
-        hidden1 = engine.first_hidden(z1, step.network)
-    grad1.add_(network_gradient(network_grad, adjoint, hidden1, kept.hidden2))
+        hidden1 = engine.compute_first_hidden(z1, step.network)
+    grad1.add_(backpropagate_network(network_grad, adjoint, hidden1, kept.hidden2))
     shift_grad.copy_(grad2)
     return grad
 
 
-def network_gradient(grad: Tensor, adjoint: Adjoint, hidden1: Tensor, hidden2: Tensor) -> Tensor:
-    """Through the coupling network: from its outputs' gradient to its input's."""
+def backpropagate_network(
+    grad: Tensor, adjoint: Adjoint, hidden1: Tensor, hidden2: Tensor
+) -> Tensor:
+    """Compute the gradient of the coupling network's input from that of its outputs."""
     one, two, three = adjoint.network
     size = None
     if three.weight.dtype == torch.float16:  # small gradients would underflow
         size = grad.abs().amax(dim=(1, 2, 3), keepdim=True)
         grad = grad / torch.where(size > 0, size, 1)
     back = convolve(grad.to(three.weight.dtype), three)
-    back = convolve(through_relu(back, hidden2), two)
-    result = convolve(through_relu(back, hidden1), one).to(grad.dtype)
+    back = convolve(backpropagate_relu(back, hidden2), two)
+    result = convolve(backpropagate_relu(back, hidden1), one).to(grad.dtype)
     return result if size is None else result * size
 
 
-def through_relu(grad: Tensor, activation: Tensor) -> Tensor:
-    """The gradient before a ReLU from that after it, in place."""
+def backpropagate_relu(grad: Tensor, activation: Tensor) -> Tensor:
+    """Compute the gradient before a ReLU from that after it, in place."""
     return torch.ops.aten.threshold_backward.grad_input(
         grad, activation.to(grad.dtype), 0, grad_input=grad
     )
