@@ -56,7 +56,7 @@ def test_latents_of_downscaled_photographs(tmp_path):
     torch.manual_seed(3)
     out = torch.stack([image for image, _ in cached.__getitems__(range(10))])
     assert (out - 255 * expected).abs().max() < 0.51
-    with pytest.raises(ValueError, match="differs in its resolution"):
+    with pytest.raises(ValueError, match="a cache with other settings .resolution 8, now 16"):
         LatentCache(data, tmp_path, LatentPerturb(0.3, flow=random_glow(), resolution=16))
 
 
@@ -153,10 +153,14 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("data", "flow", "words"),
         [
-            (samples(9), random_glow(), "differs in its count and images"),
-            ([(image, 9) for image, _ in samples()], random_glow(), "differs in its labels"),
-            (samples(seed=1), random_glow(), "differs in its images"),
-            (samples(), random_glow(seed=1), "differs in its flow"),
+            (samples(9), random_glow(), "count 10, now 9, another images"),
+            (
+                [(image, 9) for image, _ in samples()],
+                random_glow(),
+                "other settings .another labels",
+            ),
+            (samples(seed=1), random_glow(), "other settings .another images"),
+            (samples(), random_glow(seed=1), "other settings .another flow"),
         ],
     )
     def test_of_another_cache(self, tmp_path, data, flow, words):
@@ -189,10 +193,10 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"index.json cannot be read as JSON"):
             LatentCache(samples(), tmp_path, LatentPerturb(flow=Identity()))
         (tmp_path / "index.json").write_text("[]")
-        with pytest.raises(ValueError, match=r"index.json is not the index of a cache"):
+        with pytest.raises(ValueError, match=r"index.json does not hold the settings of a cache"):
             LatentCache(samples(), tmp_path, LatentPerturb(flow=Identity()))
         (tmp_path / "index.json").unlink()
-        with pytest.raises(ValueError, match=r"no index\.json: not a cache"):
+        with pytest.raises(ValueError, match=r"no index\.json: it is not a cache"):
             LatentCache(samples(), tmp_path, LatentPerturb(flow=Identity()))
 
     def test_of_transforms(self, tmp_path):
@@ -236,7 +240,7 @@ def test_what_failed_before_anything_was_encoded_can_be_corrected(tmp_path):
     with pytest.raises(ValueError, match="images of one size"):
         LatentCache(mixed, tmp_path, LatentPerturb(flow=Identity()))
     assert len(LatentCache(samples(3), tmp_path, LatentPerturb(flow=Identity()))) == 3
-    with pytest.raises(ValueError, match="differs in its count"):
+    with pytest.raises(ValueError, match="other settings .count 3, now 4"):
         LatentCache(samples(4), tmp_path, LatentPerturb(flow=Identity()))
 
 
@@ -251,7 +255,7 @@ def test_transforms_of_images_alone_cannot_follow_where_there_are_labels(tmp_pat
 def test_a_flow_of_another_setting_is_another_flow(tmp_path):
     LatentCache(samples(), tmp_path, LatentPerturb(flow=Scaled(1.0)))
     LatentCache(samples(), tmp_path, LatentPerturb(flow=Scaled(1.0)))
-    with pytest.raises(ValueError, match="differs in its flow"):
+    with pytest.raises(ValueError, match="other settings .another flow"):
         LatentCache(samples(), tmp_path, LatentPerturb(flow=Scaled(2.0)))
 
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from dataclasses import MISSING, fields
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from test_check import smooth
 from torchvision.transforms.v2.functional import to_pil_image
+from typer.main import get_command
 from typer.testing import CliRunner
 
-from latent_aug import check_flow, load_flow
+from latent_aug import AugmentConfig, TrainConfig, check_flow, load_flow
 from latent_aug.cli import app
+from latent_aug.cli.options import read_descriptions
 from latent_aug.images.datasets import EncodedImages
 
 SMALL = ["--channels", "1", "--levels", "1", "-K", "1", "-H", "8", "--steps", "5"]
@@ -42,14 +46,45 @@ def test_train_writes_a_flow_and_its_card(folder, tmp_path):
     assert figures["images"] == 24
     assert f"{figures['bits_per_dim']:.3f} bits per dimension" in card
     found = check_flow(output, EncodedImages(folder))
+    assert f"suggested for LatentPerturb: norm='linf', eps={found.eps:.3g}" in result.output
     assert f"Suggested: eps {float(f'{found.eps:.2g}'):g} with" in card
-    assert found.verdict in result.output
+    assert all(finding.text in result.output for finding in found.findings)
+    assert f"latent-aug train DATA --init {output}" in result.output
     assert "(preview.png)" in card
     with Image.open(output / "preview.png") as picture:
         assert picture.width > 300
     data = ModelCard(card).data
     assert (data.datasets, data.license) == (None, "mit")
     assert data.eval_results[0].metric_value == round(figures["bits_per_dim"], 3)
+
+
+@pytest.mark.parametrize(
+    ("command", "config"), [("train", TrainConfig), ("augment", AugmentConfig)]
+)
+def test_a_command_has_an_option_for_each_setting(command, config):
+    parameters = {p.name: p for p in get_command(app).commands[command].params}
+    described = read_descriptions(config)
+    for field in fields(config):
+        option = parameters[field.name]
+        assert option.required is (field.default is MISSING)
+        assert option.required or option.default == field.default
+        assert option.help == described[field.name] != ""
+        names = [*option.opts, *option.secondary_opts]
+        name = field.name.replace("_", "-")
+        if option.param_type_name == "option":
+            opposite = [f"--no-{name}"] if field.default is True else []
+            assert names == [f"--{name}", *opposite]
+    assert "config" not in parameters
+
+
+def test_options_reach_the_settings(folder, tmp_path, monkeypatch):
+    seen = []
+    module = sys.modules["latent_aug.cli.train"]  # the package has the function of that name
+    monkeypatch.setattr(module, "train_flow", lambda flow, images, config, **_: seen.append(config))
+    given = {"lr": 0.5, "warmup": 3, "size": 8, "seed": 4, "accumulate": 2, "ema": 0.5}
+    options = [word for name, value in given.items() for word in (f"--{name}", value)]
+    run(folder, "--output", tmp_path, *options, "--no-flip", "--validation-images", 7)
+    assert seen == [TrainConfig(output=tmp_path, flip=False, validation_images=7, **given)]
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +239,7 @@ def test_check_with_a_classifier(tmp_path, monkeypatch):
         assert "error:" in result.output
 
 
-def test_a_flow_that_does_not_suit_is_exit_code_3(tmp_path):
+def test_a_flow_that_is_not_usable_is_exit_code_3(tmp_path):
     noise = tmp_path / "noise"
     noise.mkdir()
     for index in range(5):
@@ -212,7 +247,7 @@ def test_a_flow_that_does_not_suit_is_exit_code_3(tmp_path):
         to_pil_image(image).save(noise / f"{index}.png")
     result = call("check", "glow-fashionmnist", noise)
     assert result.exit_code == 3  # 2 is of wrong usage
-    assert "does not suit" in result.output
+    assert "is not usable on these images" in result.output
 
 
 def test_colours_are_not_checked_against_a_grey_flow(tmp_path):

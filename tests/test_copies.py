@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from latent_aug import AugmentConfig, LatentPerturb, augment_images
 from latent_aug.cli import app
-from latent_aug.export.shards import folder_of
+from latent_aug.export.shards import name_folder
 from latent_aug.images.datasets import EncodedImages, to_uint8
 
 CLASSES = ("bird", "cat", "dog")
@@ -218,21 +218,51 @@ def test_classes_out_of_order_are_folders_by_number(tmp_path):
     augment(images, tmp_path / "out", form="folder")
     assert ImageFolder(tmp_path / "out").classes == ["00000", "00001"]
     assert (tmp_path / "out" / "classes.txt").read_text() == "top/shirt\nboot\n"
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["top/shirt", "boot"]
 
 
 @pytest.mark.parametrize(
-    "classes", [("crane", "crane"), ("Cat", "cat"), ("a:b", "c"), ("a", "b."), ("", "a")]
+    "classes",
+    [("crane", "crane"), ("Cat", "cat"), ("a:b", "c"), ("a", "b."), ("", "a"), ("a", "b\udce9")],
 )
 def test_classes_that_are_no_folders_everywhere_are_numbers(classes):
-    assert folder_of(1, list(classes)) == "00001"
-    assert folder_of(1, ["grey wolf", "wolf-2.0 (ä)"]) == "wolf-2.0 (ä)"
+    assert name_folder(1, list(classes)) == "00001"
+    assert name_folder(1, ["grey wolf", "wolf-2.0 (ä)"]) == "wolf-2.0 (ä)"
+
+
+@pytest.mark.parametrize("form", ["shards", "folder"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        (b"caf\xe9", b"the"),
+        (b"a\nb", b"c"),
+        (b'"a"', b"b\xc2\x85c\xe2\x80\xa8d"),  # line breaks to Python's splitlines
+        (b"a\\nb", "größe".encode()),
+    ],
+)
+def test_folders_of_any_name_are_classes(tmp_path, names, form):
+    for name in names:
+        folder = os.path.join(os.fsencode(tmp_path), b"data", name)
+        os.makedirs(folder)
+        with open(os.path.join(folder, b"1.png"), "wb") as file:
+            to_pil_image(torch.full((3, 8, 8), 90, dtype=torch.uint8)).save(file, "PNG")
+    out = tmp_path / "out"
+    report = augment(tmp_path / "data", out, form=form, copies=1)
+    assert report.images == 2
+    found = json.loads((out / "classes.json").read_text())
+    assert [os.fsencode(name) for name in found] == sorted(names)
+    lines = (out / "classes.txt").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(x) if x.startswith('"') else x for x in lines] == found
+    assert augment(tmp_path / "data", out, form=form, copies=1).found == 1
+    if form == "folder":
+        assert len(ImageFolder(out).classes) == 2
 
 
 def test_what_failed_before_any_copy_can_be_corrected(data, tmp_path):
     with pytest.raises(ValueError, match="maps images of size"):
         augment(data, tmp_path / "out", flow=random_dense(side=8))
     augment(data, tmp_path / "out", eps=0.1)
-    with pytest.raises(ValueError, match="copies of another kind"):
+    with pytest.raises(ValueError, match="copies with other settings"):
         augment(data, tmp_path / "out", eps=0.2)
 
 
@@ -247,13 +277,13 @@ def test_other_settings_do_not_go_into_the_same_output(data, tmp_path):
     augment(data, tmp_path / "out")
     before = contents(tmp_path / "out")
     for changes in ({"seed": 1}, {"eps": 0.3}, {"copies": 3}, {"flow": random_glow(seed=1)}):
-        with pytest.raises(ValueError, match="copies of another kind"):
+        with pytest.raises(ValueError, match="copies with other settings"):
             augment(data, tmp_path / "out", **changes)
     (data / "dog").rename(data / "duck")  # in the same order
-    with pytest.raises(ValueError, match=r"copies of another kind: labels other ones"):
+    with pytest.raises(ValueError, match=r"copies with other settings \(another labels\)"):
         augment(data, tmp_path / "out")
     next(data.rglob("*.png")).unlink()
-    with pytest.raises(ValueError, match=r"copies of another kind: images 10 then, 9 now"):
+    with pytest.raises(ValueError, match=r"other settings \(images 10, now 9, another data"):
         augment(data, tmp_path / "out")
     assert contents(tmp_path / "out") == before
     with pytest.raises(ValueError, match="must be empty, it holds"):
@@ -359,7 +389,7 @@ def test_images_that_are_turned_otherwise_are_others(tmp_path):
         image.save(tmp_path / "data" / "a.png", exif=exif)
         if orientation == 1:
             augment(tmp_path / "data", tmp_path / "out")
-    with pytest.raises(ValueError, match="data other ones"):
+    with pytest.raises(ValueError, match="another data"):
         augment(tmp_path / "data", tmp_path / "out")
 
 
@@ -460,7 +490,7 @@ def test_masks_are_told_apart(tmp_path):
 
 def test_a_mask_that_is_worked_out_is_refused(tmp_path):
     transform = LatentPerturb(flow=Identity(), mask=lambda sample: sample)
-    with pytest.raises(ValueError, match="mask must be None or a tensor here"):
+    with pytest.raises(ValueError, match="mask must be None or a tensor: a callable"):
         augment_images([torch.rand(3, 8, 8)], transform, AugmentConfig(output=tmp_path / "out"))
 
 

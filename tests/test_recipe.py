@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from latent_aug import TrainConfig
-from latent_aug.training.recipe import learning_rate
+from latent_aug.training.recipe import compute_learning_rate
 
 
 def test_learning_rate_rises_stays_and_falls():
     c = TrainConfig(output="x", steps=100, warmup=10, decay=0.4, lr=1.0)
-    rates = [learning_rate(step, c) for step in range(100)]
+    rates = [compute_learning_rate(step, c) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9:61] == [1.0] * 52
     assert rates[80] == pytest.approx(0.5)

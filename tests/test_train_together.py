@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from latent_aug import load_flow, train_flow
 from latent_aug.cli import app
-from latent_aug.training.processes import Processes, accelerator_for
+from latent_aug.training.processes import Processes, make_accelerator
 
 pytest.importorskip("accelerate")
 
@@ -92,9 +92,9 @@ def test_all_processes_return_what_one_has_written(together):
 def test_all_processes_refuse_alike(together):
     for rank in range(2):
         few, other, recipe = json.loads((together / f"{rank}.json").read_text())
-        assert "batch_size is of all 2 processes" in few
+        assert "batch_size counts the images of all 2 processes" in few
         assert "must be the same in all processes" in other
-        assert "another recipe: {'lr'" in recipe
+        assert "recipe: lr 0.001, now 1.0" in recipe
     assert not (together / "few").exists()
     assert not (together / "other").exists()
 
@@ -165,6 +165,6 @@ def test_processes_that_cannot_be_joined_are_refused():
 
     try:
         with pytest.raises(ValueError, match="set up as NO: start them with torchrun"):
-            accelerator_for(torch.device("cpu"), 1.0)
+            make_accelerator(torch.device("cpu"), 1.0)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -20,7 +20,7 @@ from typing import Any
 from latent_aug import Glow, TrainConfig, load_flow, train_flow
 from latent_aug.diagnostics.check import check_flow
 from latent_aug.images.datasets import UInt8Images, as_batch, open_images
-from latent_aug.training.report import minutes_of
+from latent_aug.training.report import read_minutes
 
 RESULTS = Path(__file__).parents[1] / "results" / "fine_tune.json"
 BASE = "glow-cifar10-small"
@@ -51,7 +51,7 @@ def figures(flow: Glow, test: UInt8Images) -> dict[str, Any]:
 def tuned(start: Glow, images: UInt8Images, output: Path, flip: bool) -> tuple[Glow, float]:
     """The flow after training, and the minutes that took."""
     config = TrainConfig(output=output, steps=STEPS, lr=5e-4, flip=flip)
-    return train_flow(start, images, config), round(minutes_of(output), 1)
+    return train_flow(start, images, config), round(read_minutes(output), 1)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from latent_aug import Flow, LatentAdversarial, LatentPerturb, LatentSchedule, load_flow
 from latent_aug.images.conversion import from_float
-from latent_aug.training.batches import cropped, flipped
+from latent_aug.training.batches import crop_images, flip_images
 
 PEERS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
     # From the classifier, which knows the images' mean; on one 8-bit image, after crop and flip.
@@ -174,8 +174,8 @@ def crop_and_flip(x: Tensor, flip: bool) -> Tensor:
     """Zero-padded by 4, cropped back, mirrored with probability 1/2: the paper's A.2."""
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
     if flip:
-        x = flipped(x, torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5)
-    return cropped(x, 4, torch.randint(0, 2 * 4 + 1, (2, len(x)), generator=generator))
+        x = flip_images(x, torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5)
+    return crop_images(x, 4, torch.randint(0, 2 * 4 + 1, (2, len(x)), generator=generator))
 
 
 def read_arguments(given: dict[str, Any], flows: Path | None, channels: int) -> dict[str, Any]:

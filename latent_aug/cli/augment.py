@@ -15,10 +15,10 @@ from latent_aug.cli.options import (
     NORM,
     RESOLUTION,
     ROOT,
-    SIZE,
     Norm,
+    add_options,
     check_apart,
-    errors_as_messages,
+    echo,
 )
 from latent_aug.export.copies import AugmentConfig, AugmentReport, augment_images
 from latent_aug.flows import Flow, Glow
@@ -28,42 +28,20 @@ from latent_aug.transforms.random import LatentPerturb
 from latent_aug.utils.randomness import get_rank_and_count
 
 
+@add_options(AugmentConfig, arguments=("output",))
 def augment(
     data: Annotated[str, DATA],
-    output: Annotated[Path, typer.Argument(help="Where the copies are written.")],
-    copies: Annotated[int, typer.Option(help="Of each image.")] = AugmentConfig.copies,
+    config: AugmentConfig,
     flow: Annotated[
         str, typer.Option(help="A bundled name, a directory, or org/repo on the hub.")
     ] = "glow-cifar10",
     eps: Annotated[
         float | None,
-        typer.Option(help="Else 0.25, or 10 for l2, which is for 32 x 32 images."),
+        typer.Option(help="The size of the perturbation, else 0.25, or 10 for l2 at 32 x 32."),
     ] = None,
     norm: Annotated[Norm, NORM] = "linf",
     resolution: Annotated[int | None, RESOLUTION] = None,
-    size: Annotated[int | None, SIZE] = None,
-    originals: Annotated[
-        bool, typer.Option("--originals", help="Write the images themselves as well, as copy 0.")
-    ] = False,
-    form: Annotated[
-        Literal["shards", "folder"],
-        typer.Option(help="Tars as WebDataset reads them, or a folder for each class."),
-    ] = "shards",
-    shard_size: Annotated[
-        int, typer.Option(help="Images of a shard, the unit of work.")
-    ] = AugmentConfig.shard_size,
-    image_format: Annotated[
-        Literal["png", "jpeg"], typer.Option(help="Of the files; png is lossless.")
-    ] = "png",
-    quality: Annotated[int, typer.Option(help="Of jpeg.")] = AugmentConfig.quality,
-    batch_size: Annotated[
-        int, typer.Option(help="Images of one size that go through the flow together.")
-    ] = AugmentConfig.batch_size,
     network_dtype: Annotated[Literal["float32", "bfloat16"], NETWORK_DTYPE] = "float32",
-    seed: Annotated[int, typer.Option(help="Of order and noise.")] = AugmentConfig.seed,
-    skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be read.")
-    ] = False,
     root: Annotated[Path, ROOT] = Path("data"),
     cpu: Annotated[bool, CPU] = False,
 ) -> None:
@@ -72,30 +50,17 @@ def augment(
     Under torchrun or accelerate launch the processes take the shards in turn. Labels are the
     outermost folders of DATA, the .cls members of a tar, or the data set's own.
     """
-    with errors_as_messages():
-        config = AugmentConfig(
-            output=output,
-            copies=copies,
-            originals=originals,
-            form=form,
-            shard_size=shard_size,
-            image_format=image_format,
-            quality=quality,
-            size=size,
-            batch_size=batch_size,
-            seed=seed,
-            skip_unreadable=skip_unreadable,
-        )
-        check_apart(output, data)
-        loaded = load_flow(flow)
-        if network_dtype != "float32":
-            lower_networks(loaded, network_dtype)
-        if eps is None:
-            eps = 10.0 if norm == "l2" else 0.25  # the paper's
-        transform = LatentPerturb(eps, norm=norm, flow=loaded, resolution=resolution)
-        images = open_images(data, root=root)
-        report = augment_images(images, transform, config, device="cpu" if cpu else None)
-    typer.echo(summary(output, report))
+    output = Path(config.output)
+    check_apart(output, data)
+    loaded = load_flow(flow)
+    if network_dtype != "float32":
+        lower_networks(loaded, network_dtype)
+    if eps is None:
+        eps = 10.0 if norm == "l2" else 0.25  # the paper's
+    transform = LatentPerturb(eps, norm=norm, flow=loaded, resolution=resolution)
+    images = open_images(data, root=root)
+    report = augment_images(images, transform, config, device="cpu" if cpu else None)
+    echo(summarize(output, report))
 
 
 def lower_networks(flow: Flow, dtype: str) -> None:
@@ -105,8 +70,8 @@ def lower_networks(flow: Flow, dtype: str) -> None:
     flow.network_dtype = getattr(torch, dtype)
 
 
-def summary(output: Path, report: AugmentReport) -> str:
-    """A line on what was done."""
+def summarize(output: Path, report: AugmentReport) -> str:
+    """Summarize in a line what this process has written."""
     rank, count = get_rank_and_count()
     who = f"worker {rank} of {count}: " if count > 1 else ""
     left = f", {report.fallbacks} of them as they were" if report.fallbacks else ""

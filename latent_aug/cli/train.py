@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -13,26 +13,33 @@ import typer
 from latent_aug.cli.options import (
     CPU,
     DATA,
-    NETWORK_DTYPE,
     ROOT,
-    SIZE,
+    add_options,
     check_apart,
-    errors_as_messages,
+    echo,
 )
-from latent_aug.diagnostics.check import check_flow
-from latent_aug.flows import ConditionalDenseFlow, Glow
+from latent_aug.diagnostics.check import HIGHEST, check_flow
+from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
 from latent_aug.flows.hub import load_flow
-from latent_aug.images.datasets import KEPT_BYTES, images_for, open_images, to_uint8, with_classes
+from latent_aug.images.datasets import (
+    KEPT_BYTES,
+    UInt8Images,
+    images_for,
+    open_images,
+    to_uint8,
+    with_classes,
+)
 from latent_aug.training.card import write_card
 from latent_aug.training.processes import Processes
 from latent_aug.training.recipe import TrainConfig
-from latent_aug.training.report import minutes_of
+from latent_aug.training.report import read_minutes
 from latent_aug.training.train import train_flow
 
 
+@add_options(TrainConfig)
 def train(
     data: Annotated[str, DATA],
-    output: Annotated[Path, typer.Option(help="Where the flow and the run's state are written.")],
+    config: TrainConfig,
     validation: Annotated[
         str | None, typer.Option(help="Held-out images: folder, tar or torchvision:NAME.")
     ] = None,
@@ -57,37 +64,6 @@ def train(
             "for small grey images, -K 12 and -H 512 if not given."
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = TrainConfig.steps,
-    batch_size: Annotated[
-        int, typer.Option(help="Images a step, of all processes together.")
-    ] = TrainConfig.batch_size,
-    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = TrainConfig.lr,
-    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = TrainConfig.warmup,
-    decay: Annotated[
-        float, typer.Option(help="Last share of the steps, falling to 0.")
-    ] = TrainConfig.decay,
-    clip_norm: Annotated[
-        float, typer.Option(help="Greatest gradient norm.")
-    ] = TrainConfig.clip_norm,
-    ema: Annotated[float, typer.Option(help="Decay of the weights' average.")] = TrainConfig.ema,
-    flip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = TrainConfig.flip,
-    crop: Annotated[int, typer.Option(help="Zero-pad by so much, crop.")] = TrainConfig.crop,
-    noise: Annotated[
-        float, typer.Option(help="Standard deviation of Gaussian noise; 0.1 is 25 grey levels.")
-    ] = TrainConfig.noise,
-    size: Annotated[int | None, SIZE] = None,
-    network_dtype: Annotated[Literal["auto", "float32", "bfloat16"], NETWORK_DTYPE] = "auto",
-    seed: Annotated[int, typer.Option(help="Of weights, order and noise.")] = TrainConfig.seed,
-    checkpoint_minutes: Annotated[
-        float, typer.Option(help="Between saves of the run's state.")
-    ] = TrainConfig.checkpoint_minutes,
-    workers: Annotated[int, typer.Option(help="Loader processes.")] = TrainConfig.workers,
-    accumulate: Annotated[
-        int, typer.Option(help="Parts in which a process takes its share of a batch.")
-    ] = TrainConfig.accumulate,
-    timeout_minutes: Annotated[
-        float, typer.Option(help="A process that waits longer for another one gives up.")
-    ] = TrainConfig.timeout_minutes,
     cpu: Annotated[bool, CPU] = False,
     licence: Annotated[str, typer.Option(help="For the card: the weights' licence.")] = "mit",
     about: Annotated[
@@ -100,84 +76,69 @@ def train(
 ) -> None:
     """Train a flow by maximum likelihood; the same command again resumes a stopped run.
 
-    At the end it is measured on up to 10,000 held-out images, or 2,000 training images.
+    At the end it is measured on up to 10,000 held-out images, or 2,000 training images, and the
+    eps that suits them is printed.
     """
-    with errors_as_messages():
-        config = TrainConfig(
-            output=output,
-            steps=steps,
-            batch_size=batch_size,
-            lr=lr,
-            warmup=warmup,
-            decay=decay,
-            clip_norm=clip_norm,
-            ema=ema,
-            flip=flip,
-            crop=crop,
-            noise=noise,
-            size=size,
-            network_dtype=network_dtype,
-            seed=seed,
-            checkpoint_minutes=checkpoint_minutes,
-            workers=workers,
-            accumulate=accumulate,
-            timeout_minutes=timeout_minutes,
-        )
-        for source in (data, validation):
-            if source is not None:
-                check_apart(output, source)
-        device = "cpu" if cpu else None
-        processes = Processes(device, timeout_minutes=timeout_minutes)
-        with processes.one_first():  # it may download
-            images = open_images(data, root=root)
-            held_out = (
-                None if validation is None else open_images(validation, root=root, train=False)
-            )
-            torch.manual_seed(seed)
-            flow = starting_flow(init, channels, levels, k, hidden, classes, images, size)
-        trained = train_flow(flow, images, config, validation=held_out, device=device)
-        processes.leave()
-        if not processes.is_main:
-            return
-        source, most = (images, 2_000) if held_out is None else (held_out, 10_000)
-        some = images_for(trained, source, size, keep_bytes=0)
-        most = max(1, min(most, KEPT_BYTES // some.shape.numel()))
-        measured = images_for(trained, with_classes(*some.some(most)))
-        typer.echo(f"measuring the flow on {len(measured)} images, for its card and eps", err=True)
-        directory = output.resolve()  # the verdict names it
-        where = next(trained.parameters()).device
-        found = check_flow(load_flow(directory, device=where), measured, size=size)
-        card = write_card(
-            trained,
-            measured,
-            output,
-            command=shlex.join([*launcher(processes.count), *sys.argv[1:]]),
-            training_data=about or data,
-            fine_tuned_from=init,
-            measured_on=validation or f"{data} (the training images)",
-            images_seen=steps * min(batch_size, len(images)),
-            minutes=minutes_of(output),
-            licence=licence,
-            eps=float(f"{found.eps:.2g}"),
-            problems=found.problems,
-            note=note,
-            dataset=dataset,
-        )
+    output = Path(config.output)
+    for source in (data, validation):
+        if source is not None:
+            check_apart(output, source)
+    device = "cpu" if cpu else None
+    processes = Processes(device, timeout_minutes=config.timeout_minutes)
+    with processes.let_one_go_first():  # it may download
+        images = open_images(data, root=root)
+        held_out = None if validation is None else open_images(validation, root=root, train=False)
+        torch.manual_seed(config.seed)
+        flow = make_flow(init, channels, levels, k, hidden, classes, images, config.size)
+    trained = train_flow(flow, images, config, validation=held_out, device=device)
+    processes.leave()
+    if not processes.is_main:
+        return
+    source, most = (images, 2_000) if held_out is None else (held_out, 10_000)
+    measured = read_some(trained, source, config.size, most)
+    typer.echo(f"measuring the flow on {len(measured)} images, for its card and eps", err=True)
+    directory = output.resolve()  # the verdict names it
+    found = check_flow(load_flow(directory, device=trained.device), measured, size=config.size)
+    card = write_card(
+        trained,
+        measured,
+        output,
+        command=shlex.join([*name_launcher(processes.count), *sys.argv[1:]]),
+        training_data=about or data,
+        fine_tuned_from=init,
+        measured_on=validation or f"{data} (the training images)",
+        images_seen=config.steps * min(config.batch_size, len(images)),
+        minutes=read_minutes(output),
+        licence=licence,
+        eps=float(f"{found.eps:.2g}"),
+        problems=found.problems,
+        note=note,
+        dataset=dataset,
+    )
     whose = "images" if validation else "training images"
     bits = card["bits_per_dim"]
     density = "no bits/dim" if bits is None else f"{bits:.3f} bits/dim"
-    typer.echo(f"{output}: {density} on {card['images']} {whose}")
-    typer.echo(found.verdict)
+    echo(f"{output}: {density} on {card['images']} {whose}")
+    if found.eps < HIGHEST:  # else no eps changes the images by as much as is asked
+        echo(found.suggestion)
+    echo(found.verdict)
 
 
-def launcher(processes: int) -> list[str]:
-    """What comes before the subcommand."""
+def read_some(flow: Flow, dataset: Any, size: int | None, most: int) -> UInt8Images:
+    """Read at most so many images of a data set, spread over it, and no more than fit in memory."""
+    images = images_for(flow, dataset, size, keep_bytes=0)
+    most = max(1, min(most, KEPT_BYTES // images.shape.numel()))
+    return images_for(flow, with_classes(*images.some(most)))
+
+
+def name_launcher(processes: int) -> list[str]:
+    """Name what comes before the subcommand in the command."""
     if processes == 1:
         return ["latent-aug"]
     return ["accelerate", "launch", "--num_processes", str(processes), "-m", "latent_aug"]
 
 
-def starting_flow(
+def make_flow(
     init: str | None,
     channels: int | None,
     levels: int | None,
@@ -187,7 +148,7 @@ def starting_flow(
     images: Any,
     size: int | None,
 ) -> Glow | ConditionalDenseFlow:
-    """A new flow, or the one to fine-tune, whose sizes are its own."""
+    """Make a new flow of the given sizes, or load the one to fine-tune."""
     sizes = {"channels": channels, "steps": k, "hidden": hidden}
     asked: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     if init is not None:

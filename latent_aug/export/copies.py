@@ -1,4 +1,4 @@
-"""Perturbed copies of a data set on disk, for training loops that read files."""
+"""Write perturbed copies of a data set to disk, for training loops that read files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
-from latent_aug.export.shards import Sample, image_file, write_files, write_tar
+from latent_aug.export.shards import Sample, encode_image, write_files, write_tar
 from latent_aug.images.conversion import GREY_MODES
 from latent_aug.images.datasets import (
     EncodedImages,
@@ -37,33 +37,33 @@ from latent_aug.utils.arguments import (
     require_natural,
     require_positive,
 )
-from latent_aug.utils.files import read_json, remove_partial, replace_file, write_json, write_whole
+from latent_aug.utils.files import claim_directory, remove_partial, replace_file, write_whole
 from latent_aug.utils.randomness import get_rank_and_count, mix_seeds
 
-SETTINGS_NAME, CLASSES_NAME = "augment.json", "classes.txt"
+SETTINGS_NAME, CLASSES_NAME, CLASSES_TEXT_NAME = "augment.json", "classes.json", "classes.txt"
 SUFFIXES = {"png": "png", "jpeg": "jpg"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """What `augment_images` writes.
+    """The settings of `augment_images`.
 
     Args:
-        output: Directory for the copies; empty, or of the same job stopped before.
-        copies: Perturbed copies of each image, at least 1.
+        output: The directory for the copies, empty or of the same job that was stopped before.
+        copies: The number of perturbed copies of each image, at least 1.
         originals: Write each image itself as well, as copy 0.
         form: "shards" writes tars as WebDataset reads them, "folder" one folder for each class, as
             torchvision's ImageFolder reads them.
-        shard_size: Images of a shard, which is written or missing as a whole.
+        shard_size: The number of images in a shard, which is written or missing as a whole.
         image_format: "png" is lossless, "jpeg" smaller.
-        quality: Of "jpeg", 1 to 100.
-        size: Resize and crop images to this side, in pixels; None keeps their sizes.
-        batch_size: Images of one size that go through the flow together.
-        seed: Of order and noise.
+        quality: The quality of "jpeg" files, 1 to 100.
+        size: The side to resize and crop images to. By default images keep their size.
+        batch_size: The number of images of one size that go through the flow together.
+        seed: The seed of order and noise.
         skip_unreadable: Leave out images that cannot be read, with a warning, rather than stop.
 
     Raises:
-        ValueError: An argument is out of range, or no integer where one is needed.
+        ValueError: An argument is out of range, or is no integer where one is needed.
 
     Example:
         >>> AugmentConfig(output="copies", copies=4, form="folder").image_format
@@ -95,14 +95,14 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class AugmentReport:
-    """What one worker did.
+    """The numbers of shards and images that one process dealt with.
 
     Attributes:
-        written: Shards that it wrote.
-        found: Shards that were there.
-        images: Images in those it wrote.
-        fallbacks: Those of them that stayed as they were.
-        unreadable: Images missing in them, as they could not be read.
+        written: The number of shards that it wrote.
+        found: The number of its shards that were there already.
+        images: The number of images in the shards that it wrote.
+        fallbacks: The number of those images that stayed as they were.
+        unreadable: The number of images that are missing, as they could not be read.
     """
 
     written: int
@@ -113,17 +113,17 @@ class AugmentReport:
 
 
 class Item(NamedTuple):
-    """An image of the data set: uint8 (C, H, W), its label, and what its file said of it."""
+    """An image of the data set as uint8 (C, H, W), with its label and its file's orientation."""
 
     image: Tensor
     label: int | None
     grey: bool
     orientation: int
 
-    def digest(self) -> str:
-        """A fingerprint of its pixels and of how they are turned."""
-        turned = [torch.tensor(self.orientation)] if self.orientation != UPRIGHT else []
-        return digest([self.image, *turned])
+    def hash(self) -> str:
+        """Hash the pixels and the orientation."""
+        orientation = [torch.tensor(self.orientation)] if self.orientation != UPRIGHT else []
+        return digest([self.image, *orientation])
 
 
 def augment_images(
@@ -136,31 +136,31 @@ def augment_images(
 ) -> AugmentReport:
     """Write perturbed copies of a data set's images, with their labels, in shards.
 
-    Each copy of the data set is in an order of its own. A shard follows from the seed and its
-    number alone, and is there as a whole or not at all: the same call again writes those that are
-    missing. Several processes with RANK and WORLD_SIZE in their environment, as torchrun and
-    accelerate start them, take the shards in turn and need not talk to each other.
+    Each copy of the data set has an order of its own. A shard follows from the seed and its number
+    alone, and is there as a whole or not at all. The same call again writes the shards that are
+    missing. Several processes take the shards in turn and need not talk to each other. They need
+    RANK and WORLD_SIZE in their environment, as torchrun and accelerate set them.
 
-    Beside the shards lie ``augment.json``, the settings, and ``classes.txt``, a class a line in the
-    order of the labels.
+    Beside the shards lies ``augment.json`` with the settings. ``classes.json`` is the list of the
+    class names in the order of the labels, and ``classes.txt`` has them a line each.
 
     Args:
         dataset: Images, or (image, label, ...): PIL, uint8, or float in [0, 1]. A flow of 3
-            channels takes grey PIL images too, which come back grey; one of 1 channel refuses
+            channels takes grey PIL images too, which come back grey. A flow of 1 channel refuses
             colours. Labels are class indices.
-        transform: How to perturb; its generator is not used.
-        config: What to write, and where.
-        device: Where to perturb; by default a CUDA GPU if there is one, shared in turn by the
-            processes of a machine.
-        progress: Show a progress bar, in the first process.
+        transform: The perturbation. Its generator is not used.
+        config: The settings of the copies.
+        device: The device to perturb on. By default a CUDA GPU if there is one. The processes of a
+            machine take its GPUs in turn.
+        progress: Whether to show a progress bar, in the first process.
 
     Returns:
-        What this process did.
+        The numbers of shards and images of this process.
 
     Raises:
         ValueError: The data set does not fit the flow, or `config.output` holds something else.
-        OSError: An image cannot be read; says which. Mend or replace it and call again, or set
-            `skip_unreadable`.
+        OSError: An image cannot be read. The message names it. Mend or replace it and call again,
+            or set `skip_unreadable`.
 
     Source: none in the paper, which perturbs in training.
 
@@ -179,8 +179,8 @@ def augment_images(
     job.write_settings()
     rank, count = get_rank_and_count()
     mine = range(rank, job.shards, count)
-    missing = [shard for shard in mine if not job.path(shard).exists()]
-    total = sum(len(job.items(shard)) for shard in missing)
+    missing = [shard for shard in mine if not job.get_path(shard).exists()]
+    total = sum(len(job.get_items(shard)) for shard in missing)
     with tqdm(total=total, unit="image", disable=not progress or rank > 0) as bar:
         for shard in missing:
             job.write(shard, bar)
@@ -196,7 +196,7 @@ class Job:
         dataset: See `augment_images`.
         transform: See `augment_images`.
         config: See `augment_images`.
-        device: Where to perturb.
+        device: See `augment_images`.
     """
 
     def __init__(
@@ -211,15 +211,15 @@ class Job:
         check_dataset("dataset", dataset)
         if callable(transform.mask):
             raise ValueError(
-                "mask must be None or a tensor here, as copies are made of images and labels alone"
+                "mask must be None or a tensor: a callable would see images and labels alone"
             )
         self.channels = transform.flow.channels
         if self.channels not in (1, 3):
-            raise ValueError(f"files are of 1 or 3 channels, the flow's images of {self.channels}")
+            raise ValueError(f"files have 1 or 3 channels, the flow's images have {self.channels}")
         self.dataset, self.config, self.count = dataset, config, len(dataset)
         self.generator = torch.Generator()
         self.transform = transform.with_generator(self.generator)
-        self.device = torch.device(device) if device else own_device()
+        self.device = torch.device(device) if device else choose_device()
         self.output = Path(config.output)
         self.classes: list[str] = class_names(dataset)
         self.unreadable, self.left_out = 0, set[int]()  # samples, and the images that they are of
@@ -227,33 +227,35 @@ class Job:
         self.samples = self.count * (config.copies + config.originals)
         self.shards = -(-self.samples // config.shard_size)
 
-    def path(self, shard: int) -> Path:
-        """The file that is there when a shard is."""
+    def get_path(self, shard: int) -> Path:
+        """Get the file that exists when a shard is complete."""
         folder = self.config.form == "folder"
         return self.output / (f".shard-{shard:06}.done" if folder else f"shard-{shard:06}.tar")
 
-    def items(self, shard: int) -> range:
-        """The images of a shard, counted over all copies."""
+    def get_items(self, shard: int) -> range:
+        """Get the places of a shard's images in all copies together."""
         first = shard * self.config.shard_size
         return range(first, min(first + self.config.shard_size, self.samples))
 
     def write(self, shard: int, bar: Any) -> None:
         """Make a shard and put it in its place."""
+        path = self.get_path(shard)
         self.generator.manual_seed(mix_seeds(self.config.seed, shard))
-        remove_partial(self.path(shard))
-        samples, suffix = self.perturbed(self.items(shard), bar), SUFFIXES[self.config.image_format]
+        remove_partial(path)
+        samples = self.make_samples(self.get_items(shard), bar)
+        suffix = SUFFIXES[self.config.image_format]
         if self.config.form == "shards":
-            write_tar(self.path(shard), samples, suffix)
+            write_tar(path, samples, suffix)
         else:
             write_files(self.output, samples, suffix, self.classes)
-            with replace_file(self.path(shard)) as partial:
+            with replace_file(path) as partial:
                 partial.touch()
 
-    def perturbed(self, items: range, bar: Any) -> Iterator[Sample]:
-        """The samples of a shard, encoded."""
+    def make_samples(self, items: range, bar: Any) -> Iterator[Sample]:
+        """Perturb the images of a shard and encode them as files."""
         step = self.config.batch_size
         for first in range(items.start, items.stop, step):
-            chosen = [self.chosen(k) for k in range(first, min(first + step, items.stop))]
+            chosen = [self.choose(k) for k in range(first, min(first + step, items.stop))]
             found = ((key, self.read(key[0])) for key in chosen)
             read = {key: item for key, item in found if item is not None}
             self.unreadable += len(chosen) - len(read)
@@ -262,27 +264,28 @@ class Job:
                 if copy:
                     groups.setdefault(item.image.shape, []).append((index, copy))
             for keys in groups.values():
-                moved = self.moved([read[key] for key in keys])
-                for key, image in zip(keys, moved, strict=True):
+                perturbed = self.perturb([read[key] for key in keys])
+                for key, image in zip(keys, perturbed, strict=True):
                     read[key] = read[key]._replace(image=image)
             for (index, copy), item in read.items():
-                yield Sample(f"{index:08}-{copy}", self.to_file(item), item.label)
+                yield Sample(f"{index:08}-{copy}", self.encode_file(item), item.label)
             bar.update(len(chosen))
 
-    def chosen(self, item: int) -> tuple[int, int]:
-        """Which image and which copy of it; 0 is the image itself."""
+    def choose(self, item: int) -> tuple[int, int]:
+        """Choose the image at a place, and the number of its copy. Copy 0 is the image itself."""
         copy, place = divmod(item, self.count)
-        return self.order(copy)[place], copy + (not self.config.originals)
+        return self.shuffle(copy)[place], copy + (not self.config.originals)
 
-    def order(self, copy: int) -> list[int]:
-        """The order of the images in a copy."""
+    def shuffle(self, copy: int) -> list[int]:
+        """Shuffle the indices of the images for a copy, always in the same way."""
         if self._order[0] != copy:
-            generator = torch.Generator().manual_seed(mix_seeds(self.config.seed, copy, self.count))
+            seed = mix_seeds(self.config.seed, copy, self.count)
+            generator = torch.Generator().manual_seed(seed)
             self._order = copy, torch.randperm(self.count, generator=generator).tolist()
         return self._order[1]
 
     def read(self, index: int) -> Item | None:
-        """An image and its label; None if it cannot be read and may be left out."""
+        """Read an image and its label. None stands for one that cannot be read."""
         try:
             sample = self.dataset[index]
         except OSError as error:
@@ -300,13 +303,13 @@ class Job:
         is_pil = isinstance(source, Image.Image)
         return Item(
             image,
-            self.label_of(sample, index),
+            self.read_label(sample, index),
             grey=is_pil and source.mode in GREY_MODES,
             orientation=orientation_of(source) if is_pil else UPRIGHT,
         )
 
-    def label_of(self, sample: Any, index: int) -> int | None:
-        """A sample's label, where it has one."""
+    def read_label(self, sample: Any, index: int) -> int | None:
+        """Read the label of a sample, or None where it has none."""
         if isinstance(self.dataset, EncodedImages):
             return None if self.dataset.labels is None else self.dataset.labels[index]
         if not isinstance(sample, (tuple, list)) or len(sample) < 2:
@@ -318,8 +321,8 @@ class Job:
                 f"labels must be class indices, image {index} has {sample[1]!r}"
             ) from error
 
-    def moved(self, items: list[Item]) -> Tensor:
-        """Images of one size, perturbed."""
+    def perturb(self, items: list[Item]) -> Tensor:
+        """Perturb images of one size."""
         batch = torch.stack([item.image for item in items]).to(self.device)
         labels = [item.label for item in items]
         if not self.transform.flow.num_classes:
@@ -330,19 +333,19 @@ class Job:
             result, _ = self.transform(batch, torch.tensor(labels))
         return result.cpu()
 
-    def to_file(self, item: Item) -> bytes:
-        """An image file; a grey one of what came as grey."""
+    def encode_file(self, item: Item) -> bytes:
+        """Encode an image as a file, in grey if it came in grey."""
         image = to_pil_image(item.image)
         if item.grey:
             image = image.convert("L")
         quality = self.config.quality if self.config.image_format == "jpeg" else None
-        return image_file(image, quality=quality, orientation=item.orientation)
+        return encode_image(image, quality=quality, orientation=item.orientation)
 
     def write_settings(self) -> None:
-        """Say what the output is of, or see that it is of the same.
+        """Write the settings and the classes, or see that the output has the same.
 
         Raises:
-            ValueError: It is not.
+            ValueError: The output holds copies of other settings, or something else.
         """
         self.output.mkdir(parents=True, exist_ok=True)
         if self.config.form == "folder" and not self.is_labelled():
@@ -355,34 +358,31 @@ class Job:
         others = [p.name for p in self.output.iterdir() if not p.name.startswith(".")]
         if others and not path.exists():  # in this order: other workers write it first
             raise ValueError(f"output {self.output} must be empty, it holds {others[0]}")
-        own = json.loads(json.dumps(self.settings()))
-        if not path.exists():
-            write_json(path, own)
-        else:
-            then = read_json(path)
-            changed = [
-                f"{name} other ones"
-                if name in ("data", "labels", "flow")
-                else f"{name} {then.get(name)!r} then, {value!r} now"
-                for name, value in own.items()
-                if not agree(then.get(name), value)
-            ]
-            if changed and not self.is_begun():
-                write_json(path, own)
-            elif changed:
-                raise ValueError(
-                    f"output {self.output} holds copies of another kind: {'; '.join(changed)}; use "
-                    "the same settings and images, or another output"
-                )
+        claim_directory(
+            path,
+            self.describe(),
+            "copies",
+            is_begun=self.has_begun(),
+            remedy="use the same settings and images, or another output",
+        )
         if self.classes:
-            names = "".join(f"{name}\n" for name in self.classes).encode()
-            path = self.output / CLASSES_NAME
-            if not path.exists() or path.read_bytes() != names:  # by another worker
-                write_whole(path, names)
+            self.write_classes()
 
-    def is_begun(self) -> bool:
+    def write_classes(self) -> None:
+        """Write the names of the classes, as a JSON list and as text."""
+        lines = [json.dumps(name) if needs_quotes(name) else name for name in self.classes]
+        for name, text in (
+            (CLASSES_NAME, json.dumps(self.classes, indent=1)),
+            (CLASSES_TEXT_NAME, "\n".join(lines)),
+        ):
+            path, content = self.output / name, f"{text}\n".encode()
+            if not path.exists() or path.read_bytes() != content:  # by another worker
+                write_whole(path, content)
+
+    def has_begun(self) -> bool:
         """Whether any copies lie in the output, and not its settings alone."""
-        names = {path.name for path in self.output.iterdir()} - {SETTINGS_NAME, CLASSES_NAME}
+        own = {SETTINGS_NAME, CLASSES_NAME, CLASSES_TEXT_NAME}
+        names = {path.name for path in self.output.iterdir()} - own
         return any(not name.startswith(".") or name.endswith(".done") for name in names)
 
     def is_labelled(self) -> bool:
@@ -390,16 +390,16 @@ class Job:
         first = None if self.classes else self.read(0)
         return bool(self.classes) or (first is not None and first.label is not None)
 
-    def labels_digest(self) -> str:
-        """A fingerprint of the classes, and of each file's name and label where they are known."""
+    def hash_labels(self) -> str:
+        """Hash the classes, and each file's name and label where they are known."""
         known = self.dataset if isinstance(self.dataset, EncodedImages) else None
         parts = [self.classes, known and known.names, known and known.labels]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def settings(self) -> dict[str, Any]:
-        """What decides the shards' content."""
+    def describe(self) -> dict[str, Any]:
+        """Describe all that decides the content of the shards."""
         mask = self.transform.mask
-        free = ("output", "skip_unreadable")  # to be another when the job goes on
+        free = ("output", "skip_unreadable")  # may differ when the job goes on
         config = {k: v for k, v in asdict(self.config).items() if k not in free}
         read = (self.read(index) for index in spread(self.count, 16))
         return {
@@ -410,21 +410,19 @@ class Job:
             "flow": self.transform.flow.fingerprint(),
             "network_dtype": str(self.transform.flow.network_dtype or "float32"),
             "images": self.count,
-            "data": [None if item is None else item.digest() for item in read],
-            "labels": self.labels_digest(),
+            "data": [None if item is None else item.hash() for item in read],
+            "labels": self.hash_labels(),
             "shards": self.shards,
         }
 
 
-def agree(then: Any, now: Any) -> bool:
-    """Whether two settings are the same; in a list None is what could not be read."""
-    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
-        return all(a == b or None in (a, b) for a, b in zip(then, now, strict=True))
-    return bool(then == now)
+def needs_quotes(name: str) -> bool:
+    """Whether a class's name would not be one line of UTF-8, or looks like a quoted one."""
+    return not name.isprintable() or name.startswith('"')
 
 
-def own_device() -> torch.device:
-    """The accelerator that falls to this process of its machine, or the CPU."""
+def choose_device() -> torch.device:
+    """Choose the accelerator for this process of its machine, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

@@ -15,24 +15,25 @@ from PIL import Image
 from latent_aug.images.orientation import exif_of
 from latent_aug.utils.files import replace_file
 
-FOLDER = re.compile(r'(?!\.)[^\x00-\x1f<>:"/\\|?*]*[^\x00-\x1f<>:"/\\|?*. ]')  # on any system
+BARRED = r'\x00-\x1f\ud800-\udfff<>:"/\\|?*'  # on some system; surrogates are bytes, not UTF-8
+FOLDER = re.compile(rf"(?!\.)[^{BARRED}]*[^{BARRED}. ]")
 
 
 class Sample(NamedTuple):
-    """An image to be written: its name without a suffix, the encoded file, its class."""
+    """An image to write: its name without a suffix, the encoded file, its class."""
 
     key: str
     data: bytes
     label: int | None
 
 
-def image_file(image: Image.Image, *, quality: int | None, orientation: int) -> bytes:
-    """An image as a file.
+def encode_image(image: Image.Image, *, quality: int | None, orientation: int) -> bytes:
+    """Encode an image as a PNG or JPEG file.
 
     Args:
-        image: Grey or RGB.
-        quality: Of a JPEG, 1 to 100; a PNG if None.
-        orientation: Its EXIF orientation, which goes into the file where it is not upright.
+        image: The image, in grey or RGB.
+        quality: The quality of a JPEG, 1 to 100. None makes a PNG.
+        orientation: The EXIF orientation. The file mentions it where it is not upright.
     """
     options: dict[str, Any] = {} if quality is None else {"quality": quality}
     file = io.BytesIO()
@@ -59,30 +60,30 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 def write_files(output: Path, samples: Iterable[Sample], suffix: str, classes: list[str]) -> None:
     """Write image files, each in the folder of its class."""
     for key, data, label in samples:
-        folder = output if label is None else output / folder_of(label, classes)
+        folder = output if label is None else output / name_folder(label, classes)
         folder.mkdir(exist_ok=True)
         with replace_file(folder / f"{key}.{suffix}") as partial:
             partial.write_bytes(data)
 
 
-def folder_of(label: int, classes: list[str]) -> str:
-    """A class's folder: its name, or its number where the names' order would be another one.
+def name_folder(label: int, classes: list[str]) -> str:
+    """Name the folder of a class: by its name, or by its number where names cannot be folders.
 
     Raises:
-        ValueError: The label is negative, as of unlabelled images.
+        ValueError: The label is negative, as it is for unlabelled images.
     """
     if label < 0:
         raise ValueError(
             f"a folder for each class needs labels of at least 0, got {label}: leave unlabelled "
             "images out, or write shards (form='shards'), which keep every label"
         )
-    usable = label < len(classes) and are_folders(tuple(classes))
+    usable = label < len(classes) and are_folder_names(tuple(classes))
     return classes[label] if usable else f"{label:05}"
 
 
 @cache
-def are_folders(classes: tuple[str, ...]) -> bool:
-    """Whether classes can be folders by their names, on any file system and in their order."""
+def are_folder_names(classes: tuple[str, ...]) -> bool:
+    """Whether the names of classes can be folders on any file system, sorted in their order."""
     different = len({name.casefold() for name in classes}) == len(classes)
     in_order = list(classes) == sorted(classes)
     return different and in_order and all(map(FOLDER.fullmatch, classes))

@@ -1,4 +1,4 @@
-"""The card of a trained flow: where it comes from and what was measured on it."""
+"""The card of a trained flow: its training data, its command and its figures."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from latent_aug.diagnostics.figures import preview
 from latent_aug.diagnostics.measure import markdown_rows, measure_flow
 from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
 from latent_aug.flows.base import CARD_NAME, WEIGHTS_NAME
-from latent_aug.flows.hub import sha256
+from latent_aug.flows.hub import compute_sha256
 from latent_aug.images.datasets import UInt8Images
 from latent_aug.transforms.random import LatentPerturb
 
 PICTURE_NAME = "preview.png"
 PICTURED = 4  # samples
-TEMPERATURE = 0.7  # of them
+TEMPERATURE = 0.7
 
 TEMPLATE = """\
 ---
@@ -117,28 +117,29 @@ def write_card(
     note: str = "",
     dataset: str | None = None,
 ) -> dict[str, Any]:
-    """Measure a flow that lies in `output`, write its card there, and return the figures.
+    """Measure a flow that was saved in `output`, write its card there, and return the figures.
 
-    The card's picture is of the flow's own samples, so that no training image is published by it.
+    The card's picture shows samples of the flow, so that no training image is published.
 
     Args:
         flow: The flow as saved in `output`.
-        images: Held-out images to measure it on.
-        output: The flow's directory; its name is the flow's.
-        command: What made it.
-        training_data: Its training images, in words.
+        images: The held-out images to measure it on.
+        output: The directory of the flow. Its name becomes the flow's name.
+        command: The command that made the flow.
+        training_data: The training images, in words.
         fine_tuned_from: The flow that training began with, if it was not a new one.
         measured_on: The held-out images, in words.
-        images_seen: Images that went through training.
-        minutes: Time that training took.
-        licence: Of the weights.
-        eps: Suggested linf eps.
-        problems: What does not fit, from `check_flow`.
+        images_seen: The number of images that went through training.
+        minutes: The time that training took.
+        licence: The licence of the weights.
+        eps: The suggested linf eps.
+        problems: The findings of `check_flow` that keep the flow from suiting the images.
         note: A paragraph on the training, such as caveats of the data.
-        dataset: The training data's name on the Hugging Face hub, for the card's metadata.
+        dataset: The name of the training data on the Hugging Face hub, for the card's metadata.
     """
     figures = measure_flow(flow, images, progress=True)
-    draw_samples(flow, tuple(images[0].shape[1:]), eps, output / PICTURE_NAME)
+    height, width = images[0].shape[1:]
+    save_samples(flow, (height, width), eps, output / PICTURE_NAME)
     parameters = sum(p.numel() for p in flow.parameters())
     kind = GLOW if isinstance(flow, Glow) else DENSE
     sizes = {**flow.config, "parameters": parameters, "multiple": flow.multiple}
@@ -152,9 +153,9 @@ def write_card(
         architecture=kind.format(**sizes),
         weights=WEIGHTS_NAME,
         picture=PICTURE_NAME,
-        sha256=sha256(output / WEIGHTS_NAME),
+        sha256=compute_sha256(output / WEIGHTS_NAME),
         table="\n".join(markdown_rows(figures)),
-        verdict=verdict_of(problems),
+        verdict=word_verdict(problems),
         command=command,
         training_data=training_data,
         origin=f"Fine-tuned from {fine_tuned_from}" if fine_tuned_from else "Trained",
@@ -169,25 +170,23 @@ def write_card(
         torch=torch.__version__,
         torchvision=torchvision.__version__,
     )
-    (output / CARD_NAME).write_text(text, encoding="utf-8")
+    # A path that is no UTF-8 comes with surrogates, which cannot be encoded otherwise.
+    (output / CARD_NAME).write_bytes(text.encode("utf-8", "backslashreplace"))
     (output / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     return figures
 
 
-def verdict_of(problems: Iterable[str]) -> str:
-    """What does not fit, a line each, or that all does."""
+def word_verdict(problems: Iterable[str]) -> str:
+    """List the problems, a line each, or say that the flow suits the images."""
     lines = [f"- {problem}" for problem in problems]
     if not lines:
         return "The flow suits these images."
     return "\n".join(["The flow does not suit these images:", "", *lines])
 
 
-def draw_samples(flow: Flow, size: tuple[int, ...], eps: float, path: Path) -> None:
-    """Draw samples of the given (H, W), and what half of eps, eps and twice eps do to them."""
-    device = next(flow.parameters()).device
-    shape = (PICTURED, flow.channels, *size)
-    z = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    y = torch.arange(PICTURED, device=device) % flow.num_classes if flow.num_classes else None
-    with torch.no_grad():
-        samples = flow.decode(TEMPERATURE * z, y).clamp(0, 1)
+def save_samples(flow: Flow, size: tuple[int, int], eps: float, path: Path) -> None:
+    """Save a picture of samples (H, W), perturbed by half of eps, by eps and by twice eps."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(PICTURED, device=flow.device) % flow.num_classes if flow.num_classes else None
+    samples = flow.sample(PICTURED, y, size=size, temperature=TEMPERATURE, generator=generator)
     preview(LatentPerturb(eps, flow=flow), samples, y).savefig(path, dpi=100)

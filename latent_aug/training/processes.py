@@ -1,4 +1,4 @@
-"""The processes that train one flow together: those of `accelerate launch`, or one alone."""
+"""The processes that train one flow together: several of `accelerate launch`, or one alone."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ T = TypeVar("T")
 
 
 class Processes:
-    """What one process of a training run asks of the others; alone it needs no accelerate.
+    """The link of one process to the others that train with it. Alone it needs no accelerate.
 
     Args:
-        device: Where to train; by default a CUDA GPU if there is one, each process its own.
-        timeout_minutes: A process that waits longer than this for another one gives up.
+        device: The device to train on. By default a CUDA GPU if there is one, each process its
+            own.
+        timeout_minutes: The time that a process waits for another one before it gives up.
 
     Attributes:
-        rank: Of this process, from 0.
-        count: Of the processes.
-        device: Of this process.
+        rank: The number of this process, from 0.
+        count: The number of processes.
+        device: The device of this process.
 
     Raises:
         ModuleNotFoundError: There are several processes, and accelerate is not installed.
-        ValueError: The processes are not started, or shard models, in a way that can train here.
+        ValueError: Each process holds a part of the model only, or the processes were started by
+            another launcher.
     """
 
     def __init__(
@@ -40,46 +42,49 @@ class Processes:
         self.rank, self.count = 0, 1
         self._accelerator: Any = None
         if get_rank_and_count()[1] > 1:
-            self._accelerator = accelerator_for(self.device, timeout_minutes)
+            self._accelerator = make_accelerator(self.device, timeout_minutes)
             self.rank = self._accelerator.process_index
             self.count = self._accelerator.num_processes
             self.device = self._accelerator.device
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one process that writes."""
+        """Whether this is the process that writes."""
         return self.rank == 0
 
-    def shared(self, module: nn.Module) -> nn.Module:
-        """A module whose gradients are the mean of all processes'; weights are the main one's."""
+    def share_gradients(self, module: nn.Module) -> nn.Module:
+        """Wrap a module so that its gradients become the mean over the processes.
+
+        All processes take the main one's weights.
+        """
         if self._accelerator is None:
             return module
         wrapped: nn.Module = self._accelerator.prepare_model(module)
         return wrapped
 
-    def unshared(self, module: nn.Module) -> AbstractContextManager[Any]:
-        """Where a shared module's gradients only add up, in this process."""
+    def keep_gradients(self, module: nn.Module) -> AbstractContextManager[Any]:
+        """Let the gradients of a wrapped module only add up in this process meanwhile."""
         if self._accelerator is None:
             return nullcontext()
         context: AbstractContextManager[Any] = self._accelerator.no_sync(module)
         return context
 
     def backward(self, part: Tensor) -> None:
-        """Gradients of the sum over the processes of a scalar, of which this one has a part."""
+        """Compute the gradients of a sum over the processes, of which this one has one summand."""
         with warnings.catch_warnings():
             # 1x1 weights have strides of another layout, which makes no difference.
             warnings.filterwarnings("ignore", "Grad strides do not match")
             (part * self.count).backward()  # what is shared takes the mean
 
-    def total(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over the processes."""
+    def add_up(self, value: Tensor) -> Tensor:
+        """Add up a tensor over the processes."""
         if self._accelerator is None:
             return value
         total: Tensor = self._accelerator.reduce(value, reduction="sum")
         return total
 
-    def from_main(self, function: Callable[[], T]) -> T:
-        """What a function returns or raises in the main process, which alone calls it."""
+    def call_on_main(self, function: Callable[[], T]) -> T:
+        """Call a function in the main process, and return or raise the outcome in all."""
         if self._accelerator is None:
             return function()
         from accelerate.utils import broadcast_object_list
@@ -96,11 +101,11 @@ class Processes:
         result: T = outcome[0]
         return result
 
-    def agree(self, name: str, value: Any) -> None:
-        """See to it that all processes have the same of something.
+    def require_same(self, name: str, value: Any) -> None:
+        """Refuse a value that is not the same in all processes.
 
         Raises:
-            ValueError: They do not; in every process.
+            ValueError: The values differ. Every process raises it.
         """
         if self._accelerator is None:
             return
@@ -114,8 +119,8 @@ class Processes:
                 )
 
     @contextmanager
-    def one_first(self) -> Iterator[None]:
-        """The main process goes first, then one on each other machine, then all others."""
+    def let_one_go_first(self) -> Iterator[None]:
+        """Let the main process go first, then one on each other machine, then all others."""
         if self._accelerator is None:
             yield
             return
@@ -124,7 +129,7 @@ class Processes:
             yield
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         if self._accelerator is not None:
             self._accelerator.wait_for_everyone()
 
@@ -134,8 +139,8 @@ class Processes:
             self._accelerator.end_training()
 
 
-def accelerator_for(device: torch.device, timeout_minutes: float) -> Any:
-    """The Accelerator of this process, which joins it with the others."""
+def make_accelerator(device: torch.device, timeout_minutes: float) -> Any:
+    """Make the Accelerator of this process, which joins it with the others."""
     try:
         from accelerate import Accelerator, InitProcessGroupKwargs
     except ModuleNotFoundError as error:
@@ -152,7 +157,7 @@ def accelerator_for(device: torch.device, timeout_minutes: float) -> Any:
     kind = accelerator.distributed_type.name
     if not kind.startswith("MULTI_"):
         raise ValueError(
-            f"a flow trains in processes that each hold all of it, but these are set up as {kind}: "
+            f"each process must hold the whole flow, but the processes are set up as {kind}: "
             "start them with torchrun, or with accelerate launch without FSDP or DeepSpeed"
         )
     return accelerator

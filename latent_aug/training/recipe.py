@@ -1,4 +1,4 @@
-"""How a flow is trained: the settings, and what follows from them alone."""
+"""The settings of a training, and the learning rate, average and precision they lead to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from latent_aug.flows import Flow, Glow
-from latent_aug.flows.backend import full_precision
+from latent_aug.flows.backend import use_full_precision
 from latent_aug.utils.arguments import (
     require_fields,
     require_natural,
@@ -26,7 +26,7 @@ from latent_aug.utils.arguments import (
 COUNTS = ("steps", "batch_size", "validation_images", "accumulate")
 NATURAL = ("warmup", "crop", "workers", "seed")
 POSITIVE = ("lr", "clip_norm", "timeout_minutes")
-ELSEWHERE = (  # where, how often, by whom and in which portions
+ELSEWHERE = (  # settings that do not decide the result
     "output",
     "checkpoint_minutes",
     "validation_images",
@@ -38,36 +38,39 @@ ELSEWHERE = (  # where, how often, by whom and in which portions
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How `train_flow` trains.
+    """The settings of `train_flow`.
 
     Args:
-        output: Directory for the flow, its log, its pictures and the state of the run.
-        steps: Optimizer steps.
-        batch_size: Images per step, of all processes together.
-        lr: Adam's learning rate, above 0.
-        warmup: Steps over which the learning rate rises from 0.
-        decay: Last share of the steps, in [0, 1], over which it falls to 0.
-        clip_norm: Greatest norm of the gradient of the bits/dim, above 0.
-        ema: Decay in [0, 1] of the exponential moving average of the weights, which is kept.
+        output: The directory for the flow, its log, its pictures and the state of the run.
+        steps: The number of optimizer steps.
+        batch_size: The number of images a step, in all processes together.
+        lr: The learning rate of Adam, above 0.
+        warmup: The number of steps over which the learning rate rises from 0.
+        decay: The share of the steps, in [0, 1], over which the learning rate falls to 0 at last.
+        clip_norm: The greatest norm of the gradient of the bits/dim, above 0.
+        ema: The decay, in [0, 1], of the moving average of the weights. The average is what is
+            kept.
         flip: Mirror each image with probability ½.
-        crop: Zero-pad by this many pixels on each side and crop back at random.
-        noise: Standard deviation in [0, 1] of Gaussian noise on the training images, whose values
-            lie in [0, 1] and are clamped to that afterwards; 0.1 is 25 grey levels. The bits/dim
-            in training are those of noisy images, the validation's of images as they are.
-        network_dtype: Precision of a Glow's coupling networks; "auto" measures which is faster.
-        size: Resize and crop images to this side.
-        seed: Of order, noise and augmentation.
-        checkpoint_minutes: Time between two saves of the run's state; 0 saves after each step.
-        validation_images: At most this many held-out images measure a checkpoint.
-        workers: Loader processes for images that do not fit into memory.
-        accumulate: Parts in which each process takes its share of a batch: less memory, and the
-            same result.
-        timeout_minutes: A process that waits longer than this for another one gives up; it must
+        crop: The number of pixels that are added on each side, as zeros, before a random crop to
+            the old size.
+        noise: The standard deviation, in [0, 1], of Gaussian noise on the training images. The
+            images lie in [0, 1] and are clamped to it afterwards: 0.1 is 25 grey levels. Held-out
+            images get none.
+        network_dtype: The precision of a Glow's coupling networks. "auto" measures which is
+            faster.
+        size: The side to resize and crop images to. By default images keep their size.
+        seed: The seed of order, noise and augmentation.
+        checkpoint_minutes: The time between two saves of the run's state. 0 saves after each step.
+        validation_images: The greatest number of held-out images that measure a checkpoint.
+        workers: The number of loader processes for images that do not fit into memory.
+        accumulate: The number of parts in which each process takes its share of a batch. More
+            parts need less memory, and the result is the same.
+        timeout_minutes: The time that a process waits for another one before it gives up. It must
             exceed the time that a checkpoint takes.
 
     Raises:
         ValueError: A number is out of range.
-        TypeError: What should be a number is none.
+        TypeError: A value that must be a number is none.
 
     Example:
         >>> TrainConfig(output="flow", steps=1000, lr=5e-4, flip=False).batch_size
@@ -114,12 +117,12 @@ class TrainConfig:
             )
 
     def recipe(self) -> dict[str, Any]:
-        """What decides the result."""
+        """The settings that decide the result."""
         return {k: v for k, v in asdict(self).items() if k not in ELSEWHERE}
 
 
-def warmed_up_ema(ema: float) -> Callable[[Any, Any, Any], None]:
-    """An exponential moving average that forgets its first, untrained weights sooner."""
+def make_average_update(ema: float) -> Callable[[Any, Any, Any], None]:
+    """Make the update of a moving average that soon forgets its first, untrained weights."""
 
     def update(averaged: Any, current: Any, count: Any) -> None:
         decay = min(ema, (1 + int(count)) / (10 + int(count)))
@@ -128,20 +131,23 @@ def warmed_up_ema(ema: float) -> Callable[[Any, Any, Any], None]:
     return update
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, constant, linear decay to 0 over the last `decay` of the steps."""
+def compute_learning_rate(step: int, config: TrainConfig) -> float:
+    """Compute the learning rate of a step.
+
+    It rises linearly over the warm-up, and falls linearly over the last `decay` of the steps.
+    """
     rising = (step + 1) / max(config.warmup, 1)
     falling = (config.steps - step) / max(config.decay * config.steps, 1)
     return config.lr * min(1.0, rising, falling)
 
 
-def resolve_dtype(config: TrainConfig, flow: Flow, device: torch.device) -> str:
-    """Which precision of the coupling networks trains faster on this machine."""
+def choose_dtype(config: TrainConfig, flow: Flow, device: torch.device) -> str:
+    """Choose the precision of the coupling networks: the config's, or else the faster one here."""
     if not isinstance(flow, Glow):
         if config.network_dtype == "bfloat16":
             raise ValueError(
-                f"network_dtype 'bfloat16' is of a Glow's coupling networks, and this flow is a "
-                f"{type(flow).__name__}; leave it at 'auto'"
+                f"network_dtype 'bfloat16' is for the coupling networks of a Glow, got a "
+                f"{type(flow).__name__}: leave it at 'auto'"
             )
         return "float32"
     if config.network_dtype != "auto":
@@ -154,7 +160,7 @@ def resolve_dtype(config: TrainConfig, flow: Flow, device: torch.device) -> str:
         weight = x.new_ones(flow.hidden, flow.hidden, 1, 1)
         for _ in range(4):  # the last, warmed-up run counts
             started = time.perf_counter()
-            with full_precision(device):
+            with use_full_precision(device):
                 for _ in range(8):
                     out = F.conv2d(x, weight)
             float(out.flatten()[0])  # waits for an accelerator

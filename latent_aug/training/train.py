@@ -1,7 +1,8 @@
-"""Training a flow by maximum likelihood: resumable, the same after a kill as without one."""
+"""Train a flow by maximum likelihood. A run that was killed and resumed ends as if undisturbed."""
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -9,7 +10,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from latent_aug.flows import Flow
-from latent_aug.flows.backend import full_precision, keep_freed_memory
-from latent_aug.flows.base import RUN_NAME, WEIGHTS_NAME, bits_of, dequantized
+from latent_aug.flows.backend import keep_freed_memory, use_full_precision
+from latent_aug.flows.base import RUN_NAME, WEIGHTS_NAME, compute_bits, dequantize
 from latent_aug.images.datasets import (
     UInt8Images,
     as_batch,
@@ -32,20 +32,22 @@ from latent_aug.images.datasets import (
 from latent_aug.training.batches import (
     ImageDraws,
     StepSampler,
-    cropped,
-    draws_for,
-    flipped,
-    generator_for,
+    crop_images,
+    flip_images,
+    make_generator,
+    sample_draws,
 )
 from latent_aug.training.processes import Processes
-from latent_aug.training.recipe import TrainConfig, learning_rate, resolve_dtype, warmed_up_ema
-from latent_aug.training.report import append_to_log, draw_pictures, mean_bits_per_dim
-from latent_aug.utils.files import remove_partial, replace_file
+from latent_aug.training.recipe import (
+    TrainConfig,
+    choose_dtype,
+    compute_learning_rate,
+    make_average_update,
+)
+from latent_aug.training.report import append_to_log, measure_bits_per_dim, save_pictures
+from latent_aug.utils.files import describe_changes, refuse_changes, remove_partial, replace_file
 
 AnyFlow = TypeVar("AnyFlow", bound=Flow)
-# Weights that a flow's runs started from and left in it, by their state's path: it is trained in
-# place, so that a call that is given again, as a notebook's cell, comes with those it left.
-STARTS: WeakKeyDictionary[Flow, dict[Path, tuple[str, str]]] = WeakKeyDictionary()
 
 
 def train_flow(
@@ -57,37 +59,41 @@ def train_flow(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> AnyFlow:
-    """Train a flow by maximum likelihood on dequantized images and write it to `config.output`.
+    """Train a copy of a flow by maximum likelihood, and write it to `config.output`.
 
-    Every random choice of a step follows from the seed and the step's number, and the state of
-    the run is replaced atomically every few minutes, so a run that is killed and started again
-    with the same arguments ends in the weights it would have reached undisturbed. (Two runs in
-    two directories agree only with a `network_dtype` other than "auto", which is measured.)
+    Every random choice of a step follows from the seed and the step's number. The state of the
+    run is saved every few minutes, and replaces the last one as a whole. A run that is killed and
+    started again with the same arguments therefore ends in the weights that it would have reached
+    undisturbed. Two runs in two directories agree only with a `network_dtype` other than "auto",
+    which is measured.
 
     Under `accelerate launch` or torchrun each process takes its share of every step's batch, and
     the main one writes. Batches, noise and losses do not depend on the number of processes, so a
-    run may be resumed on another one; only sums of floats come in another order.
+    run may be resumed by another number. Only sums of floats come in another order.
 
     Args:
         flow: An untrained Glow, a trained one to fine-tune, or another flow with `log_prob` and
-            weights; it is trained in place. To go on with a run of another new flow than a Glow,
-            make it after the same `torch.manual_seed`: its first weights are part of the run.
-        dataset: Images, or tuples that begin with one: PIL, uint8, or float in [0, 1]. Classes
-            are used by a class-conditional flow only: the dataset's `targets` or `labels`, or
-            second in its tuples. Augmentation belongs in the config, where it is repeatable.
+            weights. It stays as it is, so that the same call resumes the run. A new flow of
+            another kind than Glow is resumed by one made after the same `torch.manual_seed`, as
+            its first weights belong to the run.
+        dataset: Images, or tuples that begin with one: PIL, uint8, or float in [0, 1]. Only a
+            class-conditional flow reads classes: the dataset's `targets` or `labels`, or the
+            second entries of its tuples. Augment by the config, where it is repeatable.
         config: The recipe.
-        validation: Held-out images for the bits/dim at each checkpoint.
-        device: Where to train; by default a CUDA GPU if there is one, each process its own.
-        progress: Show a progress bar with bits/dim and images/s.
+        validation: Held-out images, which measure the bits/dim of each checkpoint.
+        device: The device to train on. By default a CUDA GPU if there is one, each process its
+            own.
+        progress: Whether to show a progress bar with bits/dim and images/s.
 
     Returns:
-        The averaged flow, frozen, as it was written: `load_flow(config.output)` gives it again.
-        Use this one: `flow` itself is left in training mode, with the last step's weights.
+        The trained flow, frozen: the average of its weights over the last steps.
+        `load_flow(config.output)` reads the same one.
 
     Raises:
-        FloatingPointError: The loss or its gradient is not finite; names the step.
+        FloatingPointError: The loss or its gradient is not finite. The message names the step.
         ValueError: The dataset does not fit the flow, `config.output` holds another run, or the
-            processes do not see the same images, or outnumber those of a batch.
+            processes do not see the same images, or a batch has fewer images than there are
+            processes.
 
     Source: the paper's A.2; Kingma & Dhariwal 2018; Theis et al. 2016 for the dequantization.
 
@@ -113,35 +119,30 @@ def train_flow(
     check_sides(images, flow)
     if held_out is not None:
         check_sides(held_out, flow, "validation images")
-    own_dtype = flow.network_dtype
-    run = Run(flow.to(processes.device), config, images, processes)
+    run = Run(copy.deepcopy(flow).to(processes.device), config, images, processes)
+    last_save, loss = time.monotonic(), None
     resumed = f"resumed at step {run.step}" if run.step else "training"
     hidden = not (progress and processes.is_main)
-    bar = tqdm(total=config.steps, initial=run.step, unit="step", desc=resumed, disable=hidden)
-    last_save, loss = time.monotonic(), None
-    try:
-        for batch, y in run.batches():
+    with tqdm(
+        total=config.steps, initial=run.step, unit="step", desc=resumed, disable=hidden
+    ) as bar:
+        for batch, y in run.read_batches():
             started = time.monotonic()
             loss = run.train_step(batch, y)
-            run.seconds += time.monotonic() - started
+            seconds = time.monotonic() - started
+            run.seconds += seconds
             bar.update()
-            bar.set_postfix_str(
-                f"{loss:.3f} bits/dim, {run.batch_size / (time.monotonic() - started):.0f} images/s"
-            )
+            bar.set_postfix_str(f"{loss:.3f} bits/dim, {run.batch_size / seconds:.0f} images/s")
             if time.monotonic() - last_save > 60 * config.checkpoint_minutes:
                 run.checkpoint(held_out, loss)
                 last_save = time.monotonic()
-    finally:
-        run.remember_start()
-        flow.network_dtype = own_dtype
-    bar.close()
     if loss is not None:
         run.checkpoint(held_out, loss)
-    averaged = run.averaged()
+    trained = run.freeze_average()
     if processes.is_main:
-        averaged.save_pretrained(config.output)
+        trained.save_pretrained(config.output)
     processes.wait()
-    return cast(AnyFlow, averaged)
+    return cast(AnyFlow, trained)
 
 
 class Likelihood(nn.Module):
@@ -152,15 +153,21 @@ class Likelihood(nn.Module):
         self.flow = flow
 
     def forward(self, x: Tensor, uniform: Tensor, y: Tensor | None) -> Tensor:
-        """Of images (B, C, H, W) in [0, 1], uniform noise in [0, 1), and their classes: (B,)."""
-        return bits_of(self.flow.log_prob(dequantized(x, uniform), y), x)
+        """Compute the bits/dim (B,) of images.
+
+        Args:
+            x: The images (B, C, H, W), in [0, 1].
+            uniform: The dequantization noise, in [0, 1), of the same shape.
+            y: The classes (B,), for a class-conditional flow.
+        """
+        return compute_bits(self.flow.log_prob(dequantize(x, uniform), y), x)
 
 
 class Run:
     """The state of a training run: the flow, its average, the optimizer and the step.
 
     Args:
-        flow: The flow to train, on the device to train on.
+        flow: The flow to train, on its device. It is trained in place.
         config: The recipe.
         images: The training images.
         processes: This process among those that train together.
@@ -173,32 +180,33 @@ class Run:
         self.batch_size = min(config.batch_size, len(images))
         if self.batch_size < processes.count:
             raise ValueError(
-                f"batch_size is of all {processes.count} processes, each of which needs an image "
-                f"of the {self.batch_size} a step"
+                f"batch_size counts the images of all {processes.count} processes together, and "
+                f"each needs one, got {self.batch_size}"
             )
         self.step, self.seconds = 0, 0.0
         self.path = Path(config.output) / RUN_NAME
-        self.identity = self._identity()
-        processes.agree("what is trained on what", self.identity)
+        self.identity = self.describe()
+        processes.require_same("the flow, its recipe and its images", self.identity)
         if processes.is_main:
             remove_partial(self.path)
-        saved = processes.from_main(self._load)
+        saved = processes.call_on_main(self.load)
         self.dtype_name = (
             saved["dtype_name"]
             if saved
-            else processes.from_main(lambda: resolve_dtype(config, flow, processes.device))
+            else processes.call_on_main(lambda: choose_dtype(config, flow, processes.device))
         )
         if not saved and not flow.is_initialized():
-            first = self.first_batch()
-            draws = self.draws(range(len(first)), -1)
+            first = self.read_first_batch()
+            draws = self.sample_draws(range(len(first)), -1)
             flow.initialize(self.augment(first, draws))
         flow.requires_grad_(True).train()
         keep_freed_memory()
         if saved:
             flow.load_state_dict(saved["flow"])
-        self.likelihood = processes.shared(Likelihood(flow))  # from here on all have one's weights
+        # From here on all processes have the main one's weights.
+        self.likelihood = processes.share_gradients(Likelihood(flow))
         self.optimizer = torch.optim.Adam(flow.parameters(), lr=config.lr)
-        self.average = AveragedModel(flow, multi_avg_fn=warmed_up_ema(config.ema))
+        self.average = AveragedModel(flow, multi_avg_fn=make_average_update(config.ema))
         if saved:
             self.average.load_state_dict(saved["average"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -207,15 +215,17 @@ class Run:
         if not saved and processes.is_main:
             self.save()  # what was decided and initialised is this run's from now on
 
-    def first_batch(self) -> Tensor:
-        """Up to 256 images for the data-dependent initialisation."""
-        order = torch.randperm(len(self.images), generator=generator_for(self.config.seed, -1))
+    def read_first_batch(self) -> Tensor:
+        """Read up to 256 images for the data-dependent initialisation."""
+        order = torch.randperm(
+            len(self.images), generator=make_generator(self.config.seed, -1), device="cpu"
+        )
         return as_batch(self.images.__getitems__(order[:256].tolist()))
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """This process's shares of the batches that are left.
+    def read_batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Read this process's shares of the batches that are left.
 
-        uint8 (B, C, H, W), and classes (B,) for a class-conditional flow.
+        Images are uint8 (B, C, H, W). A class-conditional flow gets classes (B,) beside them.
         """
         self.sampler = StepSampler(
             len(self.images),
@@ -231,38 +241,44 @@ class Run:
             batch_sampler=self.sampler,
             num_workers=0 if self.images.kept is not None else self.config.workers,
             collate_fn=as_batch,
-            generator=torch.Generator(),  # nothing is drawn by it, but from the caller's otherwise
+            generator=torch.Generator(),  # without one it would draw from the caller's
         )
         for batch, indices in zip(loader, self.sampler, strict=True):
             yield batch, self.images.classes_at(indices)
 
-    def draws(self, places: range, step: int) -> ImageDraws:
-        """What is drawn for images at some places of a step's batch."""
+    def sample_draws(self, places: range, step: int) -> ImageDraws:
+        """Sample the draws of the images at some places of a step's batch."""
         config, shape = self.config, self.images.shape
-        return draws_for(config.seed, step, places, shape, padding=config.crop, noise=config.noise)
+        return sample_draws(
+            config.seed, step, places, shape, padding=config.crop, noise=config.noise
+        )
 
     def augment(self, batch: Tensor, draws: ImageDraws) -> Tensor:
-        """uint8 to float in [0, 1] on the device: mirrored, cropped and noisy as was drawn."""
+        """Mirror, crop and add noise as drawn: uint8 images to floats in [0, 1] on the device."""
         if self.config.flip:
-            batch = flipped(batch, draws.mirrored)
+            batch = flip_images(batch, draws.mirrored)
         if self.config.crop:
-            batch = cropped(batch, self.config.crop, draws.corners)
-        x = batch.to(self.processes.device) / 255
+            batch = crop_images(batch, self.config.crop, draws.corners)
+        x = batch.to(self.processes.device, torch.float32) / 255
         if self.config.noise:
             x = (x + draws.gaussian.to(x)).clamp(0, 1)
         return x
 
     def train_step(self, batch: Tensor, y: Tensor | None = None) -> float:
-        """One step with this process's share of a batch; the whole batch's bits/dim."""
+        """Take a step with this process's share of a batch.
+
+        Returns:
+            The mean bits/dim of the whole batch.
+        """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.config)
+            group["lr"] = compute_learning_rate(self.step, self.config)
         self.optimizer.zero_grad()
-        loss = self.processes.total(self.backward(batch, y)).item()
+        loss = self.processes.add_up(self.backward(batch, y)).item()
         norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), self.config.clip_norm)
         if not math.isfinite(loss) or not math.isfinite(norm.item()):
             raise FloatingPointError(
-                f"step {self.step}: loss {loss}, gradient norm {norm.item()}; lower lr or "
-                f"raise warmup (last saved state: {self.path})"
+                f"step {self.step}: loss {loss}, gradient norm {norm.item()}. Lower lr or raise "
+                f"warmup (last saved state: {self.path})"
             )
         self.optimizer.step()
         self.average.update_parameters(self.flow)
@@ -270,10 +286,13 @@ class Run:
         return loss
 
     def backward(self, batch: Tensor, y: Tensor | None) -> Tensor:
-        """Gradients of the whole batch's mean bits/dim; this share's part of that mean, a scalar.
+        """Compute the gradients of the whole batch's mean bits/dim.
 
-        The share goes through in `accumulate` parts; the last one's backward pass brings the
+        The share goes through in `accumulate` parts. The backward pass of the last one brings the
         gradients of all processes together.
+
+        Returns:
+            The summand of that mean that comes from this process, a scalar.
         """
         parts = batch.chunk(self.config.accumulate)
         y = None if y is None else y.to(self.processes.device)
@@ -281,12 +300,12 @@ class Run:
         first, loss = self.sampler.places.start, torch.zeros((), device=self.processes.device)
         for number, (part, own) in enumerate(zip(parts, classes, strict=True), 1):
             places = range(first, first + len(part))
-            draws = self.draws(places, self.step)
+            draws = self.sample_draws(places, self.step)
             x, uniform = self.augment(part, draws), draws.uniform.to(self.processes.device)
             last = number == len(parts)
             with (
-                nullcontext() if last else self.processes.unshared(self.likelihood),
-                full_precision(self.processes.device),  # for the backward pass, too
+                nullcontext() if last else self.processes.keep_gradients(self.likelihood),
+                use_full_precision(self.processes.device),  # for the backward pass, too
             ):
                 bits = self.likelihood(x, uniform, own).sum() / self.batch_size
                 self.processes.backward(bits)
@@ -294,24 +313,25 @@ class Run:
         return loss
 
     def checkpoint(self, held_out: UInt8Images | None, loss: float) -> None:
-        """Report and save, in the main process."""
+        """Report and save the run, in the main process."""
         if self.processes.is_main:
             self.report(held_out, loss)  # first: a run saved as finished has its last report
             self.save()
 
+    @property
     def average_flow(self) -> Flow:
-        """The averaged flow as it stands."""
+        """The flow with averaged weights, as they are now."""
         return cast(Flow, self.average.module)
 
-    def averaged(self) -> Flow:
-        """The averaged flow, frozen, in evaluation mode and full precision."""
-        flow = self.average_flow().requires_grad_(False).eval()
+    def freeze_average(self) -> Flow:
+        """Freeze the averaged flow, in evaluation mode and full precision, and return it."""
+        flow = self.average_flow.requires_grad_(False).eval()
         flow.network_dtype = None
         flow.loaded_from = flow.read_from = flow.card = None  # those of what it started from
         return flow
 
     def save(self) -> None:
-        """Replace the saved state in one go: a kill leaves the old one or the new one."""
+        """Replace the saved state as a whole: a kill leaves the old one or the new one."""
         state = {
             **self.identity,
             "dtype_name": self.dtype_name,
@@ -326,49 +346,46 @@ class Run:
             torch.save(state, partial)
 
     def report(self, held_out: UInt8Images | None, loss: float) -> None:
-        """Log where the run stands, and draw what its averaged flow does."""
-        output, flow, seed = self.path.parent, self.average_flow(), self.config.seed
+        """Log the bits/dim, and save pictures of the averaged flow's images."""
+        output, flow, seed = self.path.parent, self.average_flow, self.config.seed
         entry: dict[str, Any] = {
             "step": self.step,
             "minutes": round(self.seconds / 60, 2),
             "train_bits_per_dim": loss,
         }
         if held_out is not None:
-            entry["validation_bits_per_dim"] = mean_bits_per_dim(
+            entry["validation_bits_per_dim"] = measure_bits_per_dim(
                 flow, held_out, self.config.validation_images, seed
             )
         append_to_log(output, entry)
-        draw_pictures(flow, self.images if held_out is None else held_out, output, seed)
+        save_pictures(flow, self.images if held_out is None else held_out, output, seed)
 
-    def _identity(self) -> dict[str, dict[str, Any]]:
-        """What makes two runs the same: recipe, architecture, images and where they started."""
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Describe all that decides the result: recipe, architecture, images, first weights."""
         some = [as_batch(self.images.__getitems__(self.images.spread(64)))]
         some += [] if self.images.labels is None else [self.images.labels]
         # Untrained weights follow from their own seed.
         weights = self.flow.state_dict().values() if self.flow.is_initialized() else ()
-        self.start = digest(weights)
-        before, end = STARTS.get(self.flow, {}).get(self.path.resolve(), ("", ""))
-        if end == self.start and self.processes.from_main(self.path.exists):
-            self.start = before
         return {
             "recipe": self.config.recipe(),
             "architecture": self.flow.config,
             "data": {"count": len(self.images), "digest": digest(some)},
-            "start": {"digest": self.start},
+            "start": {"digest": digest(weights)},
         }
 
-    def remember_start(self) -> None:
-        """What the flow started from, with the weights that it is left with."""
-        left = digest(self.flow.state_dict().values())
-        STARTS.setdefault(self.flow, {})[self.path.resolve()] = self.start, left
+    def load(self) -> dict[str, Any] | None:
+        """Read the saved state, or None where there is none.
 
-    def _load(self) -> dict[str, Any] | None:
+        Raises:
+            ValueError: The output holds something else than a state of this run.
+            OSError: The state is damaged.
+        """
+        output = self.path.parent
         if not self.path.exists():
-            if (self.path.parent / WEIGHTS_NAME).exists():
+            if (output / WEIGHTS_NAME).exists():
                 raise ValueError(
-                    f"output {self.path.parent} holds a flow and no state of its training, so it "
-                    "would be overwritten; choose another output (to train it further: --init "
-                    f"{self.path.parent})"
+                    f"output {output} holds a flow and no state of its training, so it would be "
+                    f"overwritten. Choose another output (to train it further: --init {output})"
                 )
             return None
         try:
@@ -383,19 +400,12 @@ class Run:
                 f"{self.path} is not the state of a training run: choose another output"
             )
         saved["recipe"].setdefault("noise", 0.0)  # runs begun before there was such a setting
-        for name, own in self.identity.items():
-            if saved[name] != own:
-                changed = {
-                    k: (saved[name].get(k), own.get(k)) for k in own if saved[name].get(k) != own[k]
-                }
-                seeded = (
-                    " A new flow's weights are drawn: call torch.manual_seed before it is made."
-                    if name == "start" and self.flow.loaded_from is None
-                    else ""
-                )
-                raise ValueError(
-                    f"output {self.path.parent} holds a run of another {name}: {changed} "
-                    "(then, now); use the same settings, or another output (to train a finished "
-                    f"flow further: --init {self.path.parent} and another --output).{seeded}"
-                )
+        remedy = (
+            f"use the same settings, or another output. To train a finished flow further: --init "
+            f"{output} and another --output"
+        )
+        if saved["start"] != self.identity["start"] and self.flow.loaded_from is None:
+            remedy += ". A new flow's weights are drawn: call torch.manual_seed before it is made"
+        changes = describe_changes(saved, self.identity)
+        refuse_changes(output, "a training run", changes, remedy)
         return saved

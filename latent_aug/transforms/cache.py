@@ -21,7 +21,7 @@ from latent_aug.images.datasets import check_dataset, spread
 from latent_aug.images.samples import find_labels, image_key
 from latent_aug.transforms.random import LatentPerturb
 from latent_aug.utils.arguments import require_positive
-from latent_aug.utils.files import read_json, write_json, write_whole
+from latent_aug.utils.files import claim_directory, write_whole
 
 INDEX_NAME = "index.json"
 SHARD = 1024  # samples a file: what a stopped encoding may have to do again
@@ -98,7 +98,18 @@ class LatentCache(Dataset[Any]):
             )
         if isinstance(then, transforms.Compose) and find_labels(dataset[0]) is not None:
             raise TypeError("then must take image and label, as v2.Compose does, got a v1 Compose")
-        check_index(self.directory / INDEX_NAME, index)
+        is_begun = any(self.directory.glob("*.safetensors"))
+        if new and is_begun:
+            raise ValueError(
+                f"{self.directory} holds safetensors and no {INDEX_NAME}: it is not a cache"
+            )
+        claim_directory(
+            self.directory / INDEX_NAME,
+            index,
+            "a cache",
+            is_begun=is_begun,
+            remedy="choose another directory, or delete this one",
+        )
         for start in range(0, self.count, SHARD):
             chosen = range(start, min(start + SHARD, self.count))
             if not is_whole(self._shard(start), len(chosen)):
@@ -168,26 +179,6 @@ def digests_of(dataset: Any, channels: int) -> tuple[str, str]:
         images.update(f"{tuple(pixels.shape)}".encode() + pixels.cpu().numpy().tobytes())
         labels.update(repr(None if label is None else label.tolist()).encode())
     return images.hexdigest(), labels.hexdigest()
-
-
-def check_index(path: Path, index: dict[str, Any]) -> None:
-    """Write what the cache is made of, or refuse one that is made of something else."""
-    if not path.exists():
-        if any(path.parent.glob("*.safetensors")):
-            raise ValueError(f"{path.parent} holds safetensors and no {path.name}: not a cache")
-        write_json(path, index)
-        return
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is not the index of a cache: it holds {type(found).__name__}")
-    other = [name for name in index if found.get(name) != index[name]]
-    if other and not any(path.parent.glob("*.safetensors")):
-        write_json(path, index)  # the run that wrote the other one got no further
-    elif other:
-        raise ValueError(
-            f"{path.parent} holds a cache that differs in its {' and '.join(other)}; choose "
-            "another directory, or delete this one"
-        )
 
 
 def sample_of(sample: Any, channels: int) -> tuple[Tensor, Tensor | None]:

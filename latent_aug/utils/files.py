@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+DIGEST = re.compile("[0-9a-f]{32,}")
 
 
 @contextmanager
@@ -63,3 +66,67 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, in one go."""
     write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def claim_directory(
+    path: Path, settings: dict[str, Any], content: str, *, is_begun: bool, remedy: str
+) -> None:
+    """Write the settings that a directory's content follows from, or compare with those it has.
+
+    Settings that nothing was made by yet are replaced.
+
+    Args:
+        path: The JSON file of the settings, in the directory.
+        settings: Values that JSON knows.
+        content: The kind of content, such as "a cache".
+        is_begun: Whether the directory has content already.
+        remedy: The advice to somebody whose settings differ.
+
+    Raises:
+        ValueError: There is content, and it was made by other settings.
+    """
+    if not path.exists():
+        write_json(path, settings)
+        return
+    then, now = read_json(path), json.loads(json.dumps(settings))
+    if not isinstance(then, dict):
+        raise ValueError(f"{path} does not hold the settings of {content}")
+    changes = describe_changes(then, now)
+    if is_begun:
+        refuse_changes(path.parent, content, changes, remedy)
+    elif changes:
+        write_json(path, settings)
+
+
+def refuse_changes(directory: Path, content: str, changes: list[str], remedy: str) -> None:
+    """Refuse to go on with the content of a directory that was made by other settings.
+
+    Raises:
+        ValueError: There are changes.
+    """
+    if changes:
+        listed = ", ".join(changes)
+        raise ValueError(f"{directory} holds {content} with other settings ({listed}): {remedy}")
+
+
+def describe_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Name the settings that differ, with their values unless these are digests.
+
+    In a list, None stands for something unknown and equals everything.
+    """
+    changes = []
+    for name, value in now.items():
+        before = then.get(name)
+        if isinstance(before, dict) and isinstance(value, dict):
+            changes += [f"{name}: {change}" for change in describe_changes(before, value)]
+        elif not is_same_setting(before, value):
+            is_digest = isinstance(value, list) or DIGEST.fullmatch(str(value))
+            changes.append(f"another {name}" if is_digest else f"{name} {before!r}, now {value!r}")
+    return changes
+
+
+def is_same_setting(then: Any, now: Any) -> bool:
+    """Whether two values are equal, or two lists in all that is known of both."""
+    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        return all(a == b or None in (a, b) for a, b in zip(then, now, strict=True))
+    return bool(then == now)
