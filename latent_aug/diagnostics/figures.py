@@ -205,7 +205,7 @@ def label_of(sample: Any) -> Tensor | None:
     """The label of a sample (image, label) as one of a batch; None where there is none."""
     label = find_labels(sample) if isinstance(sample, (tuple, list)) else None
     if isinstance(label, Integral):
-        return torch.tensor([int(label)])
+        return torch.tensor([int(label)], device="cpu")
     return label[None] if isinstance(label, Tensor) else None
 
 

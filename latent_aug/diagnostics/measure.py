@@ -55,7 +55,7 @@ def measure_flow(
     generator = torch.Generator(device).manual_seed(seed)
     bits: float | None = 0.0
     largest, identical = torch.zeros((), device=device), 0
-    moments = [torch.zeros(3, dtype=torch.float64) for _ in range(flow.levels)]
+    moments = [torch.zeros(3, dtype=torch.float64, device="cpu") for _ in range(flow.levels)]
     names = ("fallbacks", "mean_change", "saturated", "smoothness")
     perturbed = [dict.fromkeys(names, 0.0) for _ in settings]
     batches = loader(images, batch_size)
@@ -71,7 +71,7 @@ def measure_flow(
         identical += int(same.sum())
         for sums, level in zip(moments, flow.split_levels(z), strict=True):
             found = (level.numel(), level.sum().item(), level.square().sum().item())
-            sums += torch.tensor(found, dtype=sums.dtype)
+            sums += torch.tensor(found, dtype=sums.dtype, device=sums.device)
         for figures, (norm, eps) in zip(perturbed, settings, strict=True):
             normal = sample_normal(z.shape, z, generator)
             noise = LF.noise_of_norm(normal, eps, norm)  # type: ignore[arg-type]
@@ -108,7 +108,9 @@ def added(
 def loader(images: UInt8Images, batch_size: int) -> Iterable[Tensor]:
     """Batches of uint8 images in order."""
     own = torch.Generator()  # a loader draws its workers' seed even without workers
-    return DataLoader(images, batch_size=batch_size, collate_fn=as_batch, generator=own)
+    batches = DataLoader(images, batch_size=batch_size, collate_fn=as_batch, generator=own)
+    with torch.device("cpu"):  # its generator's, whatever the default device
+        return iter(batches)
 
 
 def compare(moved: Tensor, x: Tensor, z: Tensor) -> dict[str, Tensor]:

@@ -105,7 +105,8 @@ def pil_to_uint8(image: Image.Image, mode: str) -> Tensor:
     """A PIL image in another mode, as uint8 (C, H, W); alpha is left out."""
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # it has no direct way to RGB
-    return tvf.pil_to_tensor(image.convert(mode))
+    with torch.device("cpu"):  # torchvision's tensors follow the default device
+        return tvf.pil_to_tensor(image.convert(mode))
 
 
 def check_mode(image: Image.Image) -> None:
@@ -125,7 +126,8 @@ def has_colour(image: Image.Image) -> bool:
     """Whether greys would lose something: a PIL image may be stored in RGB and hold greys only."""
     if image.mode in GREY_MODES:
         return False
-    pixels = tvf.pil_to_tensor(image.convert("RGB")).short()
+    with torch.device("cpu"):  # torchvision's tensors follow the default device
+        pixels = tvf.pil_to_tensor(image.convert("RGB")).short()
     return bool((pixels.amax(dim=0) - pixels.amin(dim=0)).max() > GREY_TOLERANCE)
 
 
@@ -253,7 +255,9 @@ class Normalization:
         if isinstance(normalize, (v2.Normalize, transforms.Normalize)):
             normalize = (normalize.mean, normalize.std)
         try:
-            mean, std = (torch.as_tensor(v, dtype=torch.float64).reshape(-1) for v in normalize)
+            mean, std = (
+                torch.as_tensor(v, dtype=torch.float64, device="cpu").reshape(-1) for v in normalize
+            )
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 "normalize must be a v2.Normalize, a (mean, std) pair or None (of a timm config c: "

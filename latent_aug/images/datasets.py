@@ -361,7 +361,8 @@ def classes_in(dataset: Any, num_classes: int) -> Tensor:
         found = None  # samples have what it makes of these
     try:
         labels = torch.as_tensor(
-            [int(dataset[i][1]) for i in range(len(dataset))] if found is None else found
+            [int(dataset[i][1]) for i in range(len(dataset))] if found is None else found,
+            device="cpu",
         )
     except (TypeError, IndexError, KeyError, ValueError) as error:
         raise ValueError(

@@ -16,7 +16,13 @@ from torchvision import tv_tensors
 
 from latent_aug.flows import Flow
 from latent_aug.images.conversion import decoded, is_tv_tensor, to_float
-from latent_aug.images.samples import LABEL_KEYS, image_key, rows, rows_of, with_images
+from latent_aug.images.samples import (
+    LABEL_KEYS,
+    get_image_key,
+    replace_images,
+    select_entry,
+    select_rows,
+)
 from latent_aug.transforms import functional as LF
 from latent_aug.transforms.classifier import (
     check_targets,
@@ -188,9 +194,9 @@ class LatentAdversarial(UsesFlow):
                 [0, 1] or normalized as `normalize` says; labels are indices (B,) or
                 probabilities (B, K).
         """
-        key = image_key(batch)
+        key = get_image_key(batch)
         labels = labels_in(batch, self.labels_getter)
-        return with_images(batch, key, self._replace(batch, key, labels))
+        return replace_images(batch, key, self._replace(batch, key, labels))
 
     def with_eps(self, eps: float) -> LatentAdversarial:
         """A copy that perturbs every sample by this eps, alpha in proportion; counts of its own."""
@@ -224,9 +230,9 @@ class LatentAdversarial(UsesFlow):
             chosen = order[:count]
             picked = self._attack(
                 images[chosen].contiguous(memory_format=layout_of(images)),
-                rows_of(labels, chosen, len(images)),
+                select_entry(labels, chosen, len(images)),
                 pixels[chosen] if pixels is not None and len(pixels) > 1 else pixels,
-                batch if self.forward is None else rows(batch, chosen, len(images)),
+                batch if self.forward is None else select_rows(batch, chosen, len(images)),
                 key,
             )
             result = images.clone().index_copy_(0, chosen, picked)
@@ -275,7 +281,9 @@ class LatentAdversarial(UsesFlow):
         """The share p of a batch; a fraction of a sample is rounded at random, right on average."""
         share = self.p * count
         if share != int(share):
-            share += float(self._draws.sample_uniform((), torch.empty(())))
+            share += float(
+                self._draws.sample_uniform((), torch.empty((), dtype=torch.float32, device="cpu"))
+            )
         if int(share) == 1 and self.model_mode == "unchanged" and samples_meet(self.model):
             return min(2, count)  # BatchNorm may have no statistics of a single sample
         return int(share)
@@ -305,7 +313,7 @@ class LatentAdversarial(UsesFlow):
             samples = None if samples_meet(model) else len(z)
 
             def logits_of(images: Tensor) -> Tensor:
-                return self._logits(model, with_images(batch, key, images), key)
+                return self._logits(model, replace_images(batch, key, images), key)
 
             if self.labels == "predicted":
                 with torch.no_grad():

@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 from torchvision import tv_tensors
 
 from latent_aug.images.conversion import is_tv_tensor
-from latent_aug.images.samples import image_key, over_tensors, with_images, with_items
+from latent_aug.images.samples import get_image_key, map_tensors, replace_images, replace_items
 from latent_aug.transforms.random import LatentPerturb
 from latent_aug.transforms.schedule import hooks_in, parts_of
 from latent_aug.utils.arguments import require_natural
-from latent_aug.utils.randomness import get_rank, mix_seeds, use_seed
+from latent_aug.utils.randomness import get_rank, mix_seeds, sample_seed, use_seed
 
 
 class LatentCollate:
@@ -154,7 +154,7 @@ class LatentLoader:
         self._epoch += 1
         # Before the loader's own draws, whose order depends on its workers.
         if self.seed is None:
-            seed = mix_seeds(int(torch.randint(2**31, ())), get_rank() or 0)
+            seed = mix_seeds(sample_seed(), get_rank() or 0)
         else:
             seed = mix_seeds(self.seed, self._epoch, get_rank() or 0)
         batches = self._perturbed(iter(self.loader), seed)
@@ -212,14 +212,14 @@ def perturb_batch(transform: Callable[..., Any], batch: Any) -> Any:
     """A transform of samples on a batch: its images are marked as such, labels pass through."""
     if isinstance(batch, Tensor):
         return transform(batch)
-    key, images = image_key(batch), images_of(batch)
+    key, images = get_image_key(batch), images_of(batch)
     # Of plain tensors a transform would take the first, which in a mapping may be the labels.
-    marked = images if is_tv_tensor(images) else tv_tensors.Image(images)
+    marked = images if is_tv_tensor(images) else tv_tensors.Image(images, device=images.device)
     if isinstance(batch, Mapping):  # torchvision looks into dicts only
-        result = with_items(batch, transform({**batch, key: marked}))
+        result = replace_items(batch, transform({**batch, key: marked}))
     else:
-        result = transform(with_images(batch, key, marked))
-    return result if is_tv_tensor(images) else with_images(result, key, plain(result[key]))
+        result = transform(replace_images(batch, key, marked))
+    return result if is_tv_tensor(images) else replace_images(result, key, plain(result[key]))
 
 
 def plain(images: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ def images_of(batch: Any) -> Tensor:
     Raises:
         TypeError: They are not a tensor.
     """
-    images = batch if isinstance(batch, Tensor) else batch[image_key(batch)]
+    images = batch if isinstance(batch, Tensor) else batch[get_image_key(batch)]
     if not isinstance(images, Tensor):
         raise TypeError(
             f"the images of a batch must be a tensor, got {type(images).__name__}; make tensors of "
@@ -246,7 +246,7 @@ def moved(batch: Any, device: torch.device | None) -> Any:
     """The tensors of a batch on a device, without waiting where the memory is pinned."""
     if device is None:
         return batch
-    return over_tensors(batch, lambda t: t.to(device, non_blocking=device.type == "cuda"))
+    return map_tensors(batch, lambda t: t.to(device, non_blocking=device.type == "cuda"))
 
 
 def recorded(batch: Any, stream: torch.cuda.Stream) -> Any:
@@ -257,4 +257,4 @@ def recorded(batch: Any, stream: torch.cuda.Stream) -> Any:
             t.record_stream(stream)
         return t
 
-    return over_tensors(batch, record)
+    return map_tensors(batch, record)

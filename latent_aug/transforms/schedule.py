@@ -58,7 +58,7 @@ class LatentSchedule:
         if not self.phases:
             raise ValueError("phases must hold at least one (epochs, perturbation), got none")
         self._starts = [0, *itertools.accumulate(epochs for epochs, _ in self.phases)][:-1]
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
 
     @property
     def epoch(self) -> int:
