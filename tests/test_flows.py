@@ -6,11 +6,17 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import Identity, convolutional_classifier, images_and_classes, random_glow
+from conftest import (
+    Identity,
+    convolutional_classifier,
+    images_and_classes,
+    random_dense,
+    random_glow,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_aug import Flow, Glow, LatentAdversarial, LatentPerturb, functional, load_flow
+from latent_aug import Flow, Glow, LatentAdversarial, LatentPerturb, functional, load_flow, preview
 from latent_aug.flows import engine
 
 
@@ -166,6 +172,118 @@ def test_uniform_images_cost_eight_bits():
             return torch.full((len(x),), x[0].numel() * torch.tensor(255 / 256).log().item())
 
     assert Uniform().bits_per_dim(torch.rand(2, 3, 4, 4)).tolist() == pytest.approx([8.0, 8.0])
+
+
+class TestSample:
+    def test_images_are_decoded_normal_latents(self, any_flow):
+        height, width = any_flow.size or (8, 24)
+        generator = torch.Generator().manual_seed(1)
+        found = any_flow.sample(3, size=(height, width), temperature=0.5, generator=generator)
+        shape = (3, any_flow.channels, height, width)
+        z = 0.5 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        y = torch.arange(3) % any_flow.num_classes if any_flow.num_classes else None
+        assert torch.equal(found, any_flow.decode(z, y).clamp(0, 1))
+        assert found.dtype == torch.float32
+        assert not found.requires_grad
+
+    def test_the_global_generator_is_the_default(self, any_flow):
+        torch.manual_seed(0)
+        first, second = any_flow.sample(2, size=16), any_flow.sample(2, size=16)
+        assert not torch.equal(first, second)
+        torch.manual_seed(0)
+        assert torch.equal(any_flow.sample(2, size=16), first)
+
+    def test_sizes_by_default(self, any_flow):
+        assert any_flow.sample(1).shape[2:] == (any_flow.size or (32, 32))
+        assert any_flow.sample(0).shape[0] == 0
+
+    def test_the_default_size_divides_by_the_multiple(self):
+        class Coarse(Identity):
+            multiple = 12
+
+        assert Coarse().sample(1).shape == (1, 3, 36, 36)
+        assert Coarse().sample(1, size=(12, 24)).shape == (1, 3, 12, 24)
+        with pytest.raises(ValueError, match="size must divide by 12"):
+            Coarse().sample(1, size=32)
+
+    def test_classes_may_be_given(self):
+        flow = random_dense()
+        generator = torch.Generator()
+
+        def sample(y):
+            return flow.sample(2, y, generator=generator.manual_seed(1))
+
+        first, both, other = (sample(y) for y in (None, torch.tensor([0, 1]), torch.tensor([0, 3])))
+        assert torch.equal(first, both)
+        assert torch.equal(first[0], other[0])
+        assert not torch.equal(first[1], other[1])
+        assert torch.equal(sample(torch.eye(4)[:2]), first)
+
+    def test_trainable_flows_give_no_gradients(self):
+        assert not random_glow().requires_grad_(True).sample(1).requires_grad
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            ({"count": -1}, "count must"),
+            ({"count": 2.0}, "count must"),
+            ({"size": 10}, "size must divide by 4"),
+            ({"size": 0}, "size must"),
+            ({"size": (8, 8, 8)}, "height, width"),
+            ({"temperature": -1.0}, "temperature must"),
+            ({"temperature": float("nan")}, "temperature must"),
+            ({"temperature": float("inf")}, "temperature must"),
+        ],
+    )
+    def test_bad_arguments_are_named(self, glow, arguments, words):
+        with pytest.raises(ValueError, match=words):
+            glow.sample(**{"count": 1, **arguments})
+
+    def test_another_size_than_the_only_one_is_refused(self):
+        with pytest.raises(ValueError, match=r"size must be \(16, 16\)"):
+            random_dense().sample(1, size=8)
+
+    def test_a_user_s_own_method_is_theirs(self, tmp_path):
+        class Sampling(Identity):
+            def sample(self, n):
+                return f"{n} images"
+
+        flow = Sampling()
+        assert flow.sample(3) == "3 images"
+        preview(LatentPerturb(0.1, flow=flow), torch.rand(1, 3, 8, 8), temperatures=[0.5])
+
+
+class TestDevice:
+    def test_it_is_that_of_the_weights(self, any_flow):
+        assert any_flow.device == torch.device("cpu")
+        weights = [*any_flow.parameters(), *any_flow.buffers()]
+        assert any_flow.to("meta").device.type == ("meta" if weights else "cpu")
+
+    def test_buffers_count(self):
+        flow = Turned()
+        assert not [*flow.parameters()]
+        assert flow.to("meta").device.type == "meta"
+
+    @pytest.mark.parametrize("device", ["meta", torch.device("meta")])
+    def test_a_user_s_class_may_assign_it(self, device):
+        class Placed(Identity):
+            def __init__(self):
+                super().__init__()
+                self.device = device
+
+        flow = Placed()
+        assert flow.device == torch.device("meta")
+        assert copy.deepcopy(flow).device == pickle_by_hand(flow).device == flow.device
+        flow.register_buffer("weight", torch.zeros(1))
+        assert flow.device == torch.device("cpu")  # what is there decides
+
+
+def pickle_by_hand(flow):
+    """A flow of a local class, rebuilt from its state."""
+    other = Identity()
+    other.__class__ = type(flow)
+    other.__dict__.update(pickle.loads(pickle.dumps(flow.__dict__)))
+    return other
 
 
 class TestUse:
