@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_dense
+from conftest import random_dense, random_glow
 from torch import nn
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -14,7 +14,11 @@ from latent_aug import LatentAdversarial, load_flow
 from latent_aug.transforms.regions import level_mask
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "paper"
-RECIPES = sorted(path.name for path in (EXAMPLES / "recipes").glob("*.json"))
+RECIPES = {
+    name: recipe
+    for path in sorted((EXAMPLES / "recipes").glob("*.json"))
+    for name, recipe in json.loads(path.read_text()).items()
+}
 SMALL = {"num_classes": 2, "dims": 3, "hidden": 4}
 
 
@@ -39,17 +43,20 @@ def grey(tmp_path):
 def drive(place, recipe, *options):
     """Run a recipe; each run's figures by method."""
     import run
+    from records import read_lines
 
-    path = place / "recipe.json"
-    path.write_text(json.dumps(recipe))
-    command = ["run.py", path, place / "data", "--precision", "float32", "--results", place / "r"]
-    before, sys.argv = sys.argv, [str(c) for c in (*command, "--flows", place / "flows", *options)]
+    (place / "recipes").mkdir()
+    (place / "recipes" / "some.json").write_text(json.dumps({"grey": recipe}))
+    command = ["run.py", "grey", place / "data", "--precision", "float32", *options]
+    for name in ("recipes", "flows", "results", "state"):
+        command += [f"--{name}", place / name]
+    before, sys.argv = sys.argv, [str(part) for part in command]
     try:
         run.main()
     finally:
         sys.argv = before
-    entries = [json.loads(p.read_text()) for p in sorted((place / "r").rglob("*.json"))]
-    return {entry["method"]: entry for entry in entries}
+    (path,) = (place / "results").iterdir()
+    return {entry["method"]: entry for entry in read_lines(path)}
 
 
 @pytest.mark.parametrize("network", ["cnn", "lenet5"])
@@ -95,7 +102,9 @@ def test_the_latent_can_be_first():
     x, y = torch.full((4, 3, 32, 32), 255, dtype=torch.uint8), torch.zeros(4, dtype=torch.long)
     edges = []
     for first in (True, False):
-        augment = methods.make_method({"latent": flow, "latent first": first})(nn.Conv2d(3, 1, 1), 1)
+        augment = methods.make_method({"latent": flow, "latent first": first})(
+            nn.Conv2d(3, 1, 1), 1
+        )
         torch.manual_seed(0)
         edges.append(augment(x, y)[0] == 0)
     # crop's black border is all zeros where nothing comes after it
@@ -328,8 +337,7 @@ def test_unmirrored_images_keep_their_sides():
     x = torch.arange(256, dtype=torch.uint8).repeat(8, 1, 32, 1)[:, :, :, :32].contiguous()
     torch.manual_seed(0)
     plain, mirrored = (
-        methods.crop_and_flip(x, flip)[:, 0, 4, 8:24].int().diff(dim=1)
-        for flip in (False, True)
+        methods.crop_and_flip(x, flip)[:, 0, 4, 8:24].int().diff(dim=1) for flip in (False, True)
     )
     assert plain.unique().tolist() == [1]
     assert mirrored.unique().tolist() == [-1, 1]
@@ -366,65 +374,85 @@ def test_learning_rates():
     assert fading[50] == pytest.approx(0.01 * 0.12**0.5)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes_are_well_formed(recipe):
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_well_formed(name):
     import methods
     import run
+    from networks import NETWORKS
     from protocol import Protocol
 
-    described = json.loads((EXAMPLES / "recipes" / recipe).read_text())
-    protocol = Protocol(**described["protocol"])
-    assert described["title"]
-    assert described["text"]
-    assert set(described.get("paper", {})) <= set(described["methods"])
-    from networks import NETWORKS
-
+    recipe = RECIPES[name]
+    protocol = Protocol(**recipe["protocol"])
+    assert recipe["title"]
+    assert recipe["text"]
+    assert set(recipe.get("paper", {})) <= set(recipe["methods"])
     model = NETWORKS[protocol.network](protocol.channels, 10, 4 if protocol.width > 6 else 6)
     model.mean = torch.zeros(1, protocol.channels, 1, 1)  # as a classifier of a run has
-    for name in described["methods"]:
-        settings = run.settings_of(described, name, "float32")
-        for part in run.parts_of(settings):
+    for method in recipe["methods"]:
+        settings = run.fill_settings(recipe, method, "float32")
+        for part in run.list_perturbations(settings):
             part["flow"] = "pixels"  # theirs may not be here
             part.pop("levels", None)
             part.pop("resolution", None)
         assert isinstance(methods.make_method(settings)(model, 10), methods.Augmentation)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_runs_are_of_their_recipe(recipe):
-    import run
-    from protocol import Protocol
+def test_a_recipe_is_in_one_file(tmp_path):
+    from records import read_recipes
 
-    described = json.loads((EXAMPLES / "recipes" / recipe).read_text())
-    for path in (run.RESULTS / Path(recipe).stem).rglob("*.json"):
-        entry = json.loads(path.read_text())
-        protocol = vars(Protocol(**described["protocol"], test=path.parent.name == "test"))
-        run.check_precision(path, protocol["precision"])
-        assert entry["settings"] == run.settings_of(
-            described, entry["method"], protocol["precision"]
-        )
-        assert vars(Protocol(**entry["protocol"])) == protocol  # the first runs name less
-        assert entry["seed"] in described["methods"][entry["method"]]["seeds"]
-        assert path.stem == f"{entry['method']} {entry['seed']}"
+    assert read_recipes() == RECIPES
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"one": {}}))
+    with pytest.raises(ValueError, match=r"b\.json has recipes that another file has.*'one'"):
+        read_recipes(tmp_path)
+
+
+def test_all_seeds_share_the_images_that_a_model_was_trained_on():
+    own = {"glow-cifar10-5percent", "vae-gan-cifar10", "vae-gan-cifar10-600-epochs"}
+    for name, recipe in RECIPES.items():
+        if any(f'"{flow}"' in json.dumps(recipe) for flow in own):
+            assert recipe["protocol"]["data_seed"] == 0, name
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("kind", ["test", "validation"])
+def test_runs_are_of_their_recipe(name, kind):
+    import run
+    from records import RESULTS, read_lines
+
+    recipe, found = RECIPES[name], []
+    for entry in read_lines(RESULTS / f"{name}.{kind}.jsonl"):
+        method, seed = entry["method"], entry["seed"]
+        protocol = vars(run.fill_protocol(recipe, seed, test=kind == "test"))
+        assert entry["recipe"] == name
+        assert entry["protocol"] == protocol
+        assert entry["settings"] == run.fill_settings(recipe, method, protocol["precision"])
+        assert seed in recipe["methods"][method]["seeds"]
+        found.append((method, seed))
+    assert len(set(found)) == len(found)
 
 
 def test_the_readme_names_every_recipe():
     readme = (EXAMPLES / "README.md").read_text()
-    assert [name for name in RECIPES if f"`{Path(name).stem}`" not in readme] == []
+    assert [name for name in RECIPES if f"`{name}`" not in readme] == []
 
 
 def test_results_are_of_recipes():
-    import run
+    from records import RESULTS
 
-    assert {f"{path.name}.json" for path in run.RESULTS.iterdir()} <= set(RECIPES)
+    kinds = (".test.jsonl", ".validation.jsonl")
+    known = {name + kind for name in RECIPES for kind in kinds}
+    found = {path.name for path in RESULTS.iterdir()}
+    assert found
+    assert found <= known
 
 
 def test_accuracy_is_drawn_against_images(tmp_path, monkeypatch):
     import draw
 
-    for place in ("RUNS", "PICTURES", "ROOT"):
+    for place in ("RESULTS", "PICTURES", "ROOT"):
         monkeypatch.setattr(draw, place, tmp_path)
-    assert draw.curve("figure2") == []
+    assert draw.draw_curve("figure2") == []
     drawn = []
     monkeypatch.setattr(draw, "Figure", lambda **_: Canvas(drawn))
     for method, size, seed, accuracy in (
@@ -434,11 +462,10 @@ def test_accuracy_is_drawn_against_images(tmp_path, monkeypatch):
         ("VAE-GAN", 600, 0, 75.0),  # in one table alone, where it is drawn
         ("Adversarial-LA", 2400, 0, 82.0),
     ):
-        folder = tmp_path / f"figure2-{size}" / "test"
-        folder.mkdir(parents=True, exist_ok=True)
-        entry = {"method": method, "train_images": size, "accuracy": accuracy}
-        (folder / f"{method} {seed}.json").write_text(json.dumps(entry))
-    assert "figure2.png" in draw.curve("figure2")[-1]
+        entry = {"method": method, "seed": seed, "train_images": size, "accuracy": accuracy}
+        with (tmp_path / f"figure2-{size}.test.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+    assert "figure2.png" in draw.draw_curve("figure2")[-1]
     lines = {options["label"]: (points, options["yerr"]) for points, options in drawn}
     assert lines.keys() == {"standard"}
     (sizes, means), errors = lines["standard"]
@@ -463,14 +490,11 @@ class Canvas:
     set = set_xticks = set_minor_formatter = legend = savefig = ignored
 
 
-def test_the_flow_of_the_tables_lies_beside_their_recipes(tmp_path):
-    from methods import OWN_FLOWS, flow_of
+def test_a_flow_of_the_folder_comes_before_a_bundled_one(tmp_path):
+    from methods import read_flow
 
-    name = "glow-cifar10-5percent"
-    own = flow_of(name, tmp_path, None)
-    assert own.fingerprint() == load_flow(OWN_FLOWS / name).fingerprint()
-    image = torch.rand(1, 3, 32, 32)
-    torch.testing.assert_close(own.decode(own.encode(image)), image, atol=1e-4, rtol=0)
-    load_flow("glow-cifar10-small").save_pretrained(tmp_path / "flows" / name)  # one that is given
-    given = flow_of(name, tmp_path / "flows", None)
-    assert given.fingerprint() == load_flow("glow-cifar10-small").fingerprint()
+    name = "glow-fashionmnist"
+    bundled, other = load_flow(name).fingerprint(), random_glow()
+    assert read_flow(name, tmp_path, None).fingerprint() == bundled
+    other.save_pretrained(tmp_path / "flows" / name)
+    assert read_flow(name, tmp_path / "flows", None).fingerprint() == other.fingerprint() != bundled

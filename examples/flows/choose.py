@@ -199,7 +199,7 @@ def main() -> None:
                 row |= gains(flow, row["linf"], (first, second), protocol)
         else:
             continue
-        append_line(RESULTS, row)
+        append_line(RESULTS, row, lock=args.runs / "results.lock")
         print(name, json.dumps(row), flush=True)
 
 

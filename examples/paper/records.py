@@ -58,10 +58,11 @@ def is_entry(line: bytes) -> bool:
     return True
 
 
-def append_line(path: Path, entry: dict[str, Any]) -> None:
-    """Add a line, while other processes add theirs; it is on the disk at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")), path.open("a+b", buffering=0) as file:
+def append_line(path: Path, entry: dict[str, Any], *, lock: Path) -> None:
+    """Add a line, down to the disk, while other processes add theirs under the same lock file."""
+    for folder in (path.parent, lock.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock), path.open("a+b", buffering=0) as file:
         end_last_line(file)
         file.write(json.dumps(entry).encode() + b"\n")
         os.fsync(file.fileno())
@@ -82,7 +83,7 @@ def end_last_line(file: BinaryIO) -> None:
 def claim(path: Path) -> Iterator[bool]:
     """Claim what a lock file stands for: whether no other process has.
 
-    The claim ends with the block, and with the process, however that is killed.
+    The claim ends with the block, and with the process, however that is killed. The file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)

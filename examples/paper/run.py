@@ -246,7 +246,8 @@ def main() -> None:
             remove_partial(state)
             figures = train_one(task, protocol, images, state, args)
             command = {"command": write_command(name, args)}
-            append_line(results, {**task, **figures, **command, **machine})
+            entry = {**task, **figures, **command, **machine}
+            append_line(results, entry, lock=args.state / f"{results.stem}.lock")
             state.unlink(missing_ok=True)
             print(f"{name}, seed {seed}: {figures['accuracy']:.2f} %", flush=True)
 
