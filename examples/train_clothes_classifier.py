@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from quickstart import accuracy, load_images
 from safetensors.torch import save
 
-from latent_aug.diagnostics.explore import CLOTHES, clothes_classifier
+from latent_aug.diagnostics.explore import CLOTHES, build_classifier
 
 EPOCHS, BATCH, SHOWN = 30, 50, 2  # shown of each class
 
@@ -23,7 +23,7 @@ def main() -> None:
     torch.manual_seed(0)
     images, labels = load_images(train=True)
     test_images, test_labels = load_images(train=False)
-    model = clothes_classifier()
+    model = build_classifier()
     optimizer = torch.optim.Adam(model.parameters(), weight_decay=1e-4)
     steps = EPOCHS * len(images) // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.005, total_steps=steps)

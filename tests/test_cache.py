@@ -56,7 +56,7 @@ def test_latents_of_downscaled_photographs(tmp_path):
     torch.manual_seed(3)
     out = torch.stack([image for image, _ in cached.__getitems__(range(10))])
     assert (out - 255 * expected).abs().max() < 0.51
-    with pytest.raises(ValueError, match="a cache with other settings .resolution 8, now 16"):
+    with pytest.raises(ValueError, match=r"a cache with other settings .resolution 8, now 16"):
         LatentCache(data, tmp_path, LatentPerturb(0.3, flow=random_glow(), resolution=16))
 
 
@@ -240,7 +240,7 @@ def test_what_failed_before_anything_was_encoded_can_be_corrected(tmp_path):
     with pytest.raises(ValueError, match="images of one size"):
         LatentCache(mixed, tmp_path, LatentPerturb(flow=Identity()))
     assert len(LatentCache(samples(3), tmp_path, LatentPerturb(flow=Identity()))) == 3
-    with pytest.raises(ValueError, match="other settings .count 3, now 4"):
+    with pytest.raises(ValueError, match=r"other settings .count 3, now 4"):
         LatentCache(samples(4), tmp_path, LatentPerturb(flow=Identity()))
 
 
@@ -255,7 +255,7 @@ def test_transforms_of_images_alone_cannot_follow_where_there_are_labels(tmp_pat
 def test_a_flow_of_another_setting_is_another_flow(tmp_path):
     LatentCache(samples(), tmp_path, LatentPerturb(flow=Scaled(1.0)))
     LatentCache(samples(), tmp_path, LatentPerturb(flow=Scaled(1.0)))
-    with pytest.raises(ValueError, match="other settings .another flow"):
+    with pytest.raises(ValueError, match=r"other settings .another flow"):
         LatentCache(samples(), tmp_path, LatentPerturb(flow=Scaled(2.0)))
 
 

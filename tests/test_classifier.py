@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from latent_aug import LatentAdversarial
-from latent_aug.transforms.classifier import bare, check_targets, lent, scaled_up
+from latent_aug.transforms.classifier import check_targets, lend, scale_up, unwrap
 
 
 def sure_model():
@@ -72,14 +72,14 @@ class TestFloat16:
     def test_a_factor_for_each_sample_or_one_for_all(self):
         grad = torch.tensor([[1e-9, -2e-9], [0.0, 0.0], [3.0, 4.0]])
         torch.testing.assert_close(
-            scaled_up(grad[:, 0], each=True), grad[:, 0] * 0 + 256 * (grad[:, 0] > 0)
+            scale_up(grad[:, 0], each=True), grad[:, 0] * 0 + 256 * (grad[:, 0] > 0)
         )
-        each = scaled_up(grad, each=True)
+        each = scale_up(grad, each=True)
         torch.testing.assert_close(
             each, torch.tensor([[128.0, -256.0], [0.0, 0.0], [192.0, 256.0]])
         )
-        torch.testing.assert_close(scaled_up(grad, each=False), grad * 64)
-        assert scaled_up(torch.rand(2, 4, 8, 8), each=True).shape == (2, 4, 8, 8)
+        torch.testing.assert_close(scale_up(grad, each=False), grad * 64)
+        assert scale_up(torch.rand(2, 4, 8, 8), each=True).shape == (2, 4, 8, 8)
 
     def test_in_train_mode_samples_keep_their_weights(self, batch):
         """BatchNorm ties the samples: the gradient must be that of the summed loss."""
@@ -224,7 +224,7 @@ class TestKindsOfModels:
     def test_recurrent_layers_without_dropout_stay_in_training_mode(self):
         """cuDNN goes backwards through them in that mode only."""
         model = nn.ModuleList([nn.LSTM(4, 4), nn.LSTM(4, 4, 2, dropout=0.5), nn.GRU(4, 4)]).train()
-        with lent(model, "eval") as borrowed:
+        with lend(model, "eval") as borrowed:
             assert [m.training for m in borrowed] == [True, False, True]
         assert all(m.training for m in model)
 
@@ -332,19 +332,19 @@ class TestOutputs:
 
 class TestWrappers:
     def test_data_parallel_is_opened(self, model):
-        assert bare(nn.DataParallel(model)) is model
+        assert unwrap(nn.DataParallel(model)) is model
 
     def test_compiled_outside_a_wrapper_is_opened(self, model):
-        assert bare(torch.compile(nn.DataParallel(model))) is model
+        assert unwrap(torch.compile(nn.DataParallel(model))) is model
 
     def test_compiled_inside_a_wrapper_stays_compiled(self, model):
         compiled = torch.compile(model)
-        assert bare(nn.DataParallel(compiled)) is compiled
-        assert bare(compiled) is compiled
+        assert unwrap(nn.DataParallel(compiled)) is compiled
+        assert unwrap(compiled) is compiled
 
     def test_a_model_of_that_attribute_is_none(self, model):
         model._orig_mod = None
-        assert bare(model) is model
+        assert unwrap(model) is model
 
 
 @pytest.mark.parametrize("mode", ["eval", "unchanged"])
@@ -353,7 +353,7 @@ def test_lent_puts_flags_back_after_an_exception(model, mode):
     before = trace_of(model)
 
     def fail():
-        with lent(model, mode) as borrowed:
+        with lend(model, mode) as borrowed:
             borrowed(torch.rand(2, 3, 8, 8))
             raise RuntimeError("out of luck")
 

@@ -15,7 +15,7 @@ from latent_aug.diagnostics.explore import Settings
 @pytest.fixture(scope="module")
 def shirt():
     clothes = explore.load_clothes()
-    return explore.subject_of("glow-fashionmnist", clothes.images[:1], int(clothes.labels[0]))
+    return explore.make_subject("glow-fashionmnist", clothes.images[:1], int(clothes.labels[0]))
 
 
 def test_the_classifier_is_as_good_as_it_is_said_to_be(monkeypatch, request):
@@ -65,15 +65,15 @@ def test_an_image_moves_as_by_the_transform(shirt):
     settings = Settings(eps=0.4, seed=3)
     generator = torch.Generator().manual_seed(3)
     transform = LatentPerturb(0.4, flow="glow-fashionmnist", generator=generator)
-    moved = explore.perturbed(shirt, settings)
+    moved = explore.perturb_subject(shirt, settings)
     torch.testing.assert_close(moved.x, transform(shirt.x))
     assert not moved.fell_back
-    assert not torch.equal(explore.perturbed(shirt, Settings(eps=0.4, seed=4)).x, moved.x)
+    assert not torch.equal(explore.perturb_subject(shirt, Settings(eps=0.4, seed=4)).x, moved.x)
 
 
 def test_a_greater_eps_changes_more(shirt):
     changes = [
-        (explore.perturbed(shirt, Settings(eps=eps)).x - shirt.x).abs().mean()
+        (explore.perturb_subject(shirt, Settings(eps=eps)).x - shirt.x).abs().mean()
         for eps in (0.0, 0.1, 0.3, 0.6)
     ]
     assert changes[0] < 1e-4
@@ -83,7 +83,7 @@ def test_a_greater_eps_changes_more(shirt):
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_a_box_moves_or_stays(shirt, where):
     settings = Settings(eps=0.5, where=where, box=(0.5, 0.75, 0.25, 0.25))  # the wrong way round
-    moved = explore.perturbed(shirt, settings).x != shirt.x
+    moved = explore.perturb_subject(shirt, settings).x != shirt.x
     inside = torch.zeros_like(moved)
     inside[..., 7:21, 7:14] = True
     still = moved & (~inside if where == "inside" else inside)
@@ -93,15 +93,15 @@ def test_a_box_moves_or_stays(shirt, where):
 
 def test_a_level_moves_alone(shirt):
     every, fine, coarse = (
-        explore.perturbed(shirt, Settings(eps=0.5, level=level)).x for level in (None, 0, 1)
+        explore.perturb_subject(shirt, Settings(eps=0.5, level=level)).x for level in (None, 0, 1)
     )
     assert not torch.equal(fine, coarse)
     assert not torch.equal(every, fine)
 
 
 def test_what_the_flow_cannot_perturb_is_said():
-    noise = explore.subject_of("glow-cifar10-small", torch.rand(1, 3, 32, 32))
-    moved = explore.perturbed(noise, Settings())
+    noise = explore.make_subject("glow-cifar10-small", torch.rand(1, 3, 32, 32))
+    moved = explore.perturb_subject(noise, Settings())
     assert moved.fell_back
     assert torch.equal(moved.x, noise.x)
 
@@ -112,7 +112,7 @@ def test_the_attack_by_steps(shirt, norm):
     model = explore.load_clothes().classifier
     before = trace_of(model)
     settings = Settings(eps=eps, norm=norm)
-    path = list(explore.attacked(shirt, settings, alpha=alpha, steps=3))
+    path = list(explore.attack_subject(shirt, settings, alpha=alpha, steps=3))
     assert [step.number for step in path] == [0, 1, 2, 3]
     assert torch.equal(path[0].x, shirt.x)
     assert path[-1].loss > path[0].loss + 0.5
@@ -133,23 +133,23 @@ def test_the_attack_by_steps(shirt, norm):
 
 def test_an_image_without_a_label_is_attacked_at_what_it_is_taken_for():
     clothes = explore.load_clothes()
-    subject = explore.subject_of("glow-fashionmnist", clothes.images[4:5])
-    first, *_, last = explore.attacked(subject, Settings(0.1), alpha=0.05, steps=2)
+    subject = explore.make_subject("glow-fashionmnist", clothes.images[4:5])
+    first, *_, last = explore.attack_subject(subject, Settings(0.1), alpha=0.05, steps=2)
     taken_for = first.probabilities.argmax()
     assert last.probabilities[taken_for] < first.probabilities[taken_for]
 
 
 def test_the_classifier_is_for_grey_images():
-    subject = explore.subject_of("glow-cifar10-small", torch.full((1, 3, 32, 32), 0.5))
+    subject = explore.make_subject("glow-cifar10-small", torch.full((1, 3, 32, 32), 0.5))
     with pytest.raises(ValueError, match="grey"):
-        next(explore.attacked(subject, Settings(), alpha=0.1, steps=1))
+        next(explore.attack_subject(subject, Settings(), alpha=0.1, steps=1))
 
 
 def test_examples_and_samples():
-    images, labels = explore.examples_of(random_glow())
+    images, labels = explore.make_examples(random_glow())
     assert images.shape == (12, 3, 32, 32)
     assert labels == [None] * 12
-    drawn = explore.samples(random_glow(1), count=2, temperatures=[0.0, 1.0])
+    drawn = explore.draw_samples(random_glow(1), count=2, temperatures=[0.0, 1.0])
     assert drawn.shape == (2, 2, 1, 28, 28)
     assert torch.equal(drawn[0, 0], drawn[0, 1])
     assert not torch.equal(drawn[1, 0], drawn[1, 1])
@@ -158,7 +158,7 @@ def test_examples_and_samples():
 def test_flows_of_classes_are_refused(monkeypatch):
     monkeypatch.setattr(explore, "get_shared_flow", lambda name: ByClass())
     with pytest.raises(ValueError, match="without classes"):
-        explore.flow_of("by-class")
+        explore.get_flow("by-class")
 
 
 def test_uploads_are_upright_and_of_8_bits(tmp_path):

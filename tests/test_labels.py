@@ -7,7 +7,7 @@ from torch import nn
 from torchvision import tv_tensors
 
 from latent_aug import LatentAdversarial, LatentPerturb
-from latent_aug.transforms.labels import condition
+from latent_aug.transforms.labels import prepare_labels
 
 
 def grey(*shape):
@@ -85,7 +85,7 @@ def test_the_attack_on_a_share_conditions_on_its_labels():
 
 
 def test_one_label_serves_several_images():
-    assert condition(ByClass(), 2, 3, grey(3)).tolist() == [2, 2, 2]
+    assert prepare_labels(ByClass(), 2, 3, grey(3)).tolist() == [2, 2, 2]
 
 
 def test_an_unconditional_flow_looks_at_no_label():
@@ -111,4 +111,4 @@ class TestBadInput:
     )
     def test_labels(self, labels, words):
         with pytest.raises(ValueError, match=words):
-            condition(ByClass(), labels, 2, grey(2))
+            prepare_labels(ByClass(), labels, 2, grey(2))

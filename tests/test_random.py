@@ -464,11 +464,11 @@ class TestWarning:
         transform = LatentPerturb(0.3, flow=Identity(), normalize=([0.5] * 3, [0.25] * 3))
         transform(torch.full((7, 3, 8, 8), float("nan")))
         there = torch.device("meta")
-        transform._fallbacks.add(torch.zeros((), device=there))
-        transform._normalization.apply(torch.zeros(1, 3, 8, 8, device=there))
+        transform.fallback_counter.add(torch.zeros((), device=there))
+        transform.normalization.apply(torch.zeros(1, 3, 8, 8, device=there))
         copied = pickle.loads(pickle.dumps(transform))
         assert copied.fallbacks == 7
-        assert copied._normalization._placed == {}
+        assert copied.normalization._placed == {}
         with pytest.warns(UserWarning, match="8 of 8 images so far"):
             copied(torch.full((1, 3, 8, 8), float("nan")))
 
@@ -478,7 +478,7 @@ class TestWarning:
                 raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
 
         transform = LatentPerturb(0.3, flow=Identity())
-        transform._fallbacks.counts[torch.device("cuda")] = Elsewhere()
+        transform.fallback_counter.counts[torch.device("cuda")] = Elsewhere()
         transform(torch.rand(7, 3, 8, 8))
 
     def test_where_many_cannot(self):

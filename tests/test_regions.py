@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 
 from latent_aug import LatentAdversarial, LatentPerturb
 from latent_aug.transforms import functional as LF
-from latent_aug.transforms.regions import level_mask, movable
+from latent_aug.transforms.regions import build_mask, mark_levels
 
 NORMS = ["linf", "l2", "rms"]
 EPS = {"linf": 0.3, "l2": 3.0, "rms": 0.3}
@@ -137,7 +137,7 @@ def test_sizes_that_are_padded(kind):
 
 
 def test_the_padding_follows_the_mask_s_edge():
-    mask = movable(random_glow(), torch.rand(1, 3, 16, 16), left_half(14)[None, None] == 0, None)
+    mask = build_mask(random_glow(), torch.rand(1, 3, 16, 16), left_half(14)[None, None] == 0, None)
     assert torch.equal(mask[0, 0, 3], torch.tensor([0.0] * 7 + [1.0] * 9))
 
 
@@ -257,14 +257,14 @@ class TestMaskOfASample:
 def test_levels_partition_the_latent(any_flow):
     z = torch.rand(2, 3, 16, 16)
     assert torch.equal(any_flow.join_levels(any_flow.split_levels(z)), z)
-    masks = [level_mask(any_flow, z, (level,)) for level in range(any_flow.levels)]
+    masks = [mark_levels(any_flow, z, (level,)) for level in range(any_flow.levels)]
     assert torch.equal(sum(masks), torch.ones(1, 3, 16, 16))
     sizes = [int(mask.sum()) for mask in masks]
     assert sizes == sorted(sizes, reverse=True)
 
 
 def test_nothing_asked_for_is_no_mask():
-    assert movable(random_glow(), torch.rand(2, 3, 8, 8), None, None) is None
+    assert build_mask(random_glow(), torch.rand(2, 3, 8, 8), None, None) is None
 
 
 @pytest.mark.parametrize("norm", NORMS)

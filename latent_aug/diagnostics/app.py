@@ -92,7 +92,7 @@ def show(subject: ex.Subject | None, *controls: Any) -> str:
     if subject is None:
         raise ValueError("choose an image first")
     settings = settings_of(*controls)
-    moved, fell_back = ex.perturbed(subject, settings)
+    moved, fell_back = ex.perturb_subject(subject, settings)
     change = 255 * (moved - subject.x).abs().mean().item()
     note = f"{settings.norm} {settings.eps:.3g}: pixels change by {change:.1f} of 255 on average"
     if fell_back:
@@ -109,13 +109,13 @@ def strip(subject: ex.Subject | None, eps: float, norm: str, *controls: Any) -> 
     if subject is None:
         return ""
     sizes = [share * ex.GREATEST_EPS[norm] for share in STRIP]
-    each = [ex.perturbed(subject, settings_of(size, norm, *controls)).x for size in sizes]
+    each = [ex.perturb_subject(subject, settings_of(size, norm, *controls)).x for size in sizes]
     return pictures(*((x, f"{norm} {size:.3g}") for x, size in zip(each, sizes, strict=True)))
 
 
 def draw_samples(flow: str, seed: float) -> str:
     """Rows of samples, a column for each temperature."""
-    drawn = ex.samples(ex.flow_of(flow), count=4, seed=int(seed))
+    drawn = ex.draw_samples(ex.get_flow(flow), count=4, seed=int(seed))
     columns = [torch.cat(list(column), dim=1)[None] for column in drawn]
     captions = [f"temperature {t:g}" for t in ex.TEMPERATURES]
     return pictures(*zip(columns, captions, strict=True))
@@ -131,7 +131,7 @@ def attack(
     settings = settings_of(eps, norm, level, *region)
     shown: list[tuple[Tensor, str]] = []
     try:
-        for step in ex.attacked(subject, settings, alpha=alpha, steps=int(steps)):
+        for step in ex.attack_subject(subject, settings, alpha=alpha, steps=int(steps)):
             best = int(step.probabilities.argmax())
             share = f"{ex.CLASSES[best]} {step.probabilities[best]:.0%}"
             name = f"step {step.number}" if step.number else original(subject)
@@ -150,31 +150,31 @@ def original(subject: ex.Subject) -> str:
 
 def levels_of(flow: str) -> list[str]:
     """Choices of a level."""
-    count = ex.flow_of(flow).levels
+    count = ex.get_flow(flow).levels
     ends = {0: " (finest)", count - 1: " (coarsest)"} if count > 1 else {}
     return ["all", *(f"{level}{ends.get(level, '')}" for level in range(count))]
 
 
 def open_flow(flow: str) -> tuple[Any, ...]:
     """Examples, the first of them, and the levels of a flow."""
-    images, labels = ex.examples_of(ex.flow_of(flow))
+    images, labels = ex.make_examples(ex.get_flow(flow))
     items = [to_pil_image(from_float(x, torch.uint8)) for x in images]
-    subject = ex.subject_of(flow, images[:1], labels[0])
+    subject = ex.make_subject(flow, images[:1], labels[0])
     gallery = gr.Gallery(items, selected_index=None)
     return gallery, subject, gr.Radio(choices=levels_of(flow), value="all")
 
 
 def choose(flow: str, event: gr.SelectData) -> ex.Subject:
     """The example that was clicked."""
-    images, labels = ex.examples_of(ex.flow_of(flow))
-    return ex.subject_of(flow, images[event.index][None], labels[event.index])
+    images, labels = ex.make_examples(ex.get_flow(flow))
+    return ex.make_subject(flow, images[event.index][None], labels[event.index])
 
 
 def upload(flow: str, path: str | None, side: float) -> Any:
     """A file of the user's; nothing where there is none."""
     if path is None:
         return gr.skip()
-    return ex.subject_of(flow, ex.read_upload(path, ex.flow_of(flow).channels, int(side)))
+    return ex.make_subject(flow, ex.read_upload(path, ex.get_flow(flow).channels, int(side)))
 
 
 def page(flows: Sequence[str]) -> gr.Blocks:
@@ -282,7 +282,7 @@ def serve(flows: Sequence[str], *, port: int | None, browser: bool) -> tuple[gr.
         The page, which `block_thread` keeps until it is interrupted, and its address.
     """
     for flow in flows:
-        ex.flow_of(flow)  # an error now rather than on the page
+        ex.get_flow(flow)  # an error now rather than on the page
     app = page(flows)
     _, address, _ = app.launch(
         server_name=HOST,

@@ -19,7 +19,7 @@ from latent_aug.diagnostics.measure import markdown_rows, mean_change, measure_f
 from latent_aug.diagnostics.verdict import Finding, Grade, choose_grade, interpret_figures
 from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
 from latent_aug.flows.hub import load_flow
-from latent_aug.images.conversion import Normalization, encoded, fit_to_flow, from_float
+from latent_aug.images.conversion import Normalization, fit_to_flow, from_float
 from latent_aug.images.datasets import (
     UInt8Images,
     check_dataset,
@@ -333,7 +333,7 @@ def perturbed_by(
     parts = zip(pixels.split(CHUNK), classes, strict=True)
     z = torch.cat(
         [
-            encoded(flow, fit_to_flow(part.to(device, torch.float32) / 255, flow), own)
+            LF.encode(flow, fit_to_flow(part.to(device, torch.float32) / 255, flow), own)
             for part, own in parts
         ]
     )

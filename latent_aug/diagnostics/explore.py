@@ -1,4 +1,4 @@
-"""What `latent-aug explore` shows, computed: images, latents, perturbations, an attack by steps."""
+"""Compute what `latent-aug explore` shows: images, latents, perturbations, an attack by steps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CLASSES = (
 )
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-MOST_BYTES = 8 * 2**20  # of an upload
+MOST_BYTES = 8 * 2**20  # an upload may have
 MOST_PIXELS = 40_000_000
 SIDES = (16, 128)  # of the images on the page
 TEMPERATURES = (0.0, 0.3, 0.5, 0.7, 0.85, 1.0)
@@ -43,10 +43,10 @@ class Clothes:
     """The bundled classifier, and images of FashionMNIST that it was not trained on.
 
     Attributes:
-        classifier: Images (B, 1, H, W) in [0, 1] to logits (B, 10), in evaluation mode.
-        images: (N, 1, 28, 28) in [0, 1].
-        labels: (N,).
-        about: What it was trained on, and its accuracy.
+        classifier: The model, images (B, 1, H, W) in [0, 1] to logits (B, 10), in evaluation mode.
+        images: The images (N, 1, 28, 28) in [0, 1].
+        labels: Their classes (N,).
+        about: A sentence on its training data and its accuracy.
     """
 
     classifier: nn.Module
@@ -60,10 +60,10 @@ class Subject:
     """An image on the page with its latent.
 
     Attributes:
-        flow: Its name or path.
-        x: (1, C, H, W) in [0, 1].
-        z: From `LatentPerturb.to_latents`.
-        label: Of the clothes, if it is known.
+        flow: The name or path of the flow.
+        x: The image (1, C, H, W) in [0, 1].
+        z: The latents, by `LatentPerturb.to_latents`.
+        label: The class of clothes, if it is known.
     """
 
     flow: str
@@ -74,15 +74,15 @@ class Subject:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to perturb.
+    """The settings of a perturbation.
 
     Attributes:
-        eps: Size.
-        norm: Of eps.
-        level: Of the flow, 0 the finest; None for all.
-        where: Relation to the box that may move.
+        eps: The size of the perturbation.
+        norm: The norm of eps.
+        level: The level of the flow that may move, 0 the finest; None for all.
+        where: Which pixels may move, inside or outside the box.
         box: Left, top, right and bottom as shares of the image's sides.
-        seed: Of the draws: the same one gives the same direction at each eps.
+        seed: The seed of the draws. The same one gives the same direction at each eps.
     """
 
     eps: float = 0.25
@@ -109,8 +109,8 @@ class AttackStep(NamedTuple):
     probabilities: Tensor  # (K,)
 
 
-def clothes_classifier() -> nn.Sequential:
-    """The architecture of the bundled classifier; 25,000 parameters."""
+def build_classifier() -> nn.Sequential:
+    """Build the bundled classifier's architecture, of 25,000 parameters."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((1, 16), (16, 32)):
         layers += [nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), nn.BatchNorm2d(outputs)]
@@ -125,13 +125,13 @@ def load_clothes() -> Clothes:
         about = file.metadata()["about"]
     tensors = load_file(CLOTHES)
     images, labels = tensors.pop("images") / 255, tensors.pop("labels").long()
-    model = clothes_classifier()
+    model = build_classifier()
     model.load_state_dict(tensors)
     return Clothes(model.eval(), images, labels, about)
 
 
-def flow_of(name: str) -> Flow:
-    """The flow of this name.
+def get_flow(name: str) -> Flow:
+    """Get the flow of this name.
 
     Raises:
         ValueError: It needs labels, which the page does not have.
@@ -142,20 +142,20 @@ def flow_of(name: str) -> Flow:
     return flow
 
 
-def examples_of(flow: Flow) -> tuple[Tensor, list[int | None]]:
-    """Images (N, C, H, W) to begin with, and their labels: clothes, or samples of the flow."""
+def make_examples(flow: Flow) -> tuple[Tensor, list[int | None]]:
+    """Make images (N, C, H, W) to begin with, and their labels: clothes, or samples of the flow."""
     if flow.channels == 1:
         clothes = load_clothes()
         return clothes.images, [*clothes.labels.tolist()]
-    images = samples(flow, count=12, temperatures=[0.7])[0]
+    images = draw_samples(flow, count=12, temperatures=[0.7])[0]
     return images, [None] * len(images)
 
 
 @torch.no_grad()
-def samples(
+def draw_samples(
     flow: Flow, *, count: int, temperatures: Sequence[float] = TEMPERATURES, seed: int = 0
 ) -> Tensor:
-    """The same latents at several temperatures, decoded: (T, count, C, H, W) in [0, 1]."""
+    """Decode the same latents at several temperatures: (T, count, C, H, W) in [0, 1]."""
     side = 28 if flow.channels == 1 else 32  # what the bundled flows were trained on
     size = flow.size or side + -side % flow.multiple
     drawn = [
@@ -166,7 +166,7 @@ def samples(
 
 
 def read_upload(path: str | Path, channels: int, side: int) -> Tensor:
-    """An image file of unknown origin as (1, channels, side, side) in [0, 1].
+    """Read an image file of unknown origin as (1, channels, side, side) in [0, 1].
 
     Raises:
         ValueError: It is too large, or no image.
@@ -181,7 +181,7 @@ def read_upload(path: str | Path, channels: int, side: int) -> Tensor:
             image.load()
             check_mode(image)
             upright = ImageOps.exif_transpose(image)  # as a phone would show it
-            # A page to look and try: what a grey flow would lose in colour is let go.
+            # For a grey flow the colours are dropped: the page is for a look only.
             pixels = to_uint8(upright.convert("L") if channels == 1 else upright, channels, side)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
@@ -190,8 +190,8 @@ def read_upload(path: str | Path, channels: int, side: int) -> Tensor:
     return pixels[None] / 255
 
 
-def subject_of(flow: str, x: Tensor, label: int | None = None) -> Subject:
-    """Encode an image, once; moving a slider then costs one decode.
+def make_subject(flow: str, x: Tensor, label: int | None = None) -> Subject:
+    """Encode an image once; moving a slider then costs one decode.
 
     Raises:
         ValueError: The flow does not map images of this size.
@@ -199,8 +199,8 @@ def subject_of(flow: str, x: Tensor, label: int | None = None) -> Subject:
     return Subject(flow, x, LatentPerturb(flow=flow).to_latents(x), label)
 
 
-def mask_of(x: Tensor, settings: Settings) -> Tensor | None:
-    """What may move of an image (1, C, H, W): zeros and ones (H, W); None for all."""
+def build_box_mask(x: Tensor, settings: Settings) -> Tensor | None:
+    """Build the mask (H, W) of an image (1, C, H, W): ones where it may move; None for all."""
     if settings.where == "everywhere":
         return None
     height, width = x.shape[-2:]
@@ -212,13 +212,13 @@ def mask_of(x: Tensor, settings: Settings) -> Tensor | None:
     return inside if settings.where == "inside" else 1 - inside
 
 
-def perturbed(subject: Subject, settings: Settings) -> Moved:
-    """The image as `LatentPerturb` gives it."""
+def perturb_subject(subject: Subject, settings: Settings) -> Moved:
+    """Perturb an image as `LatentPerturb` does."""
     transform = LatentPerturb(
         settings.eps,
         norm=settings.norm,
         flow=subject.flow,
-        mask=mask_of(subject.x, settings),
+        mask=build_box_mask(subject.x, settings),
         levels=settings.level,
         generator=torch.Generator().manual_seed(settings.seed),
     )
@@ -226,12 +226,12 @@ def perturbed(subject: Subject, settings: Settings) -> Moved:
     return Moved(x, transform.fallbacks > 0)
 
 
-def attacked(
+def attack_subject(
     subject: Subject, settings: Settings, *, alpha: float, steps: int
 ) -> Iterator[AttackStep]:
-    """Each step of `LatentAdversarial` on the bundled classifier, the original first.
+    """Yield each step of `LatentAdversarial` on the bundled classifier, the original first.
 
-    An image without a label is attacked at what the classifier takes it for.
+    An image without a label is attacked at the class that the classifier predicts.
 
     Raises:
         ValueError: The image is not grey, as the classifier's are.
@@ -244,8 +244,8 @@ def attacked(
     model = load_clothes().classifier
     with torch.no_grad():
         label = subject.label if subject.label is not None else int(model(subject.x).argmax())
-    yield measured(model, 0, subject.x, label)
-    for number in range(1, steps + 1):  # from the start each time: the same draws, the same way
+    yield ask_classifier(model, 0, subject.x, label)
+    for number in range(1, steps + 1):  # each time from the start, with the same draws
         attack = LatentAdversarial(
             model,
             eps=settings.eps,
@@ -253,16 +253,16 @@ def attacked(
             steps=number,
             norm=settings.norm,
             flow=subject.flow,
-            mask=mask_of(subject.x, settings),
+            mask=build_box_mask(subject.x, settings),
             levels=settings.level,
             generator=torch.Generator().manual_seed(settings.seed),
         )
-        yield measured(model, number, attack(subject.x, torch.tensor([label])), label)
+        yield ask_classifier(model, number, attack(subject.x, torch.tensor([label])), label)
 
 
 @torch.no_grad()
-def measured(model: nn.Module, number: int, x: Tensor, label: int) -> AttackStep:
-    """What the classifier says of an image."""
+def ask_classifier(model: nn.Module, number: int, x: Tensor, label: int) -> AttackStep:
+    """Ask the classifier for its loss and probabilities at an image."""
     logits = model(x).double()
     loss = F.cross_entropy(logits, torch.tensor([label])).item()
     return AttackStep(number, x, loss, logits.softmax(dim=1)[0])

@@ -1,8 +1,8 @@
-"""Looking at a perturbation: what it does to images at several sizes, and what its flow draws."""
+"""Draw what a perturbation does to images at several sizes, and samples of its flow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from latent_aug.flows import Flow
-from latent_aug.images.conversion import downscaled, fit_to_flow, to_batch
+from latent_aug.images.conversion import image_size, pad_size, scale_size, to_batch
 from latent_aug.images.datasets import image_of, spread
 from latent_aug.images.samples import find_labels
 from latent_aug.transforms.adversarial import LatentAdversarial
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MOST_IMAGES = 8
 TEMPERATURES = (0.0, 0.5, 0.7, 1.0)
-SAMPLES = 4  # of each temperature
+SAMPLES = 4  # at each temperature
 
 
 def preview(
@@ -40,31 +40,30 @@ def preview(
 ) -> Figure:
     """Draw what a perturbation does, to choose its eps by eye.
 
-    A row for each image: the original, and for each eps what becomes of it and the difference,
-    amplified, on grey. Below, samples of the flow, at several temperatures: the same latents,
-    scaled.
+    Each row shows an image, and for each eps the perturbed image and the difference, amplified and
+    on grey. Below are samples of the flow at several temperatures: the same latents, scaled.
 
     Args:
-        transform: A `LatentPerturb`, or a `LatentAdversarial`; it is left as it is. Of a `Flow`, or
-            a name or path for `load_flow`, a `LatentPerturb` with its defaults. An attack's
-            callables are given `(image, label)`, as batches of one.
-        images: A batch (B, C, H, W), a list or a data set of images, PIL or tensors, that the
-            transform takes, or of tuples that begin with one; eight of them, evenly spread, are
+        transform: A `LatentPerturb` or a `LatentAdversarial`, which is left as it is. A `Flow`, or
+            a name or path for `load_flow`, stands for a `LatentPerturb` with its defaults. An
+            attack's callables are given `(image, label)`, as batches of one.
+        images: A batch (B, C, H, W), or a list or a data set of images, PIL or tensors, that the
+            transform takes, or of tuples that begin with one. Eight of them, evenly spread, are
             drawn.
-        labels: (B,), for a `LatentAdversarial` with true labels, and for a conditional flow; by
-            default those second in the samples.
-        eps: Sizes to draw, or one, in the transform's norm; half of its own, its own, and twice
-            that if None.
-        amplify: Factor of the differences.
-        temperatures: Standard deviations of the sampled latents; none are drawn if empty.
-        seed: Of perturbations and samples; the global generator is left as it is.
+        labels: Labels (B,), for a `LatentAdversarial` with true labels and for a conditional flow.
+            By default they are second in the samples.
+        eps: One size or several, in the transform's norm. By default half of its own eps, its own,
+            and twice that.
+        amplify: The factor of the differences.
+        temperatures: The standard deviations of the sampled latents; none are drawn if empty.
+        seed: The seed of perturbations and samples; the global generator is left as it is.
 
     Returns:
         A figure, to `savefig` or to show in a notebook.
 
     Raises:
         ValueError: There is no image, or `eps` is out of range.
-        TypeError: The transform has `normalize`, and images are 8-bit; or images are none.
+        TypeError: The transform has `normalize` and images are 8-bit, or `images` holds none.
         ModuleNotFoundError: matplotlib is missing: ``pip install 'latent-aug[train]'``.
 
     Source: the paper's Figure 3 shows originals, perturbed images and differences.
@@ -79,50 +78,47 @@ def preview(
     from matplotlib.figure import Figure
 
     figure = Figure(layout="constrained")  # before the work, as matplotlib may be missing
-    transform = checked(transform, images, labels)
-    sizes = around(transform.eps)
+    transform = check_transform(transform)
+    check_images(images, labels)
+    high = transform.eps[1]
+    sizes = [high / 2, high, 2 * high]
     if eps is not None:
-        sizes = [require_range("eps", size)[0] for size in several(eps)]
+        sizes = [require_range("eps", size)[0] for size in make_list(eps)]
     rows = []
     for place in spread(len(images), MOST_IMAGES):
         label = None if labels is None else labels[place][None]
-        rows.append([*pictures_of(images[place], label, transform, sizes, amplify, seed)])
-    temperatures = several(temperatures)
+        rows.append([*perturb_sample(images[place], label, transform, sizes, amplify, seed)])
+    temperatures = make_list(temperatures)
     columns = len(rows[0])
-    upper, lower = laid_out(figure, len(rows), columns, len(temperatures))
+    upper, lower = lay_out(figure, len(rows), columns, len(temperatures))
     grid = upper.subplots(len(rows), columns, squeeze=False)
     for number, row in enumerate(rows):
         for axes, (title, image) in zip(grid[number], row, strict=True):
             draw_image(axes, image, "" if number else title)
     if temperatures:
         _, original = rows[0][0]
-        like = downscaled(original[None], getattr(transform, "resolution", None))
-        draw_samples(lower, transform.flow, like, temperatures, seed)
+        size = scale_size(image_size(original), transform.resolution)
+        draw_samples(lower, transform.flow, size, temperatures, seed)
     return figure
 
 
-def checked(transform: Any, images: Any, labels: Any) -> LatentPerturb | LatentAdversarial:
-    """What perturbs; a flow does with the defaults.
+def check_transform(transform: Any) -> LatentPerturb | LatentAdversarial:
+    """Check the argument `transform`, and make a transform of a flow.
 
     Raises:
-        TypeError: One of the arguments is of another type.
+        TypeError: It is neither a transform nor a flow.
     """
     if isinstance(transform, (Flow, str, Path)):
-        transform = LatentPerturb(flow=transform)
+        return LatentPerturb(flow=transform)
     if not isinstance(transform, (LatentPerturb, LatentAdversarial)):
         raise TypeError(
             "transform must be a LatentPerturb, a LatentAdversarial or a flow, got a "
             f"{type(transform).__name__}"
         )
-    check_images(images)
-    if labels is not None and not isinstance(labels, Tensor):
-        raise TypeError(
-            f"labels must be a tensor (B,), got a {type(labels).__name__}; sizes are named, eps="
-        )
     return transform
 
 
-def pictures_of(
+def perturb_sample(
     sample: Any,
     label: Tensor | None,
     transform: LatentPerturb | LatentAdversarial,
@@ -130,28 +126,30 @@ def pictures_of(
     amplify: float,
     seed: int,
 ) -> Iterator[tuple[str, Tensor]]:
-    """A sample's image, then each perturbation of it and the difference: titles and (C, H, W)."""
+    """Yield titles and pictures (C, H, W): a sample's image, then two for each size.
+
+    These two are the perturbed image and the difference.
+    """
     image = image_of(sample)
-    if transform.normalizes and getattr(image, "dtype", torch.uint8) == torch.uint8:
-        raise TypeError("images are 8-bit, so they cannot be normalized: preview normalized floats")
-    original = shown(image, transform)
+    transform.normalization.check_dtype(image)
+    original = to_picture(image, transform)
     yield "original", original
     if label is None and needs_label(transform):
-        label = label_of(sample)
+        label = read_label(sample)
     given = (image, label)
-    of_sample = isinstance(transform, LatentPerturb) and callable(transform.mask)
-    if of_sample and isinstance(sample, (tuple, list)):
-        given = (sample, None)  # the mask is of the whole sample, its label included
-    kind = transform.norm if transform._norm_holds else "eps"
+    has_own_mask = isinstance(transform, LatentPerturb) and callable(transform.mask)
+    if has_own_mask and isinstance(sample, (tuple, list)):
+        given = (sample, None)  # the mask depends on the whole sample, its label included
+    kind = transform.norm if transform.uses_norm else "eps"
     for size in sizes:
         with use_seed(seed, getattr(image, "device", torch.device("cpu"))):
-            perturbed = shown(apply(transform.with_eps(size), *given), transform)
+            perturbed = to_picture(perturb_image(transform.with_eps(size), *given), transform)
         yield f"{kind} {size:.3g}", perturbed
         yield f"difference times {amplify:g}", (perturbed - original) * amplify + 0.5
 
 
-def laid_out(figure: Figure, rows: int, columns: int, temperatures: int) -> tuple[Any, Any]:
-    """A figure's part for the images, and that for samples below it, if there are any."""
+def lay_out(figure: Figure, rows: int, columns: int, temperatures: int) -> tuple[Any, Any]:
+    """Divide a figure into a part for the images and one below it for samples, if there are any."""
     height = 1.3 * (rows + (temperatures > 0)) + 0.5
     width = max(1.3 * columns, 1.8 * temperatures)
     figure.set_size_inches(width, height)
@@ -161,13 +159,17 @@ def laid_out(figure: Figure, rows: int, columns: int, temperatures: int) -> tupl
     return tuple(parts)
 
 
-def several(numbers: float | Iterable[float]) -> list[float]:
-    """Numbers, also where there is only one."""
+def make_list(numbers: float | Iterable[float]) -> list[float]:
+    """Make a list of one number or of several."""
     return list(numbers) if isinstance(numbers, Iterable) else [numbers]
 
 
-def check_images(images: Any) -> None:
-    """Refuse what is no batch, list or data set of images."""
+def check_images(images: Any, labels: Any) -> None:
+    """Refuse anything but a batch, list or data set of images, and labels that are no tensor."""
+    if labels is not None and not isinstance(labels, Tensor):
+        raise TypeError(
+            f"labels must be a tensor (B,), got a {type(labels).__name__}; sizes are named, eps="
+        )
     holds_some = hasattr(images, "__len__") and hasattr(images, "__getitem__")
     if isinstance(images, (str, Path)) or not holds_some:
         raise TypeError(
@@ -191,25 +193,20 @@ def check_images(images: Any) -> None:
         )
 
 
-def around(eps: tuple[float, float]) -> list[float]:
-    """Half of a range's end, itself and twice that."""
-    return [eps[1] / 2, eps[1], 2 * eps[1]]
-
-
 def needs_label(transform: LatentPerturb | LatentAdversarial) -> bool:
-    """Whether it asks for each image's label."""
+    """Whether a transform asks for each image's label."""
     return bool(transform.flow.num_classes) or isinstance(transform, LatentAdversarial)
 
 
-def label_of(sample: Any) -> Tensor | None:
-    """The label of a sample (image, label) as one of a batch; None where there is none."""
+def read_label(sample: Any) -> Tensor | None:
+    """Read the label of a sample (image, label) as a batch of one; None where there is none."""
     label = find_labels(sample) if isinstance(sample, (tuple, list)) else None
     if isinstance(label, Integral):
         return torch.tensor([int(label)], device="cpu")
     return label[None] if isinstance(label, Tensor) else None
 
 
-def apply(transform: Any, image: Any, label: Tensor | None) -> Any:
+def perturb_image(transform: Any, image: Any, label: Tensor | None) -> Any:
     """Perturb one image."""
     if isinstance(transform, LatentAdversarial):
         x, restore = to_batch(image, transform.flow.channels)
@@ -217,15 +214,14 @@ def apply(transform: Any, image: Any, label: Tensor | None) -> Any:
     return image_of(transform(image)) if label is None else transform(image, label)[0]
 
 
-def shown(image: Any, transform: Any) -> Tensor:
-    """An image in the transform's units as (C, H, W) in [0, 1]."""
+def to_picture(image: Any, transform: LatentPerturb | LatentAdversarial) -> Tensor:
+    """Convert an image in the transform's units to (C, H, W) in [0, 1]."""
     x, _ = to_batch(image, transform.flow.channels)
-    unit: Callable[[Tensor], Tensor] = transform._normalization.undo
-    return unit(x)[0].detach().cpu()
+    return transform.normalization.undo(x)[0].detach().cpu()
 
 
 def draw_image(axes: Any, image: Tensor, title: str) -> None:
-    """An image (C, H, W) without ticks."""
+    """Draw an image (C, H, W) without ticks."""
     axes.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
     axes.set_axis_off()
     axes.set_title(title, fontsize=8)
@@ -233,17 +229,16 @@ def draw_image(axes: Any, image: Tensor, title: str) -> None:
 
 @torch.no_grad()
 def draw_samples(
-    figure: Any, flow: Flow, like: Tensor, temperatures: Sequence[float], seed: int
+    figure: Any, flow: Flow, size: tuple[int, int], temperatures: Sequence[float], seed: int
 ) -> None:
-    """One row: the same latents at each temperature."""
-    height, width = fit_to_flow(like, flow).shape[-2:]
+    """Draw one row: samples (H, W) of the same latents at each temperature."""
     axes = figure.subplots(1, len(temperatures), squeeze=False)[0]
     for place, temperature in zip(axes, temperatures, strict=True):
         # A user's flow may have a `sample` of its own, with other arguments.
         samples = Flow.sample(
             flow,
             SAMPLES,
-            size=(height, width),
+            size=pad_size(size, flow),
             temperature=temperature,
             generator=torch.Generator().manual_seed(seed),
         ).cpu()

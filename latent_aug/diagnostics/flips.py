@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from latent_aug.images.conversion import Normalization
-from latent_aug.transforms.classifier import classes_of, lent
+from latent_aug.transforms.classifier import count_classes, lend
 
 CHUNK = 50  # images at a time
 MOST_ALIKE = 0.9  # share of the predictions that may be of one class
@@ -42,7 +42,7 @@ class Flips:
         """The classes (B,) of images in [0, 1]."""
         x = x.to(next(self.classifier.parameters(), x).device)
         inputs = self.normalization.apply(x.nan_to_num().clamp(0, 1))
-        with lent(self.classifier, "eval") as model:
+        with lend(self.classifier, "eval") as model:
             try:
                 outputs = [model(part) for part in inputs.split(CHUNK)]
             except RuntimeError as error:
@@ -54,7 +54,7 @@ class Flips:
                 "classifier must take images (B, C, H, W) and return logits (B, classes), got "
                 f"{shape_of(outputs[0])}; wrap it in a module that does"
             )
-        classes_of(outputs[0], "wrap the classifier in a module that gives two")
+        count_classes(outputs[0], "wrap the classifier in a module that gives two")
         return torch.cat(outputs).argmax(dim=1)
 
     def explain_doubts(self) -> Iterator[str]:

@@ -116,7 +116,7 @@ def loader(images: UInt8Images, batch_size: int) -> Iterable[Tensor]:
 def compare(moved: Tensor, x: Tensor, z: Tensor) -> dict[str, Tensor]:
     """Per sample: falls back or not, mean change in grey levels, share of values out of range."""
     outside = (moved < -1 / 255) | (moved > 1 + 1 / 255)
-    unusable = LF.unusable(moved, x, z)
+    unusable = LF.is_unusable(moved, x, z)
     return {
         "fallbacks": unusable,
         "mean_change": torch.where(unusable, 0.0, mean_change(moved, x)),

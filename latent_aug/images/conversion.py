@@ -1,4 +1,4 @@
-"""Everything that pipelines call an image, as (B, C, H, W) floats, and back again.
+"""Convert everything that pipelines call an image to float batches (B, C, H, W), and back.
 
 The core of the package works on float batches in [0, 1]. Here PIL images, uint8 and float
 tensors, single images and videos become such batches, and the results become what came in.
@@ -22,6 +22,7 @@ from latent_aug.flows import Flow
 from latent_aug.images.orientation import exif_of, orientation_of
 
 GREY_MODES = ("1", "L", "LA")  # of PIL
+PIL_MODES = {1: "L", 3: "RGB"}  # by a flow's channels
 GREY_TOLERANCE = 8  # levels between the channels of a grey that JPEG may make
 BEFORE_NORMALIZE = (
     "divide 8-bit values by 255; put the transform before Normalize, or pass normalize= with its "
@@ -31,22 +32,60 @@ WRONG_NORMALIZE = (
     "these are what undoing normalize= gives, so the images have been through another one, or none"
 )
 LOWEST, HIGHEST = -0.5, 1.5  # bicubic resizing overshoots [0, 1] by less than this
-ERASED = 0.05  # of a normalized image's values: RandomErasing's noise puts less than this outside
+ERASED = 0.05  # share of a normalized image's values that RandomErasing may put outside
 
 
 def to_batch(image: Any, channels: int) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """An image of any kind as a float batch (B, channels, H, W), and the way back.
+    """Convert an image of any kind to a float batch (B, channels, H, W).
 
-    The way back rounds to uint8 where the input was uint8 or PIL, and gives its dtype, shape,
-    type and PIL mode. PIL images other than L, LA, RGB and RGBA come back in the flow's mode,
-    with their alpha if they have one. They keep the orientation that is in their EXIF.
+    The second result is a function that takes such a batch back to what came in: its dtype, shape,
+    type and PIL mode. It rounds where the input was uint8 or PIL. PIL images other than L, LA, RGB
+    and RGBA come back in the flow's mode, with their alpha if they have one. They keep the
+    orientation that is in their EXIF.
 
     Raises:
         ValueError: The channels are not the flow's.
         TypeError: The dtype or PIL mode cannot be read as an image in [0, 1].
     """
+    check_image(image, channels)
     if isinstance(image, Image.Image):
         return pil_to_batch(image, channels)
+    pixels = image.as_subclass(Tensor)
+
+    def restore(batch: Tensor) -> Any:
+        result = from_float(batch.reshape(pixels.shape), pixels.dtype)
+        return tv_tensors.wrap(result, like=image) if is_tv_tensor(image) else result
+
+    return to_float(pixels).reshape(batch_shape(pixels)), restore
+
+
+def make_stand_in(image: Any, channels: int) -> Tensor:
+    """Make an empty tensor of the shape, dtype and device that `to_batch` would give.
+
+    It takes no memory, and the image is not read: for drawing noise before anything is converted.
+
+    Raises:
+        ValueError, TypeError: As `to_batch`.
+    """
+    check_image(image, channels)
+    if isinstance(image, Image.Image):
+        pixel = torch.empty((), dtype=torch.float32, device="cpu")
+        return pixel.expand(1, channels, image.height, image.width)
+    pixel = to_float(image.as_subclass(Tensor).new_empty(()))
+    return pixel.expand(batch_shape(image))
+
+
+def batch_shape(pixels: Tensor) -> tuple[int, ...]:
+    """(B, C, H, W) of a tensor (..., C, H, W)."""
+    count = math.prod(pixels.shape[:-3])  # -1 would be ambiguous for an empty batch
+    return (count, *pixels.shape[-3:])
+
+
+def check_image(image: Any, channels: int) -> None:
+    """Refuse what a flow of so many channels cannot take, as `to_batch` says."""
+    if isinstance(image, Image.Image):
+        check_pil(image, channels)
+        return
     if image.ndim < 3:
         raise ValueError(
             f"an image has the shape (..., C, H, W), got a tensor of shape {tuple(image.shape)}; "
@@ -59,35 +98,33 @@ def to_batch(image: Any, channels: int) -> tuple[Tensor, Callable[[Tensor], Any]
             f"channels, shape {tuple(image.shape)}; channels come before height and width; "
             "convert it, or choose another flow"
         )
-    pixels = image.as_subclass(Tensor)
-    if pixels.dtype != torch.uint8 and not pixels.is_floating_point():
+    if image.dtype != torch.uint8 and not image.is_floating_point():
         raise TypeError(
-            f"images must be uint8 or floating point, got {pixels.dtype}; "
+            f"images must be uint8 or floating point, got {image.dtype}; "
             "convert with v2.ToDtype(torch.float32, scale=True)"
         )
 
-    def restore(batch: Tensor) -> Any:
-        result = from_float(batch.reshape(pixels.shape), pixels.dtype)
-        return tv_tensors.wrap(result, like=image) if is_tv_tensor(image) else result
 
-    count = math.prod(pixels.shape[:-3])  # -1 would be ambiguous for an empty batch
-    return to_float(pixels).reshape(count, *pixels.shape[-3:]), restore
+def check_pil(image: Image.Image, channels: int) -> None:
+    """Refuse a PIL image that a flow of so many channels cannot take."""
+    if channels not in PIL_MODES:
+        raise ValueError(
+            f"the flow maps images of {channels} channels, got a PIL image ({image.mode})"
+        )
+    check_mode(image)
+    if channels == 1 and image.mode not in GREY_MODES:
+        raise ValueError(
+            f"the flow maps images of 1 channel, got a PIL image of mode {image.mode}; "
+            "convert it with v2.Grayscale(), or choose a flow of 3 channels"
+        )
 
 
 def pil_to_batch(image: Image.Image, channels: int) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """A PIL image in the flow's mode as a batch of one; alpha is kept aside."""
-    own, mode = image.mode, {1: "L", 3: "RGB"}.get(channels)
-    if mode is None:
-        raise ValueError(f"the flow maps images of {channels} channels, got a PIL image ({own})")
-    check_mode(image)
-    if mode == "L" and own not in GREY_MODES:
-        raise ValueError(
-            f"the flow maps images of 1 channel, got a PIL image of mode {own}; "
-            "convert it with v2.Grayscale(), or choose a flow of 3 channels"
-        )
+    """Convert a PIL image to a batch of one; its alpha is kept aside."""
+    own = image.mode
     transparent = own in ("LA", "PA", "RGBA") or (own == "P" and "transparency" in image.info)
     alpha = image.convert("RGBA").getchannel("A") if transparent else None
-    pixels, orientation = pil_to_uint8(image, mode), orientation_of(image)
+    pixels, orientation = pil_to_uint8(image, PIL_MODES[channels]), orientation_of(image)
 
     def restore(batch: Tensor) -> Image.Image:
         result: Image.Image = tvf.to_pil_image(from_float(batch[0], torch.uint8))
@@ -102,7 +139,7 @@ def pil_to_batch(image: Image.Image, channels: int) -> tuple[Tensor, Callable[[T
 
 
 def pil_to_uint8(image: Image.Image, mode: str) -> Tensor:
-    """A PIL image in another mode, as uint8 (C, H, W); alpha is left out."""
+    """Convert a PIL image to another mode, as uint8 (C, H, W) without alpha."""
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # it has no direct way to RGB
     with torch.device("cpu"):  # torchvision's tensors follow the default device
@@ -113,7 +150,7 @@ def check_mode(image: Image.Image) -> None:
     """Refuse PIL images whose values have no fixed range: PIL would cut them off at 255.
 
     Raises:
-        TypeError: Its mode is one of these.
+        TypeError: The image is of such a mode, "I" or "F".
     """
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise TypeError(
@@ -123,21 +160,20 @@ def check_mode(image: Image.Image) -> None:
 
 
 def has_colour(image: Image.Image) -> bool:
-    """Whether greys would lose something: a PIL image may be stored in RGB and hold greys only."""
+    """Whether a PIL image loses something as a grey one; an RGB image may hold greys only."""
     if image.mode in GREY_MODES:
         return False
-    with torch.device("cpu"):  # torchvision's tensors follow the default device
-        pixels = tvf.pil_to_tensor(image.convert("RGB")).short()
+    pixels = pil_to_uint8(image, "RGB").short()
     return bool((pixels.amax(dim=0) - pixels.amin(dim=0)).max() > GREY_TOLERANCE)
 
 
 def is_tv_tensor(image: Any) -> bool:
-    """Whether the type of a tensor must be given back to its result."""
+    """Whether a tensor is of a type that its result must have too."""
     return isinstance(image, tv_tensors.TVTensor)
 
 
 def to_float(pixels: Tensor) -> Tensor:
-    """uint8 to float32 in [0, 1]; float16 and bfloat16 to float32; float32 and float64 as is."""
+    """Convert uint8 to float32 in [0, 1], float16 and bfloat16 to float32; the rest stays."""
     if pixels.dtype == torch.uint8:
         return pixels.float() / 255
     return pixels if pixels.dtype in (torch.float32, torch.float64) else pixels.float()
@@ -151,12 +187,14 @@ def from_float(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_range(x: Tensor, remedy: str = BEFORE_NORMALIZE, allowed: float = 0.0) -> None:
-    """Refuse finite pixels far outside [0, 1]; each sample is judged alone, NaN ones pass.
+    """Refuse images with pixels far outside [0, 1].
+
+    Each sample is judged alone. One with NaN or infinite values passes.
 
     Args:
         x: Images (B, C, H, W).
-        remedy: What to do about it, for the error.
-        allowed: Share of a sample's values that may lie there.
+        remedy: The end of the error's message: how to get images in range.
+        allowed: The share of a sample's values that may lie outside.
 
     Raises:
         ValueError: More than that share of a sample is below -0.5 or above 1.5.
@@ -176,61 +214,60 @@ def check_range(x: Tensor, remedy: str = BEFORE_NORMALIZE, allowed: float = 0.0)
         )
 
 
+def pad_size(size: tuple[int, int], flow: Flow) -> tuple[int, int]:
+    """Round a size (H, W) up to one that the flow maps.
+
+    Raises:
+        ValueError: The flow maps one size only, and this is another.
+    """
+    if flow.size is not None and size != tuple(flow.size):
+        raise ValueError(f"the flow maps images of size {flow.size} only, got {size}")
+    height, width = size
+    return height + -height % flow.multiple, width + -width % flow.multiple
+
+
 def fit_to_flow(x: Tensor, flow: Flow) -> Tensor:
-    """Pad (replicate, right and bottom) to the flow's multiple.
+    """Pad images (replicate, right and bottom) to a size that the flow maps.
 
     Raises:
         ValueError: The flow maps one size only, and x has another.
     """
-    height, width = x.shape[-2:]
-    if flow.size is not None and (height, width) != tuple(flow.size):
-        raise ValueError(f"the flow maps images of size {flow.size} only, got {(height, width)}")
-    below, right = -height % flow.multiple, -width % flow.multiple
+    size = image_size(x)
+    padded = pad_size(size, flow)
+    below, right = padded[0] - size[0], padded[1] - size[1]
     return F.pad(x, (0, right, 0, below), mode="replicate") if below or right else x
 
 
-def in_unit_range(decoded: Tensor) -> Tensor:
-    """Clamped to [0, 1]; what is infinite becomes NaN, so that its sample falls back later."""
-    return torch.where(decoded.isfinite(), decoded.clamp(0, 1), math.nan)
-
-
-def encoded(flow: Flow, x: Tensor, y: Tensor | None) -> Tensor:
-    """Latents of images in [0, 1] of a size that the flow maps, whatever autocast is on.
-
-    Raises:
-        TypeError, ValueError: What the flow gives is no tensor of the images' shape.
-    """
-    name = f"{type(flow).__name__}.encode"
-    with torch.autocast(x.device.type, enabled=False):  # in bfloat16 a flow is no inverse
-        z = flow.encode(x, y)
-    if not isinstance(z, Tensor):
-        raise TypeError(f"{name} must return a tensor, got {type(z).__name__}")
-    if z.shape != x.shape:
-        raise ValueError(
-            f"{name} must return latents of the images' shape {tuple(x.shape)}, got "
-            f"{tuple(z.shape)}"
-        )
-    return z
-
-
-def decoded(decode: Callable[..., Tensor], z: Tensor, y: Tensor | None) -> Tensor:
-    """Images by a flow's `decode`, whatever autocast is on."""
-    with torch.autocast(z.device.type, enabled=False):
-        return decode(z, y)
-
-
-def downscaled(x: Tensor, resolution: int | None) -> Tensor:
-    """A copy whose shorter side has so many pixels; x itself where that is no less than it has."""
+def image_size(x: Tensor) -> tuple[int, int]:
+    """Height and width of images (..., H, W)."""
     height, width = x.shape[-2:]
-    shorter = min(height, width)
+    return height, width
+
+
+def clamp_finite(x: Tensor) -> Tensor:
+    """Clamp to [0, 1], but turn infinite values into NaN, so that their sample falls back later."""
+    return torch.where(x.isfinite(), x.clamp(0, 1), math.nan)
+
+
+def scale_size(size: tuple[int, int], resolution: int | None) -> tuple[int, int]:
+    """Scale a size (H, W) down so that its shorter side is `resolution`; never up."""
+    shorter = min(size)
     if resolution is None or shorter <= resolution:
+        return size
+    height, width = (max(1, round(side * resolution / shorter)) for side in size)
+    return height, width
+
+
+def downscale(x: Tensor, resolution: int | None) -> Tensor:
+    """Make a copy whose shorter side has so many pixels, or give x itself where it has no more."""
+    size = scale_size(image_size(x), resolution)
+    if size == image_size(x):
         return x
-    size = [max(1, round(side * resolution / shorter)) for side in (height, width)]
     return F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
 
 
 def add_difference(x: Tensor, small: Tensor, perturbed: Tensor) -> Tensor:
-    """X changed as its downscaled copy `small` was: the difference, upsampled, is added."""
+    """Change x as its downscaled copy `small` was changed: the difference, upsampled, is added."""
     difference = F.interpolate(perturbed - small, x.shape[-2:], mode="bicubic", align_corners=False)
     return x + difference
 
@@ -240,10 +277,10 @@ class Normalization:
 
     Args:
         normalize: A v2.Normalize, a (mean, std) pair, or None for images in [0, 1].
-        channels: Of the images.
+        channels: The number of channels of the images.
 
     Raises:
-        TypeError: It is something else.
+        TypeError: `normalize` is something else.
         ValueError: The numbers are not finite, std is not above 0, or the count is wrong.
     """
 
@@ -273,51 +310,39 @@ class Normalization:
             raise ValueError(f"normalize needs a std above 0, got {normalize!r}")
         self.mean_std = torch.stack([mean.expand(channels), std.expand(channels)])
 
+    def check_dtype(self, image: Any) -> None:
+        """Refuse an 8-bit image, PIL or tensor, where images should come normalized.
+
+        Raises:
+            TypeError: The image is one.
+        """
+        if self.mean_std is not None and getattr(image, "dtype", torch.uint8) == torch.uint8:
+            raise TypeError(
+                "images are 8-bit, so they cannot be normalized: leave normalize= out, and put "
+                "Normalize after this transform"
+            )
+
     def undo(self, x: Tensor) -> Tensor:
-        """Normalized to [0, 1]."""
+        """Convert normalized images to [0, 1]."""
         if self.mean_std is None:
             return x
-        mean, std = self._like(x)
+        mean, std = self._place(x)
         return x * std + mean
 
     def apply(self, x: Tensor) -> Tensor:
-        """[0, 1] to normalized."""
+        """Convert images in [0, 1] to normalized ones."""
         if self.mean_std is None:
             return x
-        mean, std = self._like(x)
+        mean, std = self._place(x)
         return (x - mean) / std
 
     def __getstate__(self) -> dict[str, Any]:
         return {"mean_std": self.mean_std, "_placed": {}}  # an accelerator's stay in this process
 
-    def _like(self, x: Tensor) -> Tensor:
-        """Mean and std (2, C, 1, 1) on x's device, copied there once."""
+    def _place(self, x: Tensor) -> Tensor:
+        """Get mean and std (2, C, 1, 1) on x's device; they are copied there once."""
         assert self.mean_std is not None
         key = (x.device, x.dtype)
         if key not in self._placed:
             self._placed[key] = self.mean_std.to(x)[..., None, None]
         return self._placed[key]
-
-
-class FallbackCounter:
-    """Counts samples that fell back to their original, on their device; read with `int`.
-
-    Attributes:
-        tried: Samples so far, until the first ones are judged; None then.
-    """
-
-    def __init__(self) -> None:
-        self.counts: dict[torch.device, Tensor] = {}
-        self.tried: int | None = 0
-
-    def __getstate__(self) -> dict[str, Any]:  # an accelerator's counts stay in this process
-        counts = {device: n for device, n in self.counts.items() if device.type == "cpu"}
-        return {"counts": counts, "tried": self.tried}
-
-    def add(self, count: Tensor) -> None:
-        """Add a 0-d tensor without waiting for its device."""
-        before = self.counts.get(count.device)
-        self.counts[count.device] = count if before is None else before + count
-
-    def __int__(self) -> int:
-        return sum(int(count) for count in self.counts.values())

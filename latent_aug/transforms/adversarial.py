@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from latent_aug.flows import Flow
-from latent_aug.images.conversion import decoded, is_tv_tensor, to_float
+from latent_aug.images.conversion import image_size, is_tv_tensor, to_float
 from latent_aug.images.samples import (
     LABEL_KEYS,
     get_image_key,
@@ -26,31 +26,30 @@ from latent_aug.images.samples import (
 from latent_aug.transforms import functional as LF
 from latent_aug.transforms.classifier import (
     check_targets,
-    classes_of,
-    lent,
-    samples_meet,
-    scaled_up,
+    count_classes,
+    lend,
+    mixes_samples,
+    scale_up,
 )
-from latent_aug.transforms.labels import condition, labels_in
-from latent_aug.transforms.latents import UsesFlow
-from latent_aug.transforms.regions import Levels, Mask, movable, pixels_of
+from latent_aug.transforms.labels import prepare_labels, read_labels
+from latent_aug.transforms.latents import LatentTransform, find_layout
+from latent_aug.transforms.regions import Levels, Mask, build_mask, read_region, take_rows
 from latent_aug.utils.arguments import (
     Range,
     require_choice,
-    require_distance,
     require_number,
     require_positive,
-    require_probability,
     require_range,
 )
 
 Forward = Callable[[nn.Module, Any], Tensor]
 Loss = Callable[[Tensor, Any], Tensor]
+Ask = Callable[[nn.Module, Tensor], Tensor]  # from a model and images to logits
 
 DETACHED = "the loss has no gradient to the images: the model, forward= or loss= detaches it"
 
 
-class LatentAdversarial(UsesFlow):
+class LatentAdversarial(LatentTransform):
     """Replace images by on-manifold adversarial ones: k ascent steps on the user's classifier.
 
     Searches, within a ball of radius eps around each image's latent, for the point whose decoded
@@ -73,6 +72,9 @@ class LatentAdversarial(UsesFlow):
         steps: Ascent steps, k.
         norm: "l2", "linf", or "rms" (l2 with eps and alpha times √d).
         flow: A `Flow`, or a name or path for `load_flow`.
+        resolution: Attack in the latent of a copy of the images, downscaled to this many pixels on
+            its shorter side, and add the upsampled difference: for photographs, which are larger
+            than what the flow was trained on. Images no larger than that are attacked as they are.
         loss: Called with (logits, labels), gives a scalar or (B,); labels may be anything then
             but None, or a tensor of another length. By default cross-entropy, in float64, as
             confident samples have no loss in float32.
@@ -118,9 +120,6 @@ class LatentAdversarial(UsesFlow):
     """
 
     norm: LF.Norm
-    _dissolves_at = 0.25  # an attack's steps add up where noise's cancel
-    _usual_eps = "usual for an attack are 1 for 'l2' at 32x32, some hundredths for 'linf' and 'rms'"
-    _slight_below = 0.1
 
     def __init__(
         self,
@@ -131,6 +130,7 @@ class LatentAdversarial(UsesFlow):
         steps: int = 3,
         norm: str = "l2",
         flow: Flow | str | Path = "glow-cifar10",
+        resolution: int | None = None,
         loss: Loss | None = None,
         labels: str = "true",
         normalize: Any = None,
@@ -150,21 +150,29 @@ class LatentAdversarial(UsesFlow):
         for name, value in (("loss", loss), ("forward", forward)):
             if value is not None and not callable(value):
                 raise TypeError(f"{name} must be callable or None, got {value!r}")
-        self.model, self.steps = model, require_positive("steps", steps)
-        self.random_start = bool(random_start)
-        self.eps, self.alpha = require_range("eps", eps), require_range("alpha", alpha)
-        self.norm = require_choice("norm", norm, ("linf", "l2", "rms"))
-        self.labels = require_choice("labels", labels, ("true", "predicted"))
-        self.model_mode = require_choice("model_mode", model_mode, ("eval", "unchanged"))
-        self.p, self.clip = require_probability("p", p), require_distance("clip", clip, self.norm)
-        self.loss, self.forward = loss, forward
-        self._use(
+        super().__init__(
             flow,
+            eps=eps,
+            norm=require_choice("norm", norm, ("linf", "l2", "rms")),
+            p=p,
+            clip=clip,
+            resolution=resolution,
             normalize=normalize,
             mask=mask,
             levels=levels,
             labels_getter=labels_getter,
             generator=generator,
+        )
+        self.model, self.loss, self.forward = model, loss, forward
+        self.alpha, self.steps = require_range("alpha", alpha), require_positive("steps", steps)
+        self.labels = require_choice("labels", labels, ("true", "predicted"))
+        self.random_start = bool(random_start)
+        self.model_mode = require_choice("model_mode", model_mode, ("eval", "unchanged"))
+        self._warn_of_size(
+            dissolves=0.25,  # an attack's steps add up where noise's cancel
+            slight=0.1,
+            usual="usual for an attack are 1 for 'l2' at 32x32, some hundredths for 'linf' and "
+            "'rms'",
         )
         if self.alpha[1] > 2 * self.eps[1] > 0:
             warnings.warn(
@@ -186,7 +194,7 @@ class LatentAdversarial(UsesFlow):
             )
 
     def step(self, batch: Any) -> Any:
-        """The batch with its images replaced; a new container of the same type.
+        """Replace the images of a batch by attacked ones, in a new container of the same type.
 
         Args:
             batch: (images, labels, ...) as tuple, named tuple or list, or a mapping with images
@@ -194,52 +202,63 @@ class LatentAdversarial(UsesFlow):
                 [0, 1] or normalized as `normalize` says; labels are indices (B,) or
                 probabilities (B, K).
         """
-        key = get_image_key(batch)
-        labels = labels_in(batch, self.labels_getter)
+        key, labels = get_image_key(batch), read_labels(batch, self.labels_getter)
         return replace_images(batch, key, self._replace(batch, key, labels))
 
     def with_eps(self, eps: float) -> LatentAdversarial:
-        """A copy that perturbs every sample by this eps, alpha in proportion; counts of its own."""
+        """Copy the attack with this eps for every sample, and alpha in proportion.
+
+        The copy counts for itself, its p is 1, and it has no `generator`.
+        """
         result = super().with_eps(require_number("eps", eps))
         share = eps / self.eps[1] if self.eps[1] else 1.0
         result.alpha = (share * self.alpha[0], share * self.alpha[1])
         return result
 
     def __call__(self, images: Tensor, labels: Any = None) -> Tensor:
-        """Adversarial images (B, C, H, W) for labels (B,) or (B, K); the dtype stays.
+        """Attack images (B, C, H, W) with labels (B,) or (B, K); the dtype stays.
 
         `mask` and `forward` get (images, labels) as the batch.
         """
         return self._replace((images, labels), 0, labels)
 
     def _replace(self, batch: Any, key: Any, labels: Any) -> Tensor:
-        """The images of a batch with a random share p of them attacked."""
+        """Attack a random share p of the images of a batch."""
         given: Tensor = batch[key]
         self._check(given, labels)
         images = given.detach().as_subclass(Tensor)
-        pixels = pixels_of(self.mask, batch, images)
-        count = self._how_many(len(images))
+        region = read_region(self.mask, batch, images)
+        count = self._count_attacked(len(images))
         if not count:
             result = images
         elif count == len(images):
-            result = self._attack(images, labels, pixels, batch, key)
+            result = self._attack(images, labels, region, self._build_ask(batch, key))
         else:
-            order = self._draws.sample_uniform(
-                (len(images),), to_float(images.new_empty(0))
-            ).argsort()
-            chosen = order[:count]
-            picked = self._attack(
-                images[chosen].contiguous(memory_format=layout_of(images)),
+            like = to_float(images.new_empty(0))
+            chosen = self._draws.sample_uniform((len(images),), like).argsort()[:count]
+            attacked = self._attack(
+                images[chosen].contiguous(memory_format=find_layout(images)),
                 select_entry(labels, chosen, len(images)),
-                pixels[chosen] if pixels is not None and len(pixels) > 1 else pixels,
-                batch if self.forward is None else select_rows(batch, chosen, len(images)),
-                key,
+                take_rows(region, chosen),
+                self._build_ask(batch, key, chosen),
             )
-            result = images.clone().index_copy_(0, chosen, picked)
+            result = images.clone().index_copy_(0, chosen, attacked)
         return tv_tensors.wrap(result, like=given) if is_tv_tensor(given) else result
 
+    def _build_ask(self, batch: Any, key: Any, chosen: Tensor | None = None) -> Ask:
+        """Build the function that asks the model for the logits of attacked images.
+
+        Only `forward` is given a batch: this one with the images replaced, and without the rows
+        that are not `chosen`.
+        """
+        forward = self.forward
+        if forward is None:
+            return lambda model, images: check_logits(model(images))
+        part = batch if chosen is None else select_rows(batch, chosen, len(batch[key]))
+        return lambda model, images: check_logits(forward(model, replace_images(part, key, images)))
+
     def _check(self, images: Tensor, labels: Tensor | None) -> None:
-        """Refuse what the attack cannot work on."""
+        """Refuse images and labels that the attack cannot work on."""
         if not isinstance(images, Tensor) or images.ndim != 4:
             found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(
@@ -277,90 +296,65 @@ class LatentAdversarial(UsesFlow):
                 "second in the batch, name labels_getter="
             )
 
-    def _how_many(self, count: int) -> int:
-        """The share p of a batch; a fraction of a sample is rounded at random, right on average."""
+    def _count_attacked(self, count: int) -> int:
+        """Count the samples that are attacked, a share p of `count`.
+
+        A fraction of a sample is rounded at random, so that the share is right on average.
+        """
         share = self.p * count
         if share != int(share):
-            share += float(
-                self._draws.sample_uniform((), torch.empty((), dtype=torch.float32, device="cpu"))
-            )
-        if int(share) == 1 and self.model_mode == "unchanged" and samples_meet(self.model):
+            like = torch.empty((), dtype=torch.float32, device="cpu")
+            share += float(self._draws.sample_uniform((), like))
+        if int(share) == 1 and self.model_mode == "unchanged" and mixes_samples(self.model):
             return min(2, count)  # BatchNorm may have no statistics of a single sample
         return int(share)
 
-    def _attack(
-        self, original: Tensor, labels: Any, pixels: Tensor | None, batch: Any, key: Any
-    ) -> Tensor:
-        """Adversarial versions of every image of a batch, in the units and dtype it came in."""
-        x = self._unit_range(to_float(original))
-        with torch.no_grad():
-            y = condition(self.flow, labels, len(x), x)
-            z = self._encode(x, y)
-        mask = movable(self.flow, z, pixels, self.levels)
+    def _attack(self, images: Tensor, labels: Any, region: Tensor | None, ask: Ask) -> Tensor:
+        """Attack every image of a batch; the units, dtype and memory layout stay."""
+        y = prepare_labels(self.flow, labels, len(images), to_float(images))
+        latents = self.encode(images, y=y, region=region)
+        z, size = latents.z, image_size(latents.small)
+        mask = build_mask(self.flow, z, region, self.levels, size=size)
         eps = self._draws.sample_between(*self.eps, len(z), z)
         alpha = self._draws.sample_between(*self.alpha, len(z), z)
         delta = self._start(z, eps, mask)
-        decode = self._decode()
-
-        def images_at(delta: Tensor) -> Tensor:
-            moved = decoded(decode, z + delta, y)
-            if delta.requires_grad and not moved.requires_grad:
-                raise ValueError(f"{type(self.flow).__name__}.decode detaches: it has no gradient")
-            images = self._to_image(moved, x, pixels).to(original.dtype)
-            return images.contiguous(memory_format=layout_of(original))
-
-        with lent(self.model, self.model_mode) as model, torch.enable_grad():
-            samples = None if samples_meet(model) else len(z)
-
-            def logits_of(images: Tensor) -> Tensor:
-                return self._logits(model, replace_images(batch, key, images), key)
-
+        with lend(self.model, self.model_mode) as model, torch.enable_grad():
+            samples = None if mixes_samples(model) else len(z)
             if self.labels == "predicted":
-                with torch.no_grad():
-                    logits = logits_of(original.clone())  # it may work in place
-                classes_of(logits, "labels='predicted' takes the largest; use labels='true'")
-                labels = logits.argmax(dim=1)
+                labels = predict(model, images, ask)
             for _ in range(self.steps):
                 delta.requires_grad_(True)
-                loss = self._loss(logits_of(images_at(delta)), labels, samples)
+                moved = latents.decode(delta)
+                if not moved.requires_grad:
+                    name = f"{type(self.flow).__name__}.decode"
+                    raise ValueError(f"{name} detaches: it has no gradient")
+                loss = self._loss(ask(model, moved), labels, samples)
                 (grad,) = torch.autograd.grad(loss, delta, allow_unused=True)
                 if grad is None:
                     raise ValueError(DETACHED)
                 delta = LF.ascent_step(delta.detach(), grad, alpha, eps, self.norm, mask=mask)
         with torch.no_grad():
-            return self._restore(images_at(delta), original, z, pixels)
+            return latents.perturb(delta)
 
-    def _decode(self) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """The flow's decode, with the user's choice of gradient where there is one."""
-        decode: Callable[..., Tensor] = self.flow.decode
-        return decode if self.gradient == "auto" else partial(decode, gradient=self.gradient)
+    def decode(self, z: Tensor, y: Tensor | None) -> Tensor:
+        """Decode latents with the gradient that was asked for."""
+        options = {} if self.gradient == "auto" else {"gradient": self.gradient}
+        return LF.decode(self.flow, z, y, **options)
 
     def _start(self, z: Tensor, eps: float | Tensor, mask: Tensor | None) -> Tensor:
-        """Where the ascent begins."""
+        """Choose where the ascent begins."""
         if not self.random_start:
             return torch.zeros_like(z)
-        return LF.random_start(
-            z, eps, self.norm, mask=mask, generator=self._draws.pick_generator(z.device)
-        )
-
-    def _logits(self, model: nn.Module, batch: Any, key: Any) -> Tensor:
-        """The model's output for a batch, in float32 at least."""
-        logits = model(batch[key]) if self.forward is None else self.forward(model, batch)
-        if not isinstance(logits, Tensor):
-            raise TypeError(
-                f"a tensor of logits is needed, got {type(logits).__name__}; pass a forward= that "
-                "takes them out, e.g. lambda model, batch: model(batch[0]).logits, or "
-                "model(**batch).logits for mappings"
-            )
-        return to_float(logits)
+        generator = self._draws.pick_generator(z.device)
+        return LF.random_start(z, eps, self.norm, mask=mask, generator=generator)
 
     def _loss(self, logits: Tensor, labels: Any, samples: int | None) -> Tensor:
-        """Summed over the samples, so that each one's gradient is its own.
+        """Compute the loss, summed over the samples, so that each one's gradient is its own.
 
         Args:
-            logits: The model's.
-            labels: As they came, or predicted.
-            samples: How many there are, if they do not meet in the model.
+            logits: The model's output, in float32 or float64.
+            labels: The labels of the batch, or the predicted ones.
+            samples: The number of samples, if the model does not mix them; else None.
         """
         if self.loss is None and logits.device.type != "mps":
             # In float32 a sample classified with a margin above 16 has a loss of exactly 0, and
@@ -368,7 +362,7 @@ class LatentAdversarial(UsesFlow):
             logits = logits.double()
         if logits.requires_grad:
             each = logits.ndim > 0 and len(logits) == samples
-            logits.register_hook(partial(scaled_up, each=each))
+            logits.register_hook(partial(scale_up, each=each))
         if self.loss is None:
             loss = F.cross_entropy(logits, check_targets(logits, labels), reduction="sum")
         else:
@@ -383,10 +377,23 @@ class LatentAdversarial(UsesFlow):
         return f"LatentAdversarial({self._describe('alpha', 'steps')})"
 
 
-def layout_of(images: Tensor) -> torch.memory_format:
-    """channels_last for what is so and not also contiguous."""
-    last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, ask: Ask) -> Tensor:
+    """Predict the classes (B,) of images."""
+    logits = ask(model, images.clone())  # the model may work in place
+    count_classes(logits, "labels='predicted' takes the largest; use labels='true'")
+    return logits.argmax(dim=1)
+
+
+def check_logits(logits: Any) -> Tensor:
+    """Check what a model gave, and convert it to float32 at least."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"a tensor of logits is needed, got {type(logits).__name__}; pass a forward= that "
+            "takes them out, e.g. lambda model, batch: model(batch[0]).logits, or "
+            "model(**batch).logits for mappings"
+        )
+    return to_float(logits)
 
 
 def has_argument(function: Callable[..., Any], name: str) -> bool:

@@ -18,7 +18,7 @@ from torchvision import transforms
 from latent_aug.flows import Flow
 from latent_aug.images.conversion import from_float, to_batch
 from latent_aug.images.datasets import check_dataset, spread
-from latent_aug.images.samples import find_labels, image_key
+from latent_aug.images.samples import find_labels, get_image_key
 from latent_aug.transforms.random import LatentPerturb
 from latent_aug.utils.arguments import require_positive
 from latent_aug.utils.files import claim_directory, write_whole
@@ -38,18 +38,18 @@ class LatentCache(Dataset[Any]):
     `DataLoader` has a whole batch decoded at once.
 
     The directory keeps latents (float32), images and labels as safetensors, five bytes a value.
-    A stopped encoding goes on where it was. The next run uses the cache again; it is refused if
+    A stopped encoding goes on where it was. The next run uses the cache again. It is refused if
     the flow, its precision, `resolution`, the number of samples or one of 16 compared samples has
     changed. If you corrected images or labels, delete the directory: the comparison may miss them.
 
     Args:
         dataset: Samples (image, label, ...) or images, of one size, uint8 or PIL. Labels must
-            be numbers or tensors and are kept; what follows them is not.
-        directory: Where the cache is, or will be.
-        perturb: Its flow encodes and decodes.
-        then: Called with image and label, as v2 transforms may be, or with the image alone where
-            there are no labels.
-        batch_size: Images encoded at once.
+            be numbers or tensors and are kept. Anything behind them is not.
+        directory: The directory of the cache; it is made if it is missing.
+        perturb: The transform whose flow encodes and decodes.
+        then: A transform that is called with image and label, as v2 transforms may be, or with the
+            image alone where there are no labels.
+        batch_size: The number of images encoded at once.
 
     Raises:
         TypeError, ValueError: A sample cannot be cached, or is another one each time; or the
@@ -88,10 +88,10 @@ class LatentCache(Dataset[Any]):
         self.count = len(dataset)
         self._open: dict[int, Any] = {}
         self.directory.mkdir(parents=True, exist_ok=True)
-        index = index_of(dataset, perturb.flow, perturb.resolution)
+        index = describe_cache(dataset, perturb.flow, perturb.resolution)
         new = not (self.directory / INDEX_NAME).exists()
         found = index["images"], index["labels"]
-        if new and digests_of(dataset, perturb.flow.channels) != found:
+        if new and hash_samples(dataset, perturb.flow.channels) != found:
             raise ValueError(
                 "dataset gives another image or label each time: leave random transforms out of "
                 "it, and put them into then="
@@ -124,7 +124,7 @@ class LatentCache(Dataset[Any]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Iterable[int]) -> list[Any]:
-        """Samples of a batch, decoded at once; the DataLoader calls this where it exists."""
+        """Perturb and decode the samples of a batch at once; a DataLoader calls this."""
         rows = [self._read(range(self.count)[index]) for index in indices]
         read = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         x, labels = read["images"] / 255, read.get("labels")
@@ -134,7 +134,7 @@ class LatentCache(Dataset[Any]):
         return [self._finish(sample) for sample in samples]
 
     def _finish(self, sample: Any) -> Any:
-        """What comes after the flow."""
+        """Call `then` on a sample."""
         if self.then is None:
             return sample
         return self.then(*sample) if isinstance(sample, tuple) else self.then(sample)
@@ -143,7 +143,7 @@ class LatentCache(Dataset[Any]):
         return self.directory / f"{start:09d}.safetensors"
 
     def _read(self, index: int) -> dict[str, Tensor]:
-        """Latent, image and label of one sample."""
+        """Read latent, image and label of one sample."""
         row = index % SHARD
         start = index - row
         if start not in self._open:
@@ -155,13 +155,13 @@ class LatentCache(Dataset[Any]):
         return {**self.__dict__, "_open": {}}
 
 
-def index_of(dataset: Any, flow: Flow, resolution: int | None) -> dict[str, Any]:
-    """What a cache was made of: the flow and its precision, some of the samples, their count.
+def describe_cache(dataset: Any, flow: Flow, resolution: int | None) -> dict[str, Any]:
+    """Describe what a cache is made of: the flow and its precision, some samples, their count.
 
     The samples are 16 spread over the data set: enough to tell another data set, or another
     order, and not the odd image that was replaced.
     """
-    images, labels = digests_of(dataset, flow.channels)
+    images, labels = hash_samples(dataset, flow.channels)
     return {
         "count": len(dataset),
         "flow": flow.fingerprint(),
@@ -171,21 +171,21 @@ def index_of(dataset: Any, flow: Flow, resolution: int | None) -> dict[str, Any]
     }
 
 
-def digests_of(dataset: Any, channels: int) -> tuple[str, str]:
-    """SHA-256 of the images and of the labels of up to 16 samples, spread over the data set."""
+def hash_samples(dataset: Any, channels: int) -> tuple[str, str]:
+    """Hash the images and the labels of up to 16 samples, spread over the data set (SHA-256)."""
     images, labels = hashlib.sha256(), hashlib.sha256()
     for index in spread(len(dataset), 16):
-        pixels, label = sample_of(dataset[index], channels)
+        pixels, label = read_sample(dataset[index], channels)
         images.update(f"{tuple(pixels.shape)}".encode() + pixels.cpu().numpy().tobytes())
         labels.update(repr(None if label is None else label.tolist()).encode())
     return images.hexdigest(), labels.hexdigest()
 
 
-def sample_of(sample: Any, channels: int) -> tuple[Tensor, Tensor | None]:
-    """The image (C, H, W) of a sample as uint8, and its label."""
+def read_sample(sample: Any, channels: int) -> tuple[Tensor, Tensor | None]:
+    """Read the image (C, H, W) of a sample as uint8, and its label."""
     image, label = sample, find_labels(sample)
     if isinstance(sample, (tuple, list, Mapping)):
-        image = sample[image_key(sample)]
+        image = sample[get_image_key(sample)]
     if (
         label is not None
         and not isinstance(label, (int, float, Tensor))
@@ -200,15 +200,16 @@ def sample_of(sample: Any, channels: int) -> tuple[Tensor, Tensor | None]:
     x, _ = to_batch(image, channels)
     if len(x) != 1:
         raise ValueError(f"a sample must hold one image, got {tuple(x.shape)}")
-    return from_float(x[0], torch.uint8), None if label is None else torch.as_tensor(label)
+    label = None if label is None else torch.as_tensor(label, device="cpu")
+    return from_float(x[0], torch.uint8), label
 
 
 def encode_samples(
     dataset: Any, chosen: range, perturb: LatentPerturb, batch_size: int
 ) -> dict[str, Tensor]:
-    """Latents, images and labels of some samples."""
+    """Encode some samples: their latents, images and labels."""
     images, labels = zip(
-        *(sample_of(dataset[i], perturb.flow.channels) for i in chosen), strict=True
+        *(read_sample(dataset[i], perturb.flow.channels) for i in chosen), strict=True
     )
     if len({image.shape for image in images}) > 1:
         raise ValueError(
@@ -227,7 +228,7 @@ def encode_samples(
 
 
 def is_whole(shard: Path, rows: int) -> bool:
-    """Whether a shard is there with so many samples; one that was cut off is made anew."""
+    """Whether a shard exists and holds so many samples; a file that was cut off does not."""
     try:
         with safe_open(shard, framework="pt") as file:
             return all(file.get_slice(name).get_shape()[0] == rows for name in file.keys())  # noqa: SIM118

@@ -1,4 +1,7 @@
-"""The user's classifier under attack: lent without a trace, its logits' gradient, its labels."""
+"""The user's classifier under attack.
+
+It is borrowed without a trace, the gradient of its logits is scaled, and its labels are checked.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,20 @@ SEVERAL_LABELS = f"for several labels an image {OWN_LOSS}"
 
 
 @contextmanager
-def lent(model: nn.Module, mode: str) -> Iterator[nn.Module]:
-    """The bare model in the mode for an attack; modes, buffers, flags and caches are put back.
+def lend(model: nn.Module, mode: str) -> Iterator[nn.Module]:
+    """Lend a model to an attack; afterwards its modes, buffers, flags and caches are put back.
 
-    Its parameters require no gradients meanwhile: a compiled model would compute them all, and
+    Its parameters require no gradients meanwhile. A compiled model would compute them all, and
     autocast would keep casts of them, without gradients, for the user's own forward pass.
+
+    Args:
+        model: The user's model, perhaps in DataParallel or DistributedDataParallel.
+        mode: "eval" for evaluation mode, anything else for the mode that the model is in.
 
     Raises:
         ValueError: The model is lazy and has not seen a batch.
     """
-    model = bare(model)
+    model = unwrap(model)
     if any(nn.parameter.is_lazy(t) for t in (*model.parameters(), *model.buffers())):
         raise ValueError("the model has uninitialized lazy layers: run one batch through it first")
     wanting = [p for p in model.parameters() if p.requires_grad]
@@ -36,7 +43,7 @@ def lent(model: nn.Module, mode: str) -> Iterator[nn.Module]:
         for module in model.modules()
     ]
     contents = [(b, b.clone()) for b in model.buffers() if not is_expanded(b)]
-    kept = [(module, attributes_of(module)) for module in model.modules()]
+    kept = [(module, read_attributes(module)) for module in model.modules()]
     try:
         for parameter in wanting:
             parameter.requires_grad_(False)
@@ -60,31 +67,32 @@ def lent(model: nn.Module, mode: str) -> Iterator[nn.Module]:
             restore_attributes(module, attributes)
 
 
-def attributes_of(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Where a module may keep something of a forward pass outside its buffers, as LeViT does.
+def read_attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Read the public attributes of a module, with copies of their dicts and lists.
 
-    All its public attributes, as a cache and what it is of belong together: each one's value and,
-    of a dict or a list, what is in it. Private ones hold machinery that a first pass may set up.
+    A module such as LeViT keeps part of a forward pass in them, outside its buffers. All of them
+    are read, because a cache and its key belong together. Private attributes are left out: they
+    hold machinery that a first pass may set up.
     """
     return {
-        name: (value, content_of(value))
+        name: (value, copy_content(value))
         for name, value in vars(module).items()
         if not name.startswith("_")
     }
 
 
-def content_of(value: Any) -> dict[Any, Any] | list[Any] | None:
-    """What is in a dict or a list; None of anything else."""
+def copy_content(value: Any) -> dict[Any, Any] | list[Any] | None:
+    """Copy a dict or a list; None for anything else."""
     if isinstance(value, dict):
         return dict(value)
     return list(value) if isinstance(value, list) else None
 
 
 def restore_attributes(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
-    """The public attributes that a module had; dicts and lists stay the same objects.
+    """Put public attributes of a module back; dicts and lists stay the same objects.
 
-    What has become a submodule, a parameter or a buffer meanwhile is one. New attributes stay: a
-    private one may say that they are there.
+    An attribute that has become a submodule, a parameter or a buffer stays one. New attributes
+    stay too, because a private one may say that they are there.
     """
     tables = (module._modules, module._parameters, module._buffers)
     for name, (value, content) in before.items():
@@ -105,12 +113,15 @@ def holds_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
 
 
 def keeps_training(module: nn.Module) -> bool:
-    """Whether a module's mode makes no difference, but to cuDNN, which only then goes backwards."""
+    """Whether a module stays in training mode: a recurrent one without dropout.
+
+    The mode changes nothing in it, but cuDNN has a backward pass in training mode only.
+    """
     return isinstance(module, nn.RNNBase) and not module.dropout
 
 
 def restore_table(module: nn.Module, buffers: dict[str, Any], non_persistent: set[str]) -> None:
-    """The buffers that a module had, where it has others now."""
+    """Put the buffers of a module back, if it has others now."""
     if holds_same(dict(module._buffers), buffers):
         return
     module._buffers.clear()
@@ -118,7 +129,7 @@ def restore_table(module: nn.Module, buffers: dict[str, Any], non_persistent: se
     module._non_persistent_buffers_set = non_persistent
 
 
-def samples_meet(model: nn.Module) -> bool:
+def mixes_samples(model: nn.Module) -> bool:
     """Whether the samples of a batch act on each other: BatchNorm on the batch's statistics."""
     return any(
         isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -127,12 +138,12 @@ def samples_meet(model: nn.Module) -> bool:
     )
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """The module inside DataParallel and DistributedDataParallel.
+def unwrap(model: nn.Module) -> nn.Module:
+    """Take a model out of DataParallel and DistributedDataParallel.
 
-    Through them every pass of an attack would talk to the other processes, and one that ends in
-    no backward pass of theirs would leave them waiting. A compiled wrapper is opened too: what
-    is inside then runs uncompiled.
+    Inside them every pass of an attack would talk to the other processes, and one without a
+    backward pass there would leave them waiting. A compiled wrapper is opened too, and the module
+    in it then runs uncompiled.
     """
     while True:
         inside = getattr(model, "_orig_mod", model)  # of torch.compile
@@ -142,15 +153,19 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def is_expanded(tensor: Tensor) -> bool:
-    """Whether several elements are one in memory, so that nobody can write to it in place."""
+    """Whether several elements share memory, so that the tensor cannot be written to in place."""
     return any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def scaled_up(grad: Tensor, each: bool) -> Tensor:
-    """The gradient of the model's output with 256 as its greatest component: float16 holds it.
+def scale_up(grad: Tensor, each: bool) -> Tensor:
+    """Scale the gradient of a model's output so that its greatest component is 256.
 
-    Ascent steps are normalized, so a factor for each sample, in the first dimension, changes
-    nothing where samples do not meet in the model; elsewhere all share one.
+    In float16 small gradients would vanish on their way back. Ascent steps are normalized, so the
+    factor changes nothing else.
+
+    Args:
+        grad: The gradient (B, ...).
+        each: Scale each sample by itself. Where the model mixes samples, all must share a factor.
     """
     size = grad.abs()
     if each and grad.ndim > 1:
@@ -160,11 +175,15 @@ def scaled_up(grad: Tensor, each: bool) -> Tensor:
     return grad / torch.where(size > 0, size, 1) * 256
 
 
-def classes_of(logits: Tensor, advice: str) -> int:
-    """K of logits (B, K, ...).
+def count_classes(logits: Tensor, advice: str) -> int:
+    """Count the classes of logits (B, K, ...): K.
+
+    Args:
+        logits: The output of a model.
+        advice: The end of the error's message.
 
     Raises:
-        ValueError: There are not even two.
+        ValueError: There are fewer than two classes.
     """
     classes = logits.shape[1] if logits.ndim > 1 else 1
     if classes < 2:
@@ -173,26 +192,26 @@ def classes_of(logits: Tensor, advice: str) -> int:
     return classes
 
 
-def are_several(labels: Tensor) -> bool:
-    """Whether floating labels (B, K, ...) are no probabilities: of some several are 1, others 0."""
+def has_several(labels: Tensor) -> bool:
+    """Whether floating labels (B, K, ...) give a sample several ones, and zeros else."""
     binary = ((labels == 0) | (labels == 1)).all(1)
     return bool((binary & (labels.sum(1) > 1)).any())
 
 
 def check_targets(logits: Tensor, labels: Tensor) -> Tensor:
-    """Labels as `F.cross_entropy` takes them beside these logits.
+    """Check labels, and convert them to what `F.cross_entropy` takes beside these logits.
 
     Raises:
         ValueError: They are neither indices of the logits' classes nor probabilities of them.
     """
-    classes = classes_of(logits, OWN_LOSS)
+    classes = count_classes(logits, OWN_LOSS)
     if labels.is_floating_point():
         if labels.shape != logits.shape:
             raise ValueError(
                 f"labels must be integers (B,), or probabilities of the logits' shape "
                 f"{tuple(logits.shape)}, got {labels.dtype} of shape {tuple(labels.shape)}"
             )
-        if labels.is_cpu and are_several(labels):  # elsewhere a check is a sync
+        if labels.is_cpu and has_several(labels):  # elsewhere a check is a sync
             raise ValueError(
                 "labels that are floating point are probabilities of classes, and in some several "
                 f"are 1; {SEVERAL_LABELS}"

@@ -1,15 +1,15 @@
 """Latent perturbations as pure functions on tensors.
 
-Latents are (B, C, H, W); norms are taken per sample over everything but the batch. `eps` and
-`alpha` are numbers or (B, 1, 1, 1) tensors. A `mask` of zeros and ones, broadcastable to the
-latent, holds still what is 0 in it: norms, balls and dimensions are those of the rest. Nothing
-here draws unless it says so, and what draws takes a `generator`.
+Latents are (B, C, H, W), and norms are taken over each sample. `eps` and `alpha` are numbers or
+(B, 1, 1, 1) tensors. A `mask` is made of zeros and ones and broadcasts to the latent. Components
+where it is 0 stay still, and norms, balls and dimensions are those of the others. Only
+`random_start` draws random numbers, and it takes a `generator`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,10 +23,10 @@ Norm = Literal["linf", "l2", "rms"]
 Size = float | Tensor
 
 FARTHEST_LATENT = 5.0
-"""Root mean square of a latent above which a perturbation rather destroys an image than varies it.
+"""Root mean square of a latent above which a perturbation destroys an image rather than varies it.
 
-It is 1 under the prior. From about 10 on float32 does not even decode the latent itself exactly;
-measured by examples/benchmarks/off_data.py."""
+It is 1 under the prior. From about 10 on, float32 does not even decode the latent itself exactly,
+as examples/benchmarks/off_data.py measures."""
 
 
 def l2_norm(t: Tensor) -> Tensor:
@@ -40,14 +40,14 @@ def root_mean_square(t: Tensor) -> Tensor:
 
 
 def dimensions(t: Tensor, mask: Tensor | None = None) -> Size:
-    """Components of each sample that may move, at least 1: a number, or (B, 1, 1, 1)."""
+    """Count the components of each sample that may move, at least 1: a number, or (B, 1, 1, 1)."""
     if mask is None:
         return max(math.prod(t.shape[1:]), 1)
     return mask.expand_as(t).flatten(1).sum(dim=1, dtype=t.dtype).clamp(min=1)[:, None, None, None]
 
 
 def l2_radius(t: Tensor, eps: Size, norm: Norm, mask: Tensor | None = None) -> Size:
-    """The l2 radius that `eps` stands for: itself, or eps·√d for the root mean square."""
+    """Convert eps to an l2 radius: itself for "l2", eps·√d for "rms"."""
     if norm not in ("l2", "rms"):
         raise ValueError(f"norm must be 'linf', 'l2', 'rms' or None, got {norm!r}")
     return eps * dimensions(t, mask) ** 0.5 if norm == "rms" else eps
@@ -55,21 +55,21 @@ def l2_radius(t: Tensor, eps: Size, norm: Norm, mask: Tensor | None = None) -> S
 
 def unit(t: Tensor) -> Tensor:
     """Each sample divided by its l2 norm; a zero sample stays zero."""
-    # By the greatest component first: squares of small gradients would underflow.
+    # Divide by the greatest component first, as squares of small gradients would underflow.
     largest = t.flatten(1).abs().amax(dim=1)[:, None, None, None]
     scaled = t / torch.where(largest > 0, largest, 1)
     return scaled / torch.where(largest > 0, l2_norm(scaled), 1)
 
 
 def project(delta: Tensor, eps: Size, norm: Norm | None, *, mask: Tensor | None = None) -> Tensor:
-    """Π of the paper's §2: the point of the ball of radius eps next to each sample.
+    """Move each sample to the nearest point of the ball of radius eps: Π of the paper's §2.
 
     Args:
         delta: Perturbations (B, C, H, W).
-        eps: Radius.
+        eps: The radius of the ball.
         norm: "linf" clips each component, "l2" and "rms" rescale a sample that is outside,
             None leaves everything.
-        mask: What may move; `delta` is 0 elsewhere.
+        mask: Ones where components may move; `delta` must be 0 elsewhere.
 
     Raises:
         ValueError: There is no such norm.
@@ -91,14 +91,14 @@ def project(delta: Tensor, eps: Size, norm: Norm | None, *, mask: Tensor | None 
 def noise_of_norm(
     draws: Tensor, eps: Size, norm: Norm | None, *, mask: Tensor | None = None
 ) -> Tensor:
-    """Randomized-LA (§2.1) from standard normal draws (B, C, H, W).
+    """Turn standard normal draws into noise of size eps: Randomized-LA, the paper's §2.1.
 
     Args:
-        draws: From N(0, I).
-        eps: Size of the noise.
-        norm: "linf": eps·N(0, I) clipped to ±eps. "l2", "rms": scaled to radius eps, eps·√d.
-            None: eps·N(0, I).
-        mask: What may move.
+        draws: Standard normal draws (B, C, H, W).
+        eps: The size of the noise.
+        norm: "linf" clips eps·draws to ±eps. "l2" scales the draws to the radius eps, "rms" to
+            eps·√d. None gives eps·draws.
+        mask: Ones where components may move.
 
     Raises:
         ValueError: There is no such norm.
@@ -115,7 +115,7 @@ def noise_of_norm(
 
 
 def away_from_origin(noise: Tensor, z: Tensor) -> Tensor:
-    """Turn each component of the noise to the side on which z lies; its norms stay.
+    """Give each component of the noise the sign of z; the size stays.
 
     Example:
         >>> import torch
@@ -133,7 +133,7 @@ def random_start(
     mask: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A draw from the uniform distribution on the ball of radius eps, shaped as `like`.
+    """Draw a point from the uniform distribution on the ball of radius eps, shaped as `like`.
 
     Raises:
         ValueError: There is no such norm.
@@ -162,15 +162,16 @@ def ascent_step(
     *,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """One step of Adversarial-LA (§2.2): up the normalized gradient, then back into the ball.
+    """Take a step up the normalized gradient, then back into the ball: Adversarial-LA, §2.2.
 
     Args:
         delta: Perturbations (B, C, H, W).
-        grad: Gradient of each sample's loss to its perturbation; a zero gradient moves nothing.
-        alpha: Step size, in the unit of eps.
-        eps: Radius of the ball.
+        grad: The gradient of each sample's loss with respect to its perturbation. A zero gradient
+            moves nothing.
+        alpha: The step size, in the unit of eps.
+        eps: The radius of the ball.
         norm: "linf" steps along the sign, "l2" and "rms" along the gradient divided by its norm.
-        mask: What may move; `delta` is 0 elsewhere.
+        mask: Ones where components may move; `delta` must be 0 elsewhere.
 
     Raises:
         ValueError: There is no such norm.
@@ -205,13 +206,40 @@ def clip_change(
     )
 
 
+def encode(flow: Flow, x: Tensor, y: Tensor | None = None) -> Tensor:
+    """Encode images of a size that the flow maps, whatever autocast is on.
+
+    Raises:
+        TypeError, ValueError: The flow returns something else than a tensor of the images' shape.
+    """
+    name = f"{type(flow).__name__}.encode"
+    with torch.autocast(x.device.type, enabled=False):  # in bfloat16 a flow is no inverse
+        z = flow.encode(x, y)
+    if not isinstance(z, Tensor):
+        raise TypeError(f"{name} must return a tensor, got {type(z).__name__}")
+    if z.shape != x.shape:
+        raise ValueError(
+            f"{name} must return latents of the images' shape {tuple(x.shape)}, got "
+            f"{tuple(z.shape)}"
+        )
+    return z
+
+
+def decode(flow: Flow, z: Tensor, y: Tensor | None = None, **options: Any) -> Tensor:
+    """Decode latents, whatever autocast is on; `options` are passed to the flow's `decode`."""
+    with torch.autocast(z.device.type, enabled=False):
+        return flow.decode(z, y, **options)
+
+
 def perturb_latent(flow: Flow, x: Tensor, noise: Tensor, *, y: Tensor | None = None) -> Tensor:
-    """F⁻¹(F(x) + noise), the paper's §2.
+    """Compute F⁻¹(F(x) + noise), the formula of the paper's §2.
+
+    The transforms do this and more: `transforms.latents.Latents` adds sizes, masks and limits.
 
     Args:
-        flow: Maps images of x's size.
+        flow: A flow that maps images of x's size.
         x: Images (B, C, H, W), float in [0, 1].
-        noise: Added to the latents; x's shape.
+        noise: The noise that is added to the latents, of x's shape.
         y: Labels (B,), for a conditional flow.
 
     Returns:
@@ -225,27 +253,25 @@ def perturb_latent(flow: Flow, x: Tensor, noise: Tensor, *, y: Tensor | None = N
         >>> torch.allclose(same, x, atol=1e-4)
         True
     """
-    with torch.autocast(x.device.type, enabled=False):
-        return flow.decode(flow.encode(x, y) + noise, y)
+    return decode(flow, encode(flow, x, y) + noise, y)
 
 
 def restore_unusable(
     perturbed: Tensor, original: Tensor, z: Tensor, *, counted: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Replace samples that the flow could not perturb by their original; count them.
+    """Replace samples that the flow could not perturb by their original, and count them.
 
-    These are samples that are not finite, or came from such, or whose latent lies so far off the
-    prior (`FARTHEST_LATENT`) that there is nothing sensible beside it: white noise, say, under
-    a flow of photographs.
+    Such a sample is not finite, or its latent lies so far off the prior (`FARTHEST_LATENT`) that
+    there is no sensible image beside it. White noise under a flow of photographs is an example.
 
     Args:
-        perturbed: Results (B, C, H, W).
-        original: What they came from, of the same shape.
-        z: The originals' latents (B, C, H', W').
+        perturbed: The perturbed images (B, C, H, W).
+        original: The images before, of the same shape.
+        z: The latents of the originals (B, C, H', W').
         counted: Which samples (B,) to count; all by default.
 
     Returns:
-        The samples, and a 0-d tensor on their device, so that nothing waits for it.
+        The samples, and their count as a 0-d tensor on their device, so that nothing waits for it.
 
     Example:
         >>> import torch
@@ -254,12 +280,12 @@ def restore_unusable(
         >>> result.flatten(), int(count)
         (tensor([0.6000, 0.5000]), 1)
     """
-    failed = unusable(perturbed, original, z)
+    failed = is_unusable(perturbed, original, z)
     count = (failed if counted is None else failed & counted).sum()
     return torch.where(failed[:, None, None, None], original, perturbed), count
 
 
-def unusable(perturbed: Tensor, original: Tensor, z: Tensor) -> Tensor:
+def is_unusable(perturbed: Tensor, original: Tensor, z: Tensor) -> Tensor:
     """Which samples (B,) the flow could not perturb; see `restore_unusable`."""
     finite = (perturbed.isfinite() & original.isfinite()).flatten(1).all(dim=1)
     return ~(finite & (root_mean_square(z).flatten() < FARTHEST_LATENT))

@@ -1,4 +1,4 @@
-"""Labels as a class-conditional flow takes them."""
+"""Labels in the form that a class-conditional flow takes."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from latent_aug.flows import Flow
 from latent_aug.images.samples import LABEL_KEYS, find_labels
 
 
-def labels_in(sample: Any, getter: Any) -> Any:
-    """The labels of a sample or batch, by a `labels_getter`; None where it has none."""
+def read_labels(sample: Any, getter: Any) -> Any:
+    """Read the labels of a sample or batch by a `labels_getter`; None where it has none."""
     if callable(getter):
         return getter(sample)
     return find_labels(sample)
 
 
-def condition(flow: Flow, labels: Any, count: int, like: Tensor) -> Tensor | None:
-    """What `encode` and `decode` of a flow take as y for so many images; None if unconditional.
+@torch.no_grad()
+def prepare_labels(flow: Flow, labels: Any, count: int, like: Tensor) -> Tensor | None:
+    """Convert labels to the y of a flow's `encode` and `decode`; None if it is unconditional.
 
     Args:
-        flow: Its `num_classes` decides.
+        flow: The flow; it is conditional if its `num_classes` is above 0.
         labels: A class index or probabilities for one image, or for each: an integer, or a
             tensor (), (B,), (K,) or (B, K). One index serves several images of the same sample.
-        count: Images.
-        like: On whose device y is needed.
+        count: The number of images.
+        like: A tensor of the dtype and on the device that y needs.
 
     Raises:
         ValueError: The flow needs labels and there are none, or they do not fit.

@@ -1,9 +1,10 @@
-"""What the random and the adversarial perturbation have in common: a flow and images for it."""
+"""Images beside their latents, and what the random and the adversarial perturbation share."""
 
 from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,82 +16,126 @@ from latent_aug.flows.hub import HeldFlow
 from latent_aug.images.conversion import (
     ERASED,
     WRONG_NORMALIZE,
-    FallbackCounter,
     Normalization,
+    add_difference,
     check_range,
-    encoded,
+    clamp_finite,
+    downscale,
     fit_to_flow,
-    in_unit_range,
+    image_size,
+    to_float,
 )
 from latent_aug.transforms import functional as LF
+from latent_aug.transforms.fallbacks import FallbackCounter
 from latent_aug.transforms.regions import Levels, Mask, check_levels, check_mask
-from latent_aug.utils.arguments import require_range
+from latent_aug.utils.arguments import (
+    Range,
+    require_distance,
+    require_positive,
+    require_probability,
+    require_range,
+)
 from latent_aug.utils.randomness import Draws
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-ENOUGH = 8  # first samples, none of which could be perturbed, before a warning
-JUDGED, MANY = 200, 0.1  # first samples, and the share of them that may not be perturbed
+
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """A batch of images beside their latents: noise goes in, perturbed images come out.
+
+    `LatentTransform.encode` makes them. `perturb` is the whole way back to images.
+
+    Attributes:
+        transform: The transform whose flow encoded them. Its `clip`, units and count are used.
+        z: The latents (B, C, H', W').
+        images: The images (B, C, H, W) as they came, perhaps normalized or in half precision.
+        x: The same images in [0, 1], in float32 or float64.
+        small: The copy of x that was encoded, downscaled to `resolution`; else x itself.
+        y: The labels (B,) or (B, K), for a conditional flow.
+        region: The pixels that may change, booleans (1 or B, 1, H, W); None for all.
+    """
+
+    transform: LatentTransform
+    z: Tensor
+    images: Tensor
+    x: Tensor
+    small: Tensor
+    y: Tensor | None = None
+    region: Tensor | None = None
+
+    def perturb(self, noise: Tensor, *, counted: Tensor | None = None) -> Tensor:
+        """Turn noise in the latents into perturbed images.
+
+        An image that the flow cannot perturb comes back as it was, and is counted.
+
+        Args:
+            noise: The noise (B, C, H', W'), added to `z`.
+            counted: Which of the images (B,) to count; all by default.
+
+        Returns:
+            Images like `images`: of their shape, dtype, units and memory layout.
+        """
+        perturbed = self.decode(noise)
+        result, count = LF.restore_unusable(perturbed, self.images, self.z, counted=counted)
+        self.transform.fallback_counter.add(count, len(self.z))
+        return result if self.region is None else torch.where(self.region, result, self.images)
+
+    def decode(self, noise: Tensor) -> Tensor:
+        """Do the same without falling back or counting; gradients reach the noise."""
+        height, width = image_size(self.small)
+        decoded = self.transform.decode(self.z + noise, self.y)
+        moved = clamp_finite(decoded[..., :height, :width])
+        if self.small is not self.x:
+            moved = clamp_finite(add_difference(self.x, self.small, moved))
+        if self.region is not None:
+            moved = torch.where(self.region, moved, self.x)
+        moved = LF.clip_change(moved, self.x, self.transform.clip, self.transform.norm)
+        result = self.transform.normalization.apply(moved).to(self.images.dtype)
+        return result.contiguous(memory_format=find_layout(self.images))
 
 
-class UsesFlow:
-    """Holds a flow privately, takes images to it and back, and counts what it cannot perturb."""
+class LatentTransform:
+    """A transform by way of a flow's latents: what `LatentPerturb` and `LatentAdversarial` share.
 
-    _dissolves_at = 2.0  # eps of "linf", "rms" and None at which the bundled flows' images dissolve
-    _usual_eps = "usual are 0.25 for 'linf' and 'rms', 10 for 'l2' at 32x32; see `check_flow`"
-    _slight_below = 1.0  # "l2" radius that moves pixels of a 32 x 32 image by a grey level
+    The flow is held privately: neither `parameters()` nor `state_dict()` of a subclass know it.
+    The arguments are those of the subclasses, which also say what they mean.
 
-    eps: tuple[float, float]
-    p: float
-    norm: LF.Norm | None
-    clip: float | None
+    Attributes:
+        eps: The size of a perturbation as a range (low, high).
+        normalization: The normalization that images have been through.
+        fallback_counter: The count of images that the flow could not perturb.
+    """
 
-    def _use(
+    def __init__(
         self,
         flow: Flow | str | Path,
         *,
+        eps: Range,
+        norm: LF.Norm | None,
+        p: float,
+        clip: float | None,
+        resolution: int | None,
         normalize: Any,
         mask: Mask,
         levels: Levels,
         labels_getter: Any,
         generator: torch.Generator | None,
     ) -> None:
-        """Take the arguments that both perturbations share."""
+        super().__init__()
         if labels_getter != "default" and not callable(labels_getter):
             raise TypeError(f"labels_getter must be 'default' or callable, got {labels_getter!r}")
         self._held, self.labels_getter = HeldFlow(flow), labels_getter
-        self._normalization = Normalization(normalize, self.flow.channels)
+        self.eps, self.norm = require_range("eps", eps), norm
+        self.p, self.clip = require_probability("p", p), require_distance("clip", clip, norm)
+        self.resolution = None if resolution is None else require_positive("resolution", resolution)
+        self.normalization = Normalization(normalize, self.flow.channels)
         # In a tuple a mask that is a network stays out of a transform's parameters, as the flow.
         self._mask, self.levels = (check_mask(mask, self.flow),), check_levels(levels, self.flow)
         self._draws = Draws(generator)
-        self._fallbacks = FallbackCounter()
+        self.fallback_counter = FallbackCounter()
         self._checked_devices: set[torch.device] = set()
-        if self._norm_holds:
-            self._warn_of_size(whole=mask is None and levels is None)
-
-    @property
-    def _norm_holds(self) -> bool:
-        """Whether eps and norm say how large a perturbation is."""
-        return True
-
-    def _warn_of_size(self, *, whole: bool) -> None:
-        """Say so where eps looks like that of another norm."""
-        eps = self.eps[1]
-        if self.norm != "l2" and eps >= self._dissolves_at:
-            warnings.warn(
-                f"eps={eps:g} with norm={self.norm!r} moves every component of a latent by about "
-                "that many standard deviations, and images dissolve. Only a radius, as of "
-                f"norm='l2', is as large; {self._usual_eps}",
-                stacklevel=4,
-            )
-        slight = self.norm == "l2" and 0 < eps <= self._slight_below
-        if slight and whole and isinstance(self.flow, Glow):  # another's latents may be few
-            warnings.warn(
-                f"eps={eps:g} with norm='l2' is the length of the whole perturbation, spread over "
-                f"all components of a latent: it hardly changes an image; {self._usual_eps}",
-                stacklevel=4,
-            )
 
     @property
     def flow(self) -> Flow:
@@ -99,8 +144,13 @@ class UsesFlow:
 
     @property
     def mask(self) -> Mask:
-        """What was given as mask."""
+        """The argument `mask`."""
         return self._mask[0]
+
+    @property
+    def uses_norm(self) -> bool:
+        """Whether `norm` says how large a perturbation of size `eps` is."""
+        return True
 
     @property
     def has_generator(self) -> bool:
@@ -110,7 +160,7 @@ class UsesFlow:
     @property
     def normalizes(self) -> bool:
         """Whether images come normalized."""
-        return self._normalization.mean_std is not None
+        return self.normalization.mean_std is not None
 
     @property
     def fallbacks(self) -> int:
@@ -119,7 +169,7 @@ class UsesFlow:
         Counted since the start, in this process: what happens in a DataLoader's workers is not
         seen here. Look at it with ``num_workers=0``.
         """
-        return int(self._fallbacks)
+        return int(self.fallback_counter)
 
     def with_eps(self, eps: float) -> Self:
         """A copy that perturbs every sample by this eps: p is 1, and no `generator` is left.
@@ -133,12 +183,42 @@ class UsesFlow:
     def with_generator(self, generator: torch.Generator | None) -> Self:
         """A copy that draws from this generator, with counts of its own."""
         result = copy.copy(self)
-        result._draws, result._fallbacks = Draws(generator), FallbackCounter()
+        result._draws, result.fallback_counter = Draws(generator), FallbackCounter()
         return result
 
-    def _unit_range(self, images: Tensor) -> Tensor:
-        """A float batch in the user's units as one in [0, 1], its range checked."""
-        x = self._normalization.undo(images)
+    @torch.no_grad()
+    def encode(
+        self,
+        images: Tensor,
+        *,
+        y: Tensor | None = None,
+        region: Tensor | None = None,
+        z: Tensor | None = None,
+    ) -> Latents:
+        """Encode a batch of images, to perturb them by `Latents.perturb`.
+
+        Args:
+            images: Images (B, C, H, W), float in [0, 1] or normalized as `normalize` says.
+            y: The labels (B,) or (B, K), for a conditional flow.
+            region: The pixels that may change, by `regions.read_region`.
+            z: The latents, if they are known from an earlier call.
+
+        Raises:
+            ValueError: Values lie far outside [0, 1], or the flow does not map this size.
+        """
+        x = self._to_unit_range(to_float(images))
+        small = downscale(x, self.resolution)
+        if z is None:
+            z = LF.encode(self.flow, fit_to_flow(small, self.flow), y)
+        return Latents(self, z, images, x, small, y, region)
+
+    def decode(self, z: Tensor, y: Tensor | None) -> Tensor:
+        """Decode latents to images in [0, 1], padded and not clamped."""
+        return LF.decode(self.flow, z, y)
+
+    def _to_unit_range(self, images: Tensor) -> Tensor:
+        """Convert a float batch in the user's units to [0, 1], and check its range."""
+        x = self.normalization.undo(images)
         if x.is_cpu or x.device not in self._checked_devices:  # elsewhere a check is a sync
             if self.normalizes:
                 check_range(x, WRONG_NORMALIZE, allowed=ERASED)
@@ -147,62 +227,50 @@ class UsesFlow:
             self._checked_devices.add(x.device)
         return x.clamp(0, 1)
 
-    def _encode(self, x: Tensor, y: Tensor | None) -> Tensor:
-        """Latents of images in [0, 1], padded to a size that the flow maps."""
-        return encoded(self.flow, fit_to_flow(x, self.flow), y)
+    def _warn_of_size(self, *, dissolves: float, slight: float, usual: str) -> None:
+        """Warn where eps looks like that of another norm; called by a subclass's `__init__`.
 
-    def _to_image(self, decoded: Tensor, x: Tensor, pixels: Tensor | None) -> Tensor:
-        """What the flow decoded as an image beside x: in the user's units, at most `clip` away."""
-        decoded = in_unit_range(decoded[..., : x.shape[-2], : x.shape[-1]])
-        if pixels is not None:
-            decoded = torch.where(pixels, decoded, x)
-        return self._normalization.apply(LF.clip_change(decoded, x, self.clip, self.norm))
-
-    def _restore(
-        self,
-        perturbed: Tensor,
-        original: Tensor,
-        z: Tensor,
-        pixels: Tensor | None,
-        chosen: Tensor | None = None,
-    ) -> Tensor:
-        """Put the original back where the flow failed, and count it, and outside the mask.
-
-        Of samples that are not `chosen` (B,) nothing is wanted, so they do not count.
+        Args:
+            dissolves: The eps of "linf", "rms" and None from which on images dissolve.
+            slight: The l2 radius up to which images of 32 x 32 hardly change.
+            usual: The usual eps, as the end of a message.
         """
-        result, count = LF.restore_unusable(perturbed, original, z, counted=chosen)
-        self._fallbacks.add(count)
-        if self._fallbacks.tried is not None and count.is_cpu:  # elsewhere a look is a sync
-            self._warn_of_fallbacks(len(z), int(self._fallbacks.counts[count.device]))
-        return result if pixels is None else torch.where(pixels, result, original)
-
-    def _warn_of_fallbacks(self, count: int, fallbacks: int) -> None:
-        """Say so, once, where all or many of the first samples came back as they were."""
-        tried = (self._fallbacks.tried or 0) + count
-        useless = fallbacks == tried >= ENOUGH
-        if useless or (tried >= JUDGED and fallbacks > MANY * tried):
+        eps = self.eps[1]
+        if self.norm != "l2" and eps >= dissolves:
             warnings.warn(
-                f"{fallbacks} of {tried} images so far came back as they were: the flow "
-                "cannot perturb them. They are far off the data that the flow was trained on, as "
-                "noisy images are, or not finite, as in an attack the model's gradient may be; "
-                "see `fallbacks`",
-                stacklevel=2,
+                f"eps={eps:g} with norm={self.norm!r} moves every component of a latent by about "
+                "that many standard deviations, and images dissolve. Only a radius, as of "
+                f"norm='l2', is as large; {usual}",
+                stacklevel=3,
             )
-        self._fallbacks.tried = None if useless or tried >= JUDGED else tried
+        slight *= (self.resolution or 32) / 32  # at one radius a pixel changes by 1 / side
+        whole = self.mask is None and self.levels is None
+        # The latents of flows other than a Glow may have few components.
+        if self.norm == "l2" and 0 < eps <= slight and whole and isinstance(self.flow, Glow):
+            warnings.warn(
+                f"eps={eps:g} with norm='l2' is the length of the whole perturbation, spread over "
+                f"all components of a latent: it hardly changes an image; {usual}",
+                stacklevel=3,
+            )
 
     def _describe(self, *more: str) -> str:
-        """The arguments that matter, those named and those shared, for `print`."""
+        """List the arguments that matter, those named and those shared, for `print`."""
         loaded = self.flow.loaded_from
-        norm = ("norm",) if self._norm_holds else ()
+        norm = ("norm",) if self.uses_norm else ()
         values = {name: getattr(self, name) for name in ("eps", *more, *norm)}
         values = {name: v[0] if is_point(v) else v for name, v in values.items()}
         values["flow"] = loaded[0] if loaded else type(self.flow).__name__
-        values |= {name: getattr(self, name) for name in ("p", "clip", "levels")}
-        values["resolution"] = getattr(self, "resolution", None)
+        values |= {name: getattr(self, name) for name in ("p", "clip", "levels", "resolution")}
         shown = {name: v for name, v in values.items() if v is not None or name == "norm"}
         given = {"normalize": self.normalizes, "mask": self.mask is not None}
         long = [f"{name}=..." for name, there in given.items() if there]
         return ", ".join([*(f"{name}={value!r}" for name, value in shown.items()), *long])
+
+
+def find_layout(images: Tensor) -> torch.memory_format:
+    """Find the memory format of a batch: channels_last if it is so and not also contiguous."""
+    last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def is_point(value: Any) -> bool:

@@ -2,60 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten  # as torchvision.transforms.v2 does
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from latent_aug.flows import Flow
 from latent_aug.images.conversion import (
-    add_difference,
-    decoded,
-    downscaled,
-    fit_to_flow,
-    in_unit_range,
+    image_size,
+    make_stand_in,
+    pad_size,
+    scale_size,
     to_batch,
 )
-from latent_aug.images.samples import is_one_each, like_sequence, named_images, with_items
-from latent_aug.transforms import functional as LF
-from latent_aug.transforms.labels import condition, labels_in
-from latent_aug.transforms.latents import UsesFlow
-from latent_aug.transforms.regions import Levels, Mask, movable, pixels_of, shrunk
-from latent_aug.utils.arguments import (
-    Range,
-    require_choice,
-    require_distance,
-    require_positive,
-    require_probability,
-    require_range,
+from latent_aug.images.samples import (
+    find_image_key,
+    flatten_structure,
+    has_one_each,
+    rebuild_sequence,
+    replace_items,
 )
+from latent_aug.transforms import functional as LF
+from latent_aug.transforms.labels import prepare_labels, read_labels
+from latent_aug.transforms.latents import LatentTransform
+from latent_aug.transforms.regions import Levels, Mask, build_mask, read_region, take_rows
+from latent_aug.utils.arguments import Range, require_choice
+
+Kind = tuple[torch.Size, torch.dtype, torch.device, int]
 
 
 class Draw(NamedTuple):
-    """What was drawn for images of one shape: noise in the latent, and whom it is for."""
+    """The draw for a batch of images: noise in the latent, and which images it is for."""
 
     noise: Tensor  # (B, C, H, W), H and W padded to the flow's multiple
     chosen: Tensor  # (B,) bool
-    pixels: Tensor | None  # (1 or B, 1, H, W) bool: the mask
+    region: Tensor | None  # (1 or B, 1, H, W) bool: the mask
     y: Tensor | None  # (B,) or (B, K): the labels, for a conditional flow
 
-    def of_chosen(self) -> Draw:
-        """The same for the chosen images only."""
-        pixels, y = self.pixels, self.y
-        if pixels is not None and len(pixels) > 1:
-            pixels = pixels[self.chosen]
-        if y is not None:
-            y = y[self.chosen]
-        return Draw(self.noise[self.chosen], self.chosen[self.chosen], pixels, y)
+    def take(self, rows: Tensor) -> Draw:
+        """Take some rows, by booleans (B,) or indices (n,)."""
+        y = None if self.y is None else self.y[rows]
+        return Draw(self.noise[rows], self.chosen[rows], take_rows(self.region, rows), y)
 
 
-class LatentPerturb(UsesFlow, v2.Transform):
+class LatentPerturb(LatentTransform, v2.Transform):
     """Move images a little in the latent space of a flow: x̃ = F⁻¹(F(x) + noise).
 
     Takes what v2 transforms take: PIL images, uint8 or float tensors, tv_tensors, alone or in any
@@ -137,203 +132,203 @@ class LatentPerturb(UsesFlow, v2.Transform):
         labels_getter: Any = "default",
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
-        self.eps = require_range("eps", eps)
-        self.norm = require_choice("norm", norm, ("linf", "l2", "rms", None))
-        self.p = require_probability("p", p)
-        self.clip = require_distance("clip", clip, self.norm)
-        self.away = bool(away)
-        self.resolution = None if resolution is None else require_positive("resolution", resolution)
-        self._use(
+        super().__init__(
             flow,
+            eps=eps,
+            norm=require_choice("norm", norm, ("linf", "l2", "rms", None)),
+            p=p,
+            clip=clip,
+            resolution=resolution,
             normalize=normalize,
             mask=mask,
             levels=levels,
             labels_getter=labels_getter,
             generator=generator,
         )
+        self.away = bool(away)
+        if self.uses_norm:
+            self._warn_of_size(
+                dissolves=2.0,
+                slight=1.0,  # a grey level
+                usual="usual are 0.25 for 'linf' and 'rms', 10 for 'l2' at 32x32; see `check_flow`",
+            )
 
     def forward(self, *inputs: Any) -> Any:
-        """As every v2 transform does, with the whole sample at hand, where its mask may be."""
-        sample: Any = inputs if len(inputs) > 1 else inputs[0]
-        key = named_images(sample) if isinstance(sample, Mapping) else None
-        if key is not None and isinstance(sample[key], (list, tuple)):
-            return with_items(sample, {key: self._listed(sample, key)})
-        if key is None:
-            return self._images_in(sample, sample)
-        marked = isinstance(sample[key], (tv_tensors.Image, tv_tensors.Video))
-        if marked and isinstance(sample, dict):  # torchvision looks into no other mapping
-            return self._images_in(sample, sample, of=(tv_tensors.Image, tv_tensors.Video))
-        return with_items(sample, {key: self._images_in(sample[key], sample)})
+        """Perturb the images of a sample, as every v2 transform does.
 
-    def _images_in(self, part: Any, sample: Any, of: tuple[type, ...] = (object,)) -> Any:
-        """Each image in a part of the sample, found as v2 transforms find them, of some types."""
-        flat, spec = tree_flatten(part)
-        needed = self._needs_transform_list(flat)
-        needed = [n and isinstance(value, of) for n, value in zip(needed, flat, strict=True)]
+        The whole sample is at hand here, with the labels and the mask that may be in it.
+        """
+        sample: Any = inputs if len(inputs) > 1 else inputs[0]
+        key = find_image_key(sample) if isinstance(sample, Mapping) else None
+        if key is None:
+            return self._perturb_part(sample, sample)
+        if isinstance(sample[key], (list, tuple)):
+            return replace_items(sample, {key: self._perturb_listed(sample, key)})
+        marked = (tv_tensors.Image, tv_tensors.Video)
+        if isinstance(sample[key], marked):
+            return self._perturb_part(sample, sample, marked)
+        return replace_items(sample, {key: self._perturb_part(sample[key], sample)})
+
+    def _perturb_part(self, part: Any, sample: Any, types: tuple[type, ...] = (object,)) -> Any:
+        """Perturb the images in a part of the sample, found as v2 transforms find them.
+
+        Only images of these types are perturbed.
+        """
+        flat, rebuild = flatten_structure(part)
+        needed = [
+            needs and isinstance(value, types)
+            for needs, value in zip(self._needs_transform_list(flat), flat, strict=True)
+        ]
         images = [value for value, is_image in zip(flat, needed, strict=True) if is_image]
         params = self.make_params(images, sample)
         results = [
             self.transform(value, params) if is_image else value
             for value, is_image in zip(flat, needed, strict=True)
         ]
-        return tree_unflatten(results, spec)
+        return rebuild(results)
 
-    def _listed(self, samples: Mapping[Any, Any], key: Any) -> Any:
-        """Each image of a mapping of lists, as Hugging Face passes samples, with its own draw.
+    def _perturb_listed(self, samples: Mapping[Any, Any], key: Any) -> Any:
+        """Perturb each image of a mapping of lists, as Hugging Face passes samples.
 
-        What is not as many is of all of them, as the label of several views is.
+        Each image has its own draw. A value whose length differs from the number of images belongs
+        to the whole sample, such as one label for several views.
         """
         images, count = samples[key], len(samples[key])
-        several = {name for name, values in samples.items() if is_one_each(values, count)}
+        several = {name for name, values in samples.items() if has_one_each(values, count)}
         each = (
             {name: values[i] if name in several else values for name, values in samples.items()}
             for i in range(count)
         )
-        return like_sequence(images, [self.forward(sample)[key] for sample in each])
+        return rebuild_sequence(images, [self.forward(sample)[key] for sample in each])
 
     def make_params(self, flat_inputs: list[Any], sample: Any = None) -> dict[str, Any]:
-        """Draw for each shape of image in the sample; images of one shape share the draw."""
+        """Draw for each kind of image in the sample; images of one kind share the draw.
+
+        The images are not read: a draw depends on their shape, dtype and device alone.
+        """
         if not flat_inputs:
             raise TypeError(
                 "the sample holds no image: a PIL image, tensor or tv_tensors.Image is needed; "
                 "put v2.ToImage() before this transform for NumPy arrays"
             )
-        draws: dict[Any, Draw] = {}
+        draws: dict[Kind, Draw] = {}
         for image in flat_inputs:
-            if self.normalizes and getattr(image, "dtype", torch.uint8) == torch.uint8:
-                raise TypeError(
-                    "images are 8-bit, so they cannot be normalized: leave normalize= out, and put "
-                    "Normalize after this transform"
-                )
-            x, _ = to_batch(image, self.flow.channels)
-            if x.numel() and kind(x, image) not in draws:
-                draws[kind(x, image)] = self._draw(x, frames_of(image), sample)
+            self.normalization.check_dtype(image)
+            like = make_stand_in(image, self.flow.channels)
+            kind = find_kind(like, image)
+            if like.numel() and kind not in draws:
+                draws[kind] = self._draw(like, count_frames(image), sample)
         return {"draws": draws}
 
     @property
-    def _norm_holds(self) -> bool:
-        """Not for a `noise` of the user's own."""
+    def uses_norm(self) -> bool:
+        """Whether `noise` is this class's own, which goes by `norm`."""
         return type(self).noise is LatentPerturb.noise
 
     def noise(self, draws: Tensor, eps: LF.Size, mask: Tensor | None) -> Tensor:
-        """What is added to the latents; override it for a perturbation of another shape.
+        """Turn draws into the noise that is added to the latents.
+
+        Override it for a perturbation of another shape.
 
         Args:
-            draws: From N(0, I), (B, C, H, W).
-            eps: Of the transform, or (B, 1, 1, 1) where it is drawn per sample.
-            mask: Zeros and ones, broadcastable to the draws: what may move; None for all.
+            draws: Standard normal draws (B, C, H, W).
+            eps: The transform's eps, or (B, 1, 1, 1) where it is drawn per sample.
+            mask: Zeros and ones that broadcast to the draws: ones where components may move.
+                None lets all move.
         """
         return LF.noise_of_norm(draws, eps, self.norm, mask=mask)
 
     @torch.no_grad()
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Apply what was drawn; deterministic."""
-        x, restore = to_batch(inpt, self.flow.channels)
-        if not x.numel():
+        """Apply a draw to an image; deterministic."""
+        images, restore = to_batch(inpt, self.flow.channels)
+        if not images.numel():
             return inpt
-        draw: Draw = params["draws"][kind(x, inpt)]
-        return restore(on_chosen(x, draw, lambda at, draw: self._perturb(x[at], draw)))
+        return restore(self._apply(images, params["draws"][find_kind(images, inpt)]))
 
-    @torch.no_grad()
     def to_latents(self, x: Tensor, labels: Any = None) -> Tensor:
-        """Latents of images (B, C, H, W), float in [0, 1], padded to a size that the flow maps.
+        """Encode images (B, C, H, W), float in [0, 1], padded to a size that the flow maps.
 
         Raises:
             ValueError: The transform has `normalize`.
         """
         self._refuse_normalized()
-        small = downscaled(x, self.resolution)
-        return self._encode(small, condition(self.flow, labels, len(x), x))
+        return self.encode(x, y=prepare_labels(self.flow, labels, len(x), x)).z
 
     @torch.no_grad()
     def from_latents(self, z: Tensor, x: Tensor, sample: Any = None) -> Tensor:
         """Perturb images whose latents are known already.
 
         Args:
-            z: From `to_latents`.
-            x: Images (B, C, H, W), float in [0, 1].
-            sample: What `mask` and `labels_getter` look at.
+            z: The latents, from `to_latents`.
+            x: The images (B, C, H, W), float in [0, 1].
+            sample: The sample that `mask` and `labels_getter` look at.
 
         Raises:
             ValueError: The transform has `normalize`.
         """
         self._refuse_normalized()
-
-        def perturb(at: Any, draw: Draw) -> Tensor:
-            own = x[at]
-            return self._perturb_from(z[at], downscaled(own, self.resolution), own, own, draw)
-
-        return on_chosen(x, self._draw(x, 1, sample), perturb)
+        return self._apply(x, self._draw(x, 1, sample), z)
 
     def _refuse_normalized(self) -> None:
         if self.normalizes:
             raise ValueError("latents are of images in [0, 1]: leave normalize= out")
 
-    def _draw(self, x: Tensor, frames: int, sample: Any) -> Draw:
-        """Noise and choice for a batch (B, C, H, W) of clips of so many frames."""
-        first = x[::frames]
-        small = downscaled(first[:1], self.resolution)
-        like = fit_to_flow(small, self.flow).expand(len(first), -1, -1, -1)
-        pixels = pixels_of(self.mask, sample, first)
-        mask = movable(self.flow, like, shrunk(pixels, small), self.levels)
-        eps = self._draws.sample_between(*self.eps, len(first), x)
-        draws = self._draws.sample_normal(like.shape, x)
+    def _draw(self, like: Tensor, frames: int, sample: Any) -> Draw:
+        """Draw noise for a batch, and which of its images are perturbed.
+
+        Args:
+            like: A tensor of the batch's shape (B, C, H, W), dtype and device. It is not read.
+            frames: The number of images in a row that share a draw.
+            sample: The sample that `mask` and `labels_getter` look at.
+        """
+        like = like[::frames]
+        count, channels = like.shape[:2]
+        size = scale_size(image_size(like), self.resolution)
+        z = like.new_empty(()).expand(count, channels, *pad_size(size, self.flow))
+        region = read_region(self.mask, sample, like)
+        mask = build_mask(self.flow, z, region, self.levels, size=size)
+        eps = self._draws.sample_between(*self.eps, count, like)
+        draws = self._draws.sample_normal(z.shape, like)
         noise = self.noise(draws, eps, mask)
-        if not self._norm_holds:
-            noise = checked_noise(noise, draws, f"{type(self).__name__}.noise")
-        chosen = self._draws.sample_uniform((len(first),), x) < self.p
+        if not self.uses_norm:
+            noise = check_noise(noise, draws, f"{type(self).__name__}.noise")
+        chosen = self._draws.sample_uniform((count,), like) < self.p
         y = None
         if self.flow.num_classes:
-            y = condition(self.flow, labels_in(sample, self.labels_getter), len(first), first)
-        noise, chosen = noise.repeat_interleave(frames, 0), chosen.repeat_interleave(frames, 0)
-        if pixels is not None and len(pixels) > 1:
-            pixels = pixels.repeat_interleave(frames, 0)
-        return Draw(noise, chosen, pixels, None if y is None else y.repeat_interleave(frames, 0))
+            y = prepare_labels(self.flow, read_labels(sample, self.labels_getter), count, like)
+        draw = Draw(noise, chosen, region, y)
+        if frames == 1:
+            return draw
+        return draw.take(torch.arange(count, device=like.device).repeat_interleave(frames))
 
-    def _perturb(self, original: Tensor, draw: Draw) -> Tensor:
-        """Perturb a batch in the units and at the size it came in."""
-        x = self._unit_range(original)
-        small = downscaled(x, self.resolution)
-        return self._perturb_from(self._encode(small, draw.y), small, x, original, draw)
+    def _apply(self, images: Tensor, draw: Draw, z: Tensor | None = None) -> Tensor:
+        """Replace the chosen images of a batch by perturbed ones; z are their latents, if known."""
+        chosen = draw.chosen
+        if not images.is_cpu:  # a look at what is chosen would wait for the device
+            return torch.where(chosen[:, None, None, None], self._perturb(images, draw, z), images)
+        if not bool(chosen.any()):
+            return images
+        if bool(chosen.all()):
+            return self._perturb(images, draw, z)
+        known = None if z is None else z[chosen]
+        result = images.clone()
+        result[chosen] = self._perturb(images[chosen], draw.take(chosen), known)
+        return result
 
-    def _perturb_from(
-        self, z: Tensor, small: Tensor, x: Tensor, original: Tensor, draw: Draw
-    ) -> Tensor:
-        """The same from latents that are known, of x or of its downscaled copy."""
-        noise = LF.away_from_origin(draw.noise, z) if self.away else draw.noise
-        moved = decoded(self.flow.decode, z + noise, draw.y)
-        if small is not x:
-            moved = moved[..., : small.shape[-2], : small.shape[-1]]
-            moved = add_difference(x, small, in_unit_range(moved))
-        perturbed = self._to_image(moved, x, draw.pixels)
-        return self._restore(perturbed, original, z, draw.pixels, draw.chosen)
+    def _perturb(self, images: Tensor, draw: Draw, z: Tensor | None) -> Tensor:
+        """Perturb all images of a batch."""
+        latents = self.encode(images, y=draw.y, region=draw.region, z=z)
+        noise = LF.away_from_origin(draw.noise, latents.z) if self.away else draw.noise
+        return latents.perturb(noise, counted=draw.chosen)
 
     def extra_repr(self) -> str:
-        """The arguments that matter, for `print`."""
+        """List the arguments that matter, for `print`."""
         return self._describe()
 
 
-def on_chosen(x: Tensor, draw: Draw, perturb: Callable[[Any, Draw], Tensor]) -> Tensor:
-    """A batch with its chosen images replaced.
-
-    Args:
-        x: Images (B, C, H, W).
-        draw: For them.
-        perturb: From an index of images and their draw to what replaces them.
-    """
-    if x.is_cpu:  # there, a look at the draw costs nothing and may save the flow's work
-        if not bool(draw.chosen.any()):
-            return x
-        if not bool(draw.chosen.all()):
-            result = x.clone()
-            result[draw.chosen] = perturb(draw.chosen, draw.of_chosen())
-            return result
-    return torch.where(draw.chosen[:, None, None, None], perturb(slice(None), draw), x)
-
-
-def checked_noise(noise: Any, draws: Tensor, name: str) -> Tensor:
-    """What a user's `noise` gave, at the draws' shape.
+def check_noise(noise: Any, draws: Tensor, name: str) -> Tensor:
+    """Check what a user's `noise` returned, and expand it to the draws' shape.
 
     Raises:
         TypeError, ValueError: It is no floating-point tensor, cannot be broadcast, or not finite.
@@ -352,11 +347,11 @@ def checked_noise(noise: Any, draws: Tensor, name: str) -> Tensor:
         ) from error
 
 
-def kind(x: Tensor, image: Any) -> tuple[Any, ...]:
-    """What images of one sample must have in common to share a draw."""
-    return (x.shape, x.dtype, x.device, frames_of(image))
+def find_kind(batch: Tensor, image: Any) -> Kind:
+    """Find what images of one sample must have in common to share a draw."""
+    return batch.shape, batch.dtype, batch.device, count_frames(image)
 
 
-def frames_of(image: Any) -> int:
-    """Frames that share their noise: a video's, else 1."""
+def count_frames(image: Any) -> int:
+    """Count the frames that share their noise: a video's, else 1."""
     return image.shape[-4] if isinstance(image, tv_tensors.Video) else 1

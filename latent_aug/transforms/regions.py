@@ -1,4 +1,8 @@
-"""What of a latent may move: a region of the image, levels of the flow."""
+"""Restrict what of a latent may move: to a region of the image, to levels of the flow.
+
+A user's `mask` marks pixels of an image. Checked and of the images' shape it is called a region.
+With the levels it becomes a mask of the latent, as `transforms.functional` takes one.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,11 @@ Levels = int | Sequence[int] | None
 
 
 def check_mask(mask: Any, flow: Flow) -> Mask:
-    """A `mask` argument: a tensor, something that takes a sample to one, or None.
+    """Check a `mask` argument: a tensor, a callable that takes a sample and returns one, or None.
 
     Raises:
         TypeError: It is none of these.
-        ValueError: The flow's latents know no places.
+        ValueError: The flow's latents have no places that belong to the image's.
     """
     if mask is not None and not flow.spatial:
         raise ValueError(
@@ -37,10 +41,11 @@ def check_mask(mask: Any, flow: Flow) -> Mask:
 
 
 def check_levels(levels: Any, flow: Flow) -> tuple[int, ...] | None:
-    """A `levels` argument as indices from 0, or None for all.
+    """Convert a `levels` argument to indices from 0, or None for all.
 
     Raises:
-        TypeError, ValueError: It is not an integer or some, or the flow has no such level.
+        TypeError: It is neither an integer nor a list of integers.
+        ValueError: The flow has no such level.
     """
     if levels is None:
         return None
@@ -55,8 +60,13 @@ def check_levels(levels: Any, flow: Flow) -> tuple[int, ...] | None:
     return tuple(sorted({int(level) % flow.levels for level in chosen}))
 
 
-def pixels_of(mask: Mask, sample: Any, x: Tensor) -> Tensor | None:
-    """The mask of a sample as (1 or B, 1, H, W) booleans for its images x (B, C, H, W).
+def read_region(mask: Mask, sample: Any, x: Tensor) -> Tensor | None:
+    """Read the mask of a sample as booleans (1 or B, 1, H, W).
+
+    Args:
+        mask: The mask, checked by `check_mask`.
+        sample: The sample that a callable mask is given.
+        x: Images (B, C, H, W), or a tensor of their shape and device.
 
     Raises:
         TypeError: The callable gave no tensor.
@@ -72,56 +82,60 @@ def pixels_of(mask: Mask, sample: Any, x: Tensor) -> Tensor | None:
         )
     found = found.as_subclass(Tensor)
     if not 2 <= found.ndim <= 4 or (found.ndim == 4 and found.shape[1] != 1):
-        raise ValueError(f"mask must be (H, W), (B, H, W) or (B, 1, H, W), got {shape(found)}")
-    pixels = found.reshape(-1, 1, *found.shape[-2:])
-    if pixels.shape[-2:] != x.shape[-2:] or len(pixels) not in (1, len(x)):
         raise ValueError(
-            f"mask must have the size of its images, {shape(x)} as (B, C, H, W), got "
-            f"{shape(found)}; put the transform after what resizes or crops both"
+            f"mask must be (H, W), (B, H, W) or (B, 1, H, W), got {tuple(found.shape)}"
         )
-    if pixels.is_cpu and bool((pixels != pixels.bool()).any()):  # elsewhere a check is a sync
-        low, high = (float(value) for value in pixels.aminmax())
+    region = found.reshape(-1, 1, *found.shape[-2:])
+    if region.shape[-2:] != x.shape[-2:] or len(region) not in (1, len(x)):
+        raise ValueError(
+            f"mask must have the size of its images, {tuple(x.shape)} as (B, C, H, W), got "
+            f"{tuple(found.shape)}; put the transform after what resizes or crops both"
+        )
+    if region.is_cpu and bool((region != region.bool()).any()):  # elsewhere a check is a sync
+        low, high = (float(value) for value in region.aminmax())
         raise ValueError(
             f"mask must be of zeros and ones, got values from {low:.3g} to {high:.3g}; compare "
             "where it has others, e.g. mask == 0"
         )
-    return pixels.bool().to(x.device, non_blocking=True)
+    return region.bool().to(x.device, non_blocking=True)
 
 
-def shrunk(pixels: Tensor | None, small: Tensor) -> Tensor | None:
-    """A mask at a downscaled copy's size: a pixel is in it where any part of it is."""
-    if pixels is None or pixels.shape[-2:] == small.shape[-2:]:
-        return pixels
-    return F.adaptive_max_pool2d(pixels.float(), small.shape[-2:]).bool()
-
-
-def shape(t: Tensor) -> tuple[int, ...]:
-    """For messages: without the word torch.Size."""
-    return tuple(t.shape)
-
-
-def movable(
-    flow: Flow, like: Tensor, pixels: Tensor | None, levels: tuple[int, ...] | None
+def build_mask(
+    flow: Flow,
+    z: Tensor,
+    region: Tensor | None,
+    levels: tuple[int, ...] | None,
+    *,
+    size: tuple[int, int] | None = None,
 ) -> Tensor | None:
-    """Zeros and ones, broadcastable to latents: what both choices let move; None for all.
+    """Build the mask of a latent: zeros and ones that broadcast to it, or None if all may move.
 
     Args:
-        flow: Its latents have an image's shape, coarse levels spread over their pixels' place.
-        like: A latent (B, C, H, W), or one of that shape.
-        pixels: From `pixels_of`; padded here as the images are.
-        levels: From `check_levels`.
+        flow: The flow of the latent, which spreads coarse levels over their pixels' place.
+        z: The latent (B, C, H, W), or a tensor of its shape, dtype and device.
+        region: The pixels that may move, by `read_region`; padded here as the images are.
+        levels: The levels that may move, by `check_levels`.
+        size: The size (H, W) of the image that was encoded, where that is a downscaled copy.
     """
-    result = None if levels is None else level_mask(flow, like, levels)
-    if pixels is None:
-        return result
-    below, right = like.shape[-2] - pixels.shape[-2], like.shape[-1] - pixels.shape[-1]
-    region = F.pad(pixels.to(like.dtype), (0, right, 0, below), mode="replicate")
-    return region if result is None else region * result
+    mask = None if levels is None else mark_levels(flow, z, levels)
+    if region is None:
+        return mask
+    if size is not None and size != tuple(region.shape[-2:]):
+        # A pixel of the copy may move where any part of it may.
+        region = F.adaptive_max_pool2d(region.float(), size)
+    below, right = z.shape[-2] - region.shape[-2], z.shape[-1] - region.shape[-1]
+    padded = F.pad(region.to(z.dtype), (0, right, 0, below), mode="replicate")
+    return padded if mask is None else padded * mask
 
 
-def level_mask(flow: Flow, like: Tensor, levels: tuple[int, ...]) -> Tensor:
-    """Ones where a latent (1, C, H, W) holds one of the levels, zeros elsewhere."""
-    parts = flow.split_levels(torch.zeros_like(like[:1]))
+def take_rows(region: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Take the rows of a region that belong to some images; one row that serves all stays."""
+    return region if region is None or len(region) == 1 else region[rows]
+
+
+def mark_levels(flow: Flow, z: Tensor, levels: tuple[int, ...]) -> Tensor:
+    """Make a mask (1, C, H, W) of ones where a latent like z holds one of the levels."""
+    parts = flow.split_levels(torch.zeros_like(z[:1]))
     if len(parts) != flow.levels:
         raise ValueError(
             f"{type(flow).__name__} says it has {flow.levels} levels, but its split_levels gives "

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from latent_aug.transforms.adversarial import LatentAdversarial
-from latent_aug.transforms.latents import UsesFlow
+from latent_aug.transforms.latents import LatentTransform
 from latent_aug.utils.arguments import require_natural, require_positive
 
 Perturbation = Callable[..., Any] | LatentAdversarial | None
@@ -74,7 +74,7 @@ class LatentSchedule:
     def fallbacks(self) -> int:
         """Samples that no flow of it could perturb, see `LatentPerturb`."""
         parts = {id(part): part for part in parts_of(self)}  # one may be in two phases
-        return sum(part.fallbacks for part in parts.values() if isinstance(part, UsesFlow))
+        return sum(part.fallbacks for part in parts.values() if isinstance(part, LatentTransform))
 
     def set_epoch(self, epoch: int) -> None:
         """Go to an epoch, counted from 0, as `DistributedSampler.set_epoch` does."""
