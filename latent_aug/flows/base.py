@@ -40,7 +40,7 @@ augment = LatentPerturb(flow="{repo_id}")
 
 Config: `{config}`.
 """
-MOST_PARAMETERS = 2**28  # that a config from outside may ask for; the paper's Glow has 44 million
+MOST_PARAMETERS = 2**28  # of a config from outside (the paper's Glow has 44 million)
 RUN_NAME = "run.pt"  # the state of a training run, beside the flow it ends in
 SAMPLED_SIDE = 32  # of the images that `Flow.sample` draws where no size is given
 
@@ -356,7 +356,7 @@ class Flow(nn.Module):
         """
         config = {"architecture": type(self).__name__, **self.config}
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        # Before anything is written; save_file makes files that only their owner may read.
+        # Before anything is written. save_file would make files that only their owner may read.
         weights = save(tensors, {DIGEST_KEY: compute_digest(config, tensors)})
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)

@@ -163,7 +163,7 @@ class ConditionalDenseFlow(Flow):
             z: Latents (B, C, H, W).
             y: Classes (B,), or class probabilities (B, num_classes).
         """
-        y = self._condition(z, "z", y)
+        y = self._require_classes(z, "z", y)
         state, orders = z.flatten(1), self.orders.to(z.device).argsort(dim=1)
         with use_full_precision(z.device):
             for coupling, order in zip(self.couplings[::-1], orders.flip(0), strict=True):
@@ -179,7 +179,7 @@ class ConditionalDenseFlow(Flow):
 
     def _encode(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """Compute latents and log-determinants."""
-        y = self._condition(x, "x", y)
+        y = self._require_classes(x, "x", y)
         state, total = preprocess(x).flatten(1), x.new_zeros(len(x))
         with use_full_precision(x.device):
             for coupling, order in zip(self.couplings, self.orders.to(x.device), strict=True):
@@ -187,7 +187,7 @@ class ConditionalDenseFlow(Flow):
                 state, total = state[:, order], total + log_det
         return state.view(x.shape), total
 
-    def _condition(self, t: Tensor, name: str, y: Tensor | None) -> Tensor:
+    def _require_classes(self, t: Tensor, name: str, y: Tensor | None) -> Tensor:
         """Return the classes as (B, num_classes) like t, or refuse t or y."""
         shape = (self.channels, *(self.size or ()))
         if t.shape[1:] != shape or t.dtype not in (torch.float32, torch.float64):

@@ -52,7 +52,7 @@ class Glow(Flow):
         ValueError: An argument is out of range, an image does not fit, or the flow is untrained.
         TypeError: `log_scale_bound` is no number.
 
-    Source: Kingma & Dhariwal 2018; the paper's A.1 uses 3 levels of 32 steps.
+    Source: Kingma & Dhariwal 2018. The paper's A.1 uses 3 levels of 32 steps.
 
     Example:
         >>> import torch
@@ -91,7 +91,7 @@ class Glow(Flow):
                 channels, levels, steps, hidden, self.log_scale_bound
             )
         self._initialized = False
-        # Walking the module tree costs more than a small flow's round trip; its tables stay.
+        # Walking the module tree costs more than a small round trip. Its tables stay.
         self._tables = [t for m in self.modules() for t in (m._parameters, m._buffers)]
         # By device and dtype: the version and the storage of the weights that were prepared. What
         # is kept alive here stays at its address, so that no other weights have that version.
