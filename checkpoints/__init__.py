@@ -2,7 +2,7 @@
 
 SHA256 = {
     "glow-cifar10": "024028ea4c008479bec7cfe914ede1ca0811c8e3502779978738a231b5c6fffe",
-    "glow-cifar10-small": "dd6164c81cba5c3ad6e8431967992c7b509b4e6f401b670bf9ded13fa5121fc9",
+    "glow-cifar10-small": "d5d23974fb58d254b8d235a731e9b40fbcea2ac4fcbc50b03f733975bc164c18",
     "glow-fashionmnist": "1a375975f504d1192ed5c470a8a41926438c76c9cf888ce67a26d379111aae80",
 }
 """Of each flow's weights, as `load_flow` expects them."""
