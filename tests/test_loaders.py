@@ -1,17 +1,22 @@
 """LatentCollate and LatentLoader: the batches they give, their draws, what they hand on."""
 
 import collections
+import copy
+import pickle
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ByClass, Identity
+from PIL import Image
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
+    IterableDataset,
+    SequentialSampler,
     TensorDataset,
     default_collate,
 )
@@ -26,7 +31,7 @@ from latent_aug import (
     LatentSchedule,
 )
 from latent_aug.transforms import loaders
-from latent_aug.transforms.loaders import moved, perturb_batch
+from latent_aug.transforms.loaders import move_to, perturb_batch
 
 COUNT = 12
 
@@ -177,11 +182,11 @@ class TestLatentLoader:
 
     def test_moves_the_batch(self):
         batch = {"image": torch.rand(2, 3, 8, 8), "more": [torch.arange(2), "a"]}
-        there = moved(batch, torch.device("meta"))
+        there = move_to(batch, torch.device("meta"))
         assert there["image"].is_meta
         assert there["more"][0].is_meta
         assert there["more"][1] == "a"
-        assert moved(batch, None) is batch
+        assert move_to(batch, None) is batch
 
     def test_set_epoch_reaches_batch_sampler_data_set_and_collate(self):
         class Told(TensorDataset):
@@ -207,7 +212,7 @@ class TestOneAhead:
         stream = SimpleNamespace(wait_stream=lambda other: None)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-        monkeypatch.setattr(loaders, "recorded", lambda batch, stream: batch)
+        monkeypatch.setattr(loaders, "keep_for_stream", lambda batch, stream: batch)
         return lambda batches: LatentLoader([], perturb())._one_ahead(batches, stream)
 
     def test_the_next_batch_is_prepared_before_this_one_is_used(self, run):
@@ -271,6 +276,199 @@ class TestBadInput:
     def test_arguments(self, make, error, words):
         with pytest.raises(error, match=words):
             make()
+
+
+class Ready(IterableDataset):
+    """Ready batches, as WebDataset's stream them."""
+
+    def __init__(self, *batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "make", [lambda x, y: (x, y), lambda x, y: [x, y], lambda x, y: {"image": x, "label": y}]
+)
+def test_ready_batches_are_perturbed_as_they_are(make, workers, count):
+    x, y = torch.full((count, 3, 8, 8), 0.5), torch.arange(count)
+    loader = DataLoader(
+        Ready(make(x, y)),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=LatentCollate(perturb()),
+    )
+    (out,) = loader
+    images, labels = out.values() if isinstance(out, dict) else out
+    assert images.shape == x.shape
+    assert (images != x).flatten(1).any(1).all()
+    assert torch.equal(labels, y)
+    (again,) = LatentLoader(DataLoader(Ready(make(x, y)), batch_size=None), perturb())
+    assert (next(iter(again.values())) if isinstance(again, dict) else again[0]).shape == x.shape
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_videos_alone_are_samples_at_every_size(count):
+    out = LatentCollate(perturb())([torch.full((4, 3, 8, 8), 0.5)] * count)
+    assert out.shape == (count, 4, 3, 8, 8)
+
+
+class TestDetection:
+    """Images of several sizes with a target each, in tuples or lists."""
+
+    def samples(self):
+        boxes = tv_tensors.BoundingBoxes(torch.ones(2, 4), format="XYXY", canvas_size=(8, 8))
+        return [(torch.full((3, 8, 8 + i), 0.5), {"boxes": boxes, "label": i}) for i in range(3)]
+
+    @KINDS
+    @pytest.mark.parametrize("container", [tuple, list])
+    def test_images_are_perturbed_one_by_one(self, kind, container):
+        def collate(samples):
+            return container(container(part) for part in zip(*samples, strict=True))
+
+        batches = DataLoader(self.samples(), 3, collate_fn=collate)
+        if kind == "collate":
+            batches = DataLoader(self.samples(), 3, collate_fn=LatentCollate(perturb(), collate))
+        else:
+            batches = LatentLoader(batches, perturb())
+        ((images, targets),) = batches
+        assert type(images) is type(targets) is container
+        for place, (image, target) in enumerate(zip(images, targets, strict=True)):
+            assert type(image) is torch.Tensor
+            assert image.shape == (3, 8, 8 + place)
+            assert (image != 0.5).any()
+            assert target["label"] == place
+            assert torch.equal(target["boxes"], torch.ones(2, 4))
+
+    def test_mappings_and_labels_in_a_tensor(self):
+        batch = {"image": [torch.full((3, 8, 8), 0.5)] * 2, "label": torch.tensor([0, 3])}
+        out = perturb_batch(LatentPerturb(0.01, flow=ByClass()), batch)
+        size = [float((image - 0.5).abs().max()) for image in out["image"]]
+        assert size == pytest.approx([0.01, 0.08], abs=1e-4)
+        assert out["label"] is batch["label"]
+        assert (batch["image"][0] == 0.5).all()
+
+    def test_boxes_follow_a_flip(self):
+        images, targets = zip(*self.samples(), strict=True)
+        out = perturb_batch(
+            v2.Compose([v2.RandomHorizontalFlip(1.0), perturb()]), (images, targets)
+        )
+        assert out[1][0]["boxes"].tolist() == [[7.0, 1.0, 7.0, 1.0]] * 2
+
+    def test_other_images_are_named(self):
+        batch = ([Image.new("RGB", (8, 8))] * 2, [{}, {}])
+        with pytest.raises(TypeError, match=r"or a list of tensors, got a list with Image"):
+            perturb_batch(perturb(), batch)
+
+
+class TestMadeAnew:
+    """Loaders that frameworks make of a LatentLoader's parts."""
+
+    def loader(self, **options):
+        loader = DataLoader(data(), 2, collate_fn=self.collate)
+        return LatentLoader(loader, perturb(), **options)
+
+    @staticmethod
+    def collate(samples):
+        """Of the user's own: labels above 100."""
+        images, labels = default_collate(samples)
+        return images, labels + 100
+
+    def check(self, batches, count):
+        batches = list(batches)
+        assert len(batches) == count
+        for images, labels in batches:
+            assert (images != 0.5).flatten(1).any(1).all()
+            assert (labels >= 100).all()
+
+    def test_of_attributes(self):
+        given = self.loader()
+        assert isinstance(given, DataLoader)
+        self.check(given, 6)
+        sampler = BatchSampler(range(4), 2, False)
+        again = DataLoader(given.dataset, batch_sampler=sampler, collate_fn=given.collate_fn)
+        self.check(again, 2)
+
+    def test_by_accelerate(self):
+        accelerate = pytest.importorskip("accelerate")
+        try:
+            accelerator = accelerate.Accelerator(cpu=True)
+            self.check(accelerate.skip_first_batches(self.loader(), 2), 4)
+            self.check(accelerator.prepare_data_loader(self.loader()), 6)
+            self.check(accelerator.prepare(self.loader()), 6)
+            inside = LatentLoader(accelerator.prepare(self.loader().loader), perturb())
+            assert accelerator.prepare(inside) is inside
+            self.check(inside, 6)
+            self.check(accelerate.skip_first_batches(inside, 2), 4)
+        finally:
+            accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+    @pytest.mark.parametrize("inside_hook", [False, True])
+    @pytest.mark.parametrize("batches", [False, True])
+    @pytest.mark.parametrize("seed", [None, 3])
+    def test_by_lightning(self, inside_hook, batches, seed):
+        utilities = pytest.importorskip("lightning.pytorch.utilities.data")
+        patched = pytest.importorskip("lightning.fabric.utilities.data")._replace_dunder_methods
+
+        def make():
+            if batches:
+                sampler = RandomBatches(SequentialSampler(data()), 2, False)
+                loader = DataLoader(data(), batch_sampler=sampler, collate_fn=self.collate)
+                return LatentLoader(loader, perturb(), seed=seed)
+            return self.loader(seed=seed)
+
+        if inside_hook:
+            with patched(DataLoader, "dataset"), patched(BatchSampler):
+                given = make()
+        else:
+            given = make()
+        share = DistributedSampler(data(), num_replicas=2, rank=1, shuffle=False)
+        again = utilities._update_dataloader(given, share)
+        assert type(again) is type(given)
+        assert again.seed == seed
+        self.check(again, 3)
+        assert sorted(int(y) for _, labels in again for y in labels) == list(range(101, 112, 2))
+
+    def test_without_its_seed_are_refused(self):
+        accelerate = pytest.importorskip("accelerate")
+        with pytest.raises(ValueError, match="with seed= cannot be built anew"):
+            accelerate.skip_first_batches(self.loader(seed=3), 2)
+
+    def test_on_a_gpu_in_workers_are_refused(self):
+        given = LatentLoader(DataLoader(data(), 2, num_workers=1), perturb(), "cuda")
+        again = DataLoader(given.dataset, 2, num_workers=1, collate_fn=given.collate_fn)
+        with pytest.raises(RuntimeError, match=r"wrap the loader in LatentLoader\("):
+            next(iter(again))
+
+    def test_of_a_class_whose_arguments_are_not_known_are_refused(self):
+        class Own(DataLoader):
+            pass
+
+        with pytest.raises(TypeError, match="only a DataLoader can be given another sampler"):
+            LatentLoader(Own(data(), 2), perturb(), sampler=range(4))
+        with pytest.raises(TypeError, match="unexpected keyword argument 'sed'"):
+            LatentLoader(DataLoader(data(), 2), perturb(), sed=3)
+
+    def test_what_is_no_data_loader_stays_so(self):
+        assert not isinstance(LatentLoader([data()[:2]], perturb()), DataLoader)
+
+    @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+    def test_copies_are_loaders_too(self, copied):
+        again = copied(self.loader())
+        assert isinstance(again, DataLoader)
+        self.check(again, 6)
+
+    def test_pickled(self):
+        again = pickle.loads(pickle.dumps(self.loader(seed=2)))
+        assert again.seed == 2
+        self.check(again, 6)
+
+
+class RandomBatches(BatchSampler):
+    """A batch sampler of a class that frameworks do not know."""
 
 
 def test_collate_takes_the_user_s():

@@ -122,7 +122,9 @@ class Item(NamedTuple):
 
     def hash(self) -> str:
         """Hash the pixels and the orientation."""
-        orientation = [torch.tensor(self.orientation)] if self.orientation != UPRIGHT else []
+        orientation = (
+            [torch.tensor(self.orientation, device="cpu")] if self.orientation != UPRIGHT else []
+        )
         return digest([self.image, *orientation])
 
 
@@ -281,7 +283,10 @@ class Job:
         if self._order[0] != copy:
             seed = mix_seeds(self.config.seed, copy, self.count)
             generator = torch.Generator().manual_seed(seed)
-            self._order = copy, torch.randperm(self.count, generator=generator).tolist()
+            self._order = (
+                copy,
+                torch.randperm(self.count, generator=generator, device="cpu").tolist(),
+            )
         return self._order[1]
 
     def read(self, index: int) -> Item | None:
@@ -330,7 +335,7 @@ class Job:
         elif None in labels:
             raise ValueError("the flow is conditional on classes, and the data set has no labels")
         else:
-            result, _ = self.transform(batch, torch.tensor(labels))
+            result, _ = self.transform(batch, torch.tensor(labels, device=batch.device))
         return result.cpu()
 
     def encode_file(self, item: Item) -> bytes:

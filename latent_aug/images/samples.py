@@ -1,22 +1,32 @@
-"""Batches as users structure them: where images and labels are, and the same with other images."""
+"""Samples and batches as users structure them: find images and labels, replace, select rows."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, MutableMapping
+from numbers import Number
 from os import PathLike
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten  # as torchvision.transforms.v2 does
+from torchvision import tv_tensors
 
 IMAGE_KEYS = ("pixel_values", "image", "images", "img")
 LABEL_KEYS = ("labels", "label")
+MARKED = (Image.Image, tv_tensors.Image, tv_tensors.Video)  # images by their type alone
 
 
-def image_key(batch: Any) -> Any:
-    """Where a batch keeps its images: a key, or 0 for a tuple or list."""
+def get_image_key(batch: Any) -> Any:
+    """Get the place of a batch's images: a key of a mapping, or 0 in a tuple or list.
+
+    Raises:
+        TypeError: The batch is of another type.
+        ValueError: A mapping has its images under none or several of `IMAGE_KEYS`.
+    """
     if isinstance(batch, Mapping):
-        key = named_images(batch)
+        key = find_image_key(batch)
         if key is None:
             raise ValueError(
                 f"a batch must have exactly one of the keys {IMAGE_KEYS}, got "
@@ -31,50 +41,48 @@ def image_key(batch: Any) -> Any:
     return 0
 
 
-def named_images(mapping: Mapping[Any, Any]) -> str | None:
-    """The one of `IMAGE_KEYS` that a mapping has; None where it has none or several.
+def find_image_key(mapping: Mapping[Any, Any]) -> str | None:
+    """Find the one of `IMAGE_KEYS` under which a mapping has its images.
 
-    A file's name under one of them does not count, nor does the last beside another.
+    A file's name there does not count, nor does "img" beside another key. Several keys give None
+    where all their values are images by type, so that none has to be chosen.
+
+    Raises:
+        ValueError: Several keys have values, and some are images by their key only.
     """
     no_images = (str, PathLike, type(None))
     found = [k for k in IMAGE_KEYS if k in mapping and not isinstance(mapping[k], no_images)]
-    if len(found) == 2 and found[1] == IMAGE_KEYS[-1]:
+    if len(found) == 2 and found[1] == "img":
         return found[0]
+    if len(found) > 1 and not all(isinstance(mapping[key], MARKED) for key in found):
+        raise ValueError(
+            f"images must lie under one of the keys {IMAGE_KEYS}, got values under {found}: "
+            "remove or rename those that the model does not see"
+        )
     return found[0] if len(found) == 1 else None
 
 
 def find_labels(batch: Any) -> Any:
-    """The labels of a sample or batch where they usually are; None where they are not."""
+    """Find the labels of a sample or batch at their usual place. None where there are none."""
     if isinstance(batch, Mapping):
         return next((batch[key] for key in LABEL_KEYS if key in batch), None)
     return batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
 
 
-def with_images(batch: Any, key: Any, images: Tensor) -> Any:
-    """A container of the batch's type with other images; the batch itself stays."""
+def replace_images(batch: Any, key: Any, images: Any) -> Any:
+    """Make a container of the batch's type with other images. The batch itself stays."""
     if isinstance(batch, Mapping):
-        return with_items(batch, {key: images})
-    return like_sequence(batch, [images, *batch[1:]])
+        return replace_items(batch, {key: images})
+    return rebuild_sequence(batch, [images, *batch[1:]])
 
 
-def like_sequence(sequence: Any, items: list[Any]) -> Any:
-    """A tuple, named tuple or list of the type of another."""
+def rebuild_sequence(sequence: Any, items: list[Any]) -> Any:
+    """Make a tuple, named tuple or list of the type of another."""
     return type(sequence)(*items) if hasattr(sequence, "_fields") else type(sequence)(items)
 
 
-def over_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A function on every tensor of nested tuples, lists and mappings; the rest stays."""
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, Mapping):
-        return with_items(batch, {k: over_tensors(v, function) for k, v in batch.items()})
-    if isinstance(batch, (tuple, list)):
-        return like_sequence(batch, [over_tensors(value, function) for value in batch])
-    return batch
-
-
-def with_items(mapping: Any, items: Mapping[Any, Any]) -> Any:
-    """A mapping of the type of another, with these items in place of its own.
+def replace_items(mapping: Any, items: Mapping[Any, Any]) -> Any:
+    """Make a mapping of the type of another, with some other items.
 
     One that cannot be written to gives a dict.
 
@@ -98,42 +106,119 @@ def with_items(mapping: Any, items: Mapping[Any, Any]) -> Any:
     return result
 
 
-def is_one_each(value: Any, count: int) -> bool:
-    """Whether it holds `count` things or rows, one for each sample."""
-    shape = getattr(value, "shape", None)  # of tensors and arrays
-    if shape is not None:
-        return len(shape) > 0 and shape[0] == count
-    return isinstance(value, (tuple, list)) and len(value) == count
-
-
-def rows(batch: Any, chosen: Tensor, count: int) -> Any:
-    """The chosen samples of a batch of `count`.
-
-    Tensors and arrays of so many rows lose the others. So do lists and tuples of so many things,
-    a thing for each sample, but for the batch itself, and for those of tensors with so many rows
-    each, such as a pair of targets: these are structures. What is left as it is: everything of
-    another length.
-
-    Args:
-        batch: Tensors, arrays and lists in a tuple, list or mapping.
-        chosen: Indices (n,).
-        count: Samples in the batch.
-    """
-    if not isinstance(batch, (tuple, list)) and is_one_each(batch, count):
-        return rows_of(batch, chosen, count)  # also of a mapping: a TensorDict has rows
+def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Call a function on every tensor of nested tuples, lists and mappings. The rest stays."""
+    if isinstance(batch, Tensor):
+        return function(batch)
     if isinstance(batch, Mapping):
-        return with_items(batch, {k: rows_of(v, chosen, count) for k, v in batch.items()})
+        return replace_items(batch, {k: map_tensors(v, function) for k, v in batch.items()})
     if isinstance(batch, (tuple, list)):
-        return like_sequence(batch, [rows_of(value, chosen, count) for value in batch])
+        return rebuild_sequence(batch, [map_tensors(value, function) for value in batch])
     return batch
 
 
-def rows_of(value: Any, chosen: Tensor, count: int) -> Any:
-    """The same for one entry of a batch, such as its labels."""
-    if not is_one_each(value, count):
-        return rows(value, chosen, count) if isinstance(value, (Mapping, tuple, list)) else value
+def flatten_structure(structure: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """Flatten what torch's trees know, and mappings, tuples and lists of the user's own types.
+
+    Returns:
+        The leaves, and a function that makes the same structure of as many new ones.
+    """
+    nodes, spec = tree_flatten(structure)
+    branches = [flatten_node(node) for node in nodes]
+
+    def rebuild(leaves: list[Any]) -> Any:
+        left = iter(leaves)
+        return tree_unflatten([make([next(left) for _ in own]) for own, make in branches], spec)
+
+    return [leaf for own, _ in branches for leaf in own], rebuild
+
+
+def flatten_node(node: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """Flatten a container whose type torch's trees do not know, or give the leaf that it is."""
+    if isinstance(node, Mapping):
+        keys = list(node)
+        leaves, rebuild = flatten_structure([node[key] for key in keys])
+        return leaves, lambda new: replace_items(node, dict(zip(keys, rebuild(new), strict=True)))
+    if isinstance(node, (tuple, list)):
+        leaves, rebuild = flatten_structure(list(node))
+        return leaves, lambda new: rebuild_sequence(node, rebuild(new))
+    return [node], lambda new: new[0]
+
+
+def has_one_each(value: Any, count: int) -> bool:
+    """Whether a value has `count` rows or entries, as one for each sample."""
     if isinstance(value, (tuple, list)):
-        if all(hasattr(part, "shape") and is_one_each(part, count) for part in value):
-            return rows(value, chosen, count)
-        return like_sequence(value, [value[i] for i in chosen.tolist()])
-    return value[chosen.to(value.device) if isinstance(value, Tensor) else chosen.cpu().numpy()]
+        return len(value) == count
+    return has_rows(value, count)
+
+
+def has_rows(value: Any, count: int) -> bool:
+    """Whether a tensor, an array or a mapping of such with a shape has `count` rows."""
+    shape: Any = getattr(value, "shape", ())
+    return len(shape) > 0 and shape[0] == count
+
+
+def select_rows(batch: Any, chosen: Tensor, count: int) -> Any:
+    """Select the chosen samples of a batch of `count`.
+
+    Tensors and arrays of `count` rows lose the other rows. A tuple or list of `count` entries that
+    `is_per_sample` loses the others' entries. The batch itself and other containers are structures:
+    their entries are treated in the same way. All else belongs to the whole batch and stays.
+
+    Args:
+        batch: Tensors, arrays and lists in a tuple, list or mapping.
+        chosen: The indices (n,) of the samples.
+        count: The number of samples in the batch.
+    """
+    if isinstance(batch, (tuple, list)):
+        return rebuild_sequence(batch, [select_entry(value, chosen, count) for value in batch])
+    return select_entry(batch, chosen, count)
+
+
+def select_entry(value: Any, chosen: Tensor, count: int) -> Any:
+    """Select the chosen samples in one entry of a batch, such as its labels."""
+    if has_rows(value, count):  # also of a mapping: a TensorDict has rows
+        return value[chosen.to(value.device) if isinstance(value, Tensor) else chosen.cpu().numpy()]
+    if isinstance(value, Mapping):
+        items = {name: select_entry(entry, chosen, count) for name, entry in value.items()}
+        return replace_items(value, items)
+    if isinstance(value, (tuple, list)):
+        if is_per_sample(value, count):
+            return rebuild_sequence(value, [value[i] for i in chosen.tolist()])
+        return rebuild_sequence(value, [select_entry(entry, chosen, count) for entry in value])
+    return value
+
+
+def is_per_sample(sequence: Any, count: int) -> bool:
+    """Whether a tuple or list has an entry for each of `count` samples.
+
+    Its length alone does not tell: (labels, other labels, share) may meet a batch of three. It is
+    a structure if it is a named tuple, if its entries are of different kinds, or if all tensors in
+    it have a row for each sample.
+    """
+    if len(sequence) != count or hasattr(sequence, "_fields"):
+        return False
+    if len({classify(entry) for entry in sequence if entry is not None}) > 1:
+        return False
+    arrays = list_arrays(sequence)
+    return not arrays or not all(has_rows(array, count) for array in arrays)
+
+
+def classify(entry: Any) -> str:
+    """Name the kind of an entry. The entries of different samples are of one kind."""
+    if isinstance(entry, Mapping):
+        return "mapping"
+    if isinstance(entry, (tuple, list)):
+        return "sequence"
+    if isinstance(entry, (str, bytes, PathLike)):
+        return "text"
+    if hasattr(entry, "shape"):
+        return "array" if len(entry.shape) else "number"
+    return "number" if isinstance(entry, Number) else "other"
+
+
+def list_arrays(value: Any) -> list[Any]:
+    """List the tensors and arrays with rows in nested tuples and lists."""
+    if isinstance(value, (tuple, list)):
+        return [array for entry in value for array in list_arrays(entry)]
+    return [value] if classify(value) == "array" else []

@@ -206,7 +206,8 @@ class Run:
         # From here on all processes have the main one's weights.
         self.likelihood = processes.share_gradients(Likelihood(flow))
         self.optimizer = torch.optim.Adam(flow.parameters(), lr=config.lr)
-        self.average = AveragedModel(flow, multi_avg_fn=make_average_update(config.ema))
+        with torch.device("cpu"):  # its counter, whatever the default device
+            self.average = AveragedModel(flow, multi_avg_fn=make_average_update(config.ema))
         if saved:
             self.average.load_state_dict(saved["average"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -243,7 +244,9 @@ class Run:
             collate_fn=as_batch,
             generator=torch.Generator(),  # without one it would draw from the caller's
         )
-        for batch, indices in zip(loader, self.sampler, strict=True):
+        with torch.device("cpu"):  # its generator's, whatever the default device
+            batches = iter(loader)
+        for batch, indices in zip(batches, self.sampler, strict=True):
             yield batch, self.images.classes_at(indices)
 
     def sample_draws(self, places: range, step: int) -> ImageDraws:

@@ -1,35 +1,48 @@
-"""Perturbing whole batches: in a collate function, or between a loader and the training loop."""
+"""Perturb whole batches: in a collate function, or between a loader and the training loop."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate, get_worker_info
+from torch.utils.data import DataLoader, default_collate, default_convert, get_worker_info
 from torchvision import tv_tensors
 
 from latent_aug.images.conversion import is_tv_tensor
-from latent_aug.images.samples import get_image_key, map_tensors, replace_images, replace_items
+from latent_aug.images.samples import (
+    get_image_key,
+    has_one_each,
+    map_tensors,
+    rebuild_sequence,
+    replace_images,
+    replace_items,
+)
 from latent_aug.transforms.random import LatentPerturb
-from latent_aug.transforms.schedule import hooks_in, parts_of
+from latent_aug.transforms.schedule import has_hooks, walk_parts
 from latent_aug.utils.arguments import require_natural
 from latent_aug.utils.randomness import get_rank, mix_seeds, sample_seed, use_seed
 
+EXCLUDED = ("sampler", "batch_size", "shuffle", "drop_last")  # arguments beside a batch_sampler
+
 
 class LatentCollate:
-    """A collate function that perturbs the batch it has collated.
+    """A collate function that perturbs the batch which it has collated.
 
     One round trip of the flow for a whole batch costs a fraction of one for each image. Loader
-    workers may run it on the CPU; on a GPU it runs in the main process only (``num_workers=0``),
-    and `LatentLoader` is the way to have both workers and a GPU.
+    workers may run it on the CPU. On a GPU it runs in the main process only (``num_workers=0``).
+    Use `LatentLoader` to have both workers and a GPU.
+
+    A loader with ``batch_size=None`` gives it ready batches, which it perturbs as they are.
 
     Args:
         transform: A `LatentPerturb`, a `LatentSchedule` of such, or any v2 transform of batches.
         collate: Makes the batch: (images, labels, ...), or a mapping with images under
-            "pixel_values", "image", "images" or "img".
-        device: Where to perturb and leave the batch; None leaves it where it is.
+            "pixel_values", "image", "images" or "img". A list or tuple of image tensors, as
+            detection has it, is perturbed image by image.
+        device: The device to perturb on, where the batch stays. None leaves it where it is.
 
     Raises:
         TypeError: `transform` is or holds a `LatentAdversarial`, which belongs in the training
@@ -52,13 +65,13 @@ class LatentCollate:
         *,
         device: str | torch.device | None = None,
     ) -> None:
-        self.transform = check_transform(transform, "LatentCollate")
+        self.transform = require_transform(transform, "LatentCollate")
         if not callable(collate):
             raise TypeError(f"collate must be callable, got {collate!r}")
         self.collate, self.device = collate, None if device is None else torch.device(device)
 
-    def __call__(self, samples: list[Any]) -> Any:
-        """Collate samples, move the batch, perturb it."""
+    def __call__(self, samples: Any) -> Any:
+        """Collate samples, move the batch and perturb it."""
         elsewhere = self.device is not None and self.device.type != "cpu"
         if elsewhere and get_worker_info() is not None:
             raise RuntimeError(
@@ -66,32 +79,40 @@ class LatentCollate:
                 "LatentLoader(loader, transform, device), which perturbs in the main process, or "
                 "set num_workers=0"
             )
-        return perturb_batch(self.transform, moved(self.collate(samples), self.device))
+        is_default = self.collate is default_collate
+        collate = default_convert if is_default and is_batch(samples) else self.collate
+        return perturb_batch(self.transform, move_to(collate(samples), self.device))
 
 
 class LatentLoader:
     """A data loader whose batches are perturbed in the main process, on the device.
 
     The workers load and decode images; here the batch goes to the device and through the flow.
-    On a GPU that happens one batch ahead on a stream of its own, while the training step runs;
-    give the loader ``pin_memory=True`` then. On a CPU it happens when the batch is asked for: a
+    On a GPU that happens one batch ahead on a stream of its own, while the training step runs.
+    Give the loader ``pin_memory=True`` then. On a CPU it happens when the batch is asked for, as a
     thread beside the training step would take the cores that the step is using.
 
     The wrapped loader's attributes (`dataset`, `sampler`, `batch_size`, ...) are available too.
+    Around a `DataLoader` it is one itself, and frameworks that build another loader of its parts
+    get one that perturbs. Lightning's keeps to this class. Those of accelerate and of the Hugging
+    Face Trainer perturb in their collate function: on a GPU, wrap the loader that they give
+    instead, ``LatentLoader(accelerator.prepare(loader), transform, device)``.
 
-    Each epoch draws from its own seed: one number from torch's global generator where the epoch
-    begins, as `DataLoader` takes one for its workers, or the `seed` and the number of the epoch.
-    The global generators stay as they are otherwise, and the draws do not depend on the number
-    of workers. Ranks of distributed training differ. A transform with a `generator` of its own
-    keeps drawing from that instead.
+    Each epoch draws from its own seed. It is one number from torch's global generator where the
+    epoch begins, as `DataLoader` takes one for its workers, or follows from `seed` and the number
+    of the epoch. The global generators stay as they are otherwise, and the draws do not depend on
+    the number of workers. Ranks of distributed training differ. A transform with a `generator` of
+    its own keeps drawing from that instead.
 
     Args:
         loader: Gives batches (images, labels, ...), or mappings with images under
             "pixel_values", "image", "images" or "img".
         transform: A `LatentPerturb`, a `LatentSchedule` of such, or any v2 transform of batches.
-        device: Where to perturb and leave the batches; None leaves them where they are.
-        seed: Of the draws of all epochs; by default every epoch takes one from torch. On another
+        device: The device to perturb on, where the batches stay. None leaves them where they are.
+        seed: The seed of all epochs. By default every epoch takes one from torch. On another
             accelerator than CUDA its own generator draws, whatever the seed.
+        **order: Another order of samples for the wrapped `DataLoader`, such as a `sampler`. This
+            is for frameworks.
 
     Raises:
         TypeError: `transform` is or holds a `LatentAdversarial`: an attack one batch ahead would
@@ -108,6 +129,11 @@ class LatentLoader:
         (2, [[0, 1, 2, 3], [4, 5]])
     """
 
+    def __new__(cls, loader: Any = None, *_: Any, **__: Any) -> LatentLoader:
+        """Make a `DataLoader` around one: frameworks shard only those."""
+        is_plain = cls is LatentLoader and isinstance(loader, DataLoader)
+        return super().__new__(LatentDataLoader if is_plain else cls)
+
     def __init__(
         self,
         loader: DataLoader[Any],
@@ -115,15 +141,16 @@ class LatentLoader:
         device: str | torch.device | None = None,
         *,
         seed: int | None = None,
+        **order: Any,
     ) -> None:
         if not hasattr(loader, "__iter__"):
             raise TypeError(f"loader must be iterable, as a DataLoader is, got {loader!r}")
         self.seed = None if seed is None else require_natural("seed", seed)
-        self.transform = check_transform(transform, "LatentLoader")
-        perturbs = [p for p in parts_of(transform) if isinstance(p, LatentPerturb)]
+        self.transform = require_transform(transform, "LatentLoader")
+        perturbs = [p for p in walk_parts(transform) if isinstance(p, LatentPerturb)]
         if seed is not None and any(p.has_generator for p in perturbs):
             raise ValueError("seed and the transform's generator= are two sources: give one")
-        self.loader = loader
+        self.loader = reorder_loader(loader, order) if order else loader
         self.device = None if device is None else torch.device(device)
         self._epoch = -1
 
@@ -131,19 +158,21 @@ class LatentLoader:
         return len(self.loader)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "loader":  # while unpickling
+        if name == "__dataset":  # Lightning's name for it, where it makes loaders again
+            return self.loader.dataset
+        if name == "loader" or name.startswith("__"):  # while unpickling, or the loader's alone
             raise AttributeError(name)
         return getattr(self.loader, name)
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell loader, sampler and transform, and schedules in it, which epoch is next."""
+        """Tell loader, sampler and transform, and schedules in it, the next epoch."""
         self._epoch = epoch - 1
         loader: Any = self.loader
         batches = getattr(loader, "batch_sampler", None)
         collate = getattr(loader, "collate_fn", None)
         parts = [loader, *(getattr(loader, name, None) for name in ("sampler", "dataset"))]
-        parts += [batches, getattr(batches, "sampler", None), *parts_of(self.transform)]
-        parts += parts_of(collate.transform) if isinstance(collate, LatentCollate) else []
+        parts += [batches, getattr(batches, "sampler", None), *walk_parts(self.transform)]
+        parts += walk_parts(collate.transform) if isinstance(collate, LatentCollate) else []
         for part in {id(part): part for part in parts}.values():
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
@@ -157,18 +186,20 @@ class LatentLoader:
             seed = mix_seeds(sample_seed(), get_rank() or 0)
         else:
             seed = mix_seeds(self.seed, self._epoch, get_rank() or 0)
-        batches = self._perturbed(iter(self.loader), seed)
+        batches = self._perturb(iter(self.loader), seed)
         # accelerate's loaders say which batch is the last one, of those they have given out.
         tells_its_end = hasattr(self.loader, "end_of_dataloader")
         if self.device is not None and self.device.type == "cuda" and not tells_its_end:
             return self._one_ahead(batches, torch.cuda.Stream(self.device))
         return batches
 
-    def _perturbed(self, batches: Iterator[Any], seed: int) -> Iterator[Any]:
-        """The batches on the device, each perturbed with draws of its own."""
+    def _perturb(self, batches: Iterator[Any], seed: int) -> Iterator[Any]:
+        """Move the batches to the device and perturb each with draws of its own."""
         for number, batch in enumerate(batches):
-            there = moved(batch, self.device)
-            with use_seed(mix_seeds(seed, number), images_of(there).device):
+            there = move_to(batch, self.device)
+            images = get_images(there)
+            device = (images if isinstance(images, Tensor) else images[0]).device
+            with use_seed(mix_seeds(seed, number), device):
                 perturbed = perturb_batch(self.transform, there)
             yield perturbed
 
@@ -186,7 +217,7 @@ class LatentLoader:
         while ahead is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(stream)
-            batch, failure = recorded(ahead, current), None
+            batch, failure = keep_for_stream(ahead, current), None
             try:
                 ahead = next_batch()
             except Exception as error:  # the batch that is ready comes first
@@ -196,9 +227,68 @@ class LatentLoader:
                 raise failure
 
 
-def check_transform(transform: Any, user: str) -> Callable[..., Any]:
-    """A transform that may run outside the training step."""
-    if hooks_in(transform):
+class LatentDataLoader(LatentLoader, DataLoader[Any]):  # type: ignore[misc]  # another iterator
+    """A `LatentLoader` around a `DataLoader`, which is a `DataLoader` to frameworks.
+
+    Its parts are those of the loader that it wraps.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        transform: Callable[..., Any],
+        device: str | torch.device | None = None,
+        *,
+        seed: int | None = None,
+        **order: Any,
+    ) -> None:
+        super().__init__(loader, transform, device, seed=seed, **order)
+        # Lightning makes a loader anew of the arguments above and of the instance's own attributes.
+        self.dataset = self.loader.dataset
+
+    @property
+    def collate_fn(self) -> LatentCollate:  # type: ignore[override]
+        """The collate function for a loader that is built of this one's parts: it perturbs.
+
+        Raises:
+            ValueError: `seed` is given, which such a loader would not know.
+        """
+        if self.seed is not None:
+            raise ValueError(
+                "a LatentLoader with seed= cannot be built anew: give the framework the loader "
+                "inside, and wrap what comes back, LatentLoader(loader, transform, seed=...)"
+            )
+        return LatentCollate(self.transform, self.loader.collate_fn, device=self.device)
+
+
+def reorder_loader(loader: Any, order: dict[str, Any]) -> DataLoader[Any]:
+    """Make a `DataLoader` like another one, with another order of the samples.
+
+    Raises:
+        TypeError: It is of another class, whose arguments are not known.
+    """
+    if type(loader) is not DataLoader:
+        raise TypeError(
+            f"only a DataLoader can be given another sampler, got a {type(loader).__name__}: make "
+            "it with its sampler for each rank, and let the framework leave it as it is, in "
+            "Lightning with use_distributed_sampler=False"
+        )
+    names = inspect.signature(DataLoader).parameters
+    if unknown := [name for name in order if name not in names]:
+        raise TypeError(f"LatentLoader got an unexpected keyword argument {unknown[0]!r}")
+    kept = {name: getattr(loader, name) for name in names if hasattr(loader, name)}
+    batches = kept.pop("batch_sampler")
+    if kept["batch_size"] is None and batches is not None:
+        kept |= {"batch_size": batches.batch_size, "drop_last": batches.drop_last}
+    arguments = {**kept, **order}
+    if order.get("batch_sampler") is not None:  # it excludes the others
+        arguments = {k: v for k, v in arguments.items() if k not in EXCLUDED}
+    return DataLoader(**arguments)
+
+
+def require_transform(transform: Any, user: str) -> Callable[..., Any]:
+    """Require a transform that may run outside the training step."""
+    if has_hooks(transform):
         raise TypeError(
             f"{user} is for transforms: an attack needs the model as it is in this very step, so "
             "call LatentAdversarial(model).step(batch) in the training loop"
@@ -208,49 +298,98 @@ def check_transform(transform: Any, user: str) -> Callable[..., Any]:
     return transform
 
 
+def is_batch(samples: Any) -> bool:
+    """Whether a collate function was given a ready batch, as with ``batch_size=None``.
+
+    Samples come as a list. A list that begins with a tensor of batched images, and goes on with
+    something else than more of them, is a batch: samples are all alike.
+    """
+    if not isinstance(samples, list):
+        return True
+    are_batched = [isinstance(part, Tensor) and part.ndim > 3 for part in samples]
+    return are_batched[:1] == [True] and not all(are_batched)
+
+
 def perturb_batch(transform: Callable[..., Any], batch: Any) -> Any:
-    """A transform of samples on a batch: its images are marked as such, labels pass through."""
+    """Call a transform of samples on a batch. Its images are marked as such, labels pass."""
     if isinstance(batch, Tensor):
         return transform(batch)
-    key, images = get_image_key(batch), images_of(batch)
+    key, images = get_image_key(batch), get_images(batch)
+    if not isinstance(images, Tensor):
+        return perturb_each(transform, batch, key)
     # Of plain tensors a transform would take the first, which in a mapping may be the labels.
-    marked = images if is_tv_tensor(images) else tv_tensors.Image(images, device=images.device)
+    marked = mark_images(images)
     if isinstance(batch, Mapping):  # torchvision looks into dicts only
         result = replace_items(batch, transform({**batch, key: marked}))
     else:
         result = transform(replace_images(batch, key, marked))
-    return result if is_tv_tensor(images) else replace_images(result, key, plain(result[key]))
+    return result if is_tv_tensor(images) else replace_images(result, key, unmark(result[key]))
 
 
-def plain(images: Tensor) -> Tensor:
-    """Without the mark of a tv_tensor."""
+def perturb_each(transform: Callable[..., Any], batch: Any, key: Any) -> Any:
+    """Call a transform on each sample of a batch whose images are a list or tuple.
+
+    Entries with a part for each image go with them. The transform may change those in lists, such
+    as the boxes of targets.
+    """
+    count, is_mapping = len(batch[key]), isinstance(batch, Mapping)
+    names = list(batch) if is_mapping else list(range(len(batch)))
+    each = [name for name in names if has_one_each(batch[name], count)]
+    lists = [name for name in each if isinstance(batch[name], (tuple, list))]
+    changed: dict[Any, list[Any]] = {name: [] for name in lists}
+    for place in range(count):
+        sample = {name: batch[name][place] for name in each}
+        image, sample[key] = sample[key], mark_images(sample[key])
+        result = transform(sample if is_mapping else tuple(sample.values()))
+        found = result if is_mapping else dict(zip(each, result, strict=True))
+        found = found if is_tv_tensor(image) else {**found, key: unmark(found[key])}
+        for name in lists:
+            changed[name].append(found[name])
+    entries = {name: type(batch[name])(values) for name, values in changed.items()}
+    if is_mapping:
+        return replace_items(batch, entries)
+    return rebuild_sequence(batch, [entries.get(k, value) for k, value in enumerate(batch)])
+
+
+def mark_images(images: Tensor) -> Tensor:
+    """Mark a tensor as images, so that transforms of structures find them."""
+    return images if is_tv_tensor(images) else tv_tensors.Image(images)
+
+
+def unmark(images: Tensor) -> Tensor:
+    """Take the mark of a tv_tensor off."""
     return images.as_subclass(Tensor)
 
 
-def images_of(batch: Any) -> Tensor:
-    """The images of a batch.
+def get_images(batch: Any) -> Any:
+    """Get the images of a batch: a tensor, or a list or tuple of tensors.
 
     Raises:
-        TypeError: They are not a tensor.
+        TypeError: They are something else.
     """
     images = batch if isinstance(batch, Tensor) else batch[get_image_key(batch)]
-    if not isinstance(images, Tensor):
+    if isinstance(images, Tensor):
+        return images
+    is_sequence = isinstance(images, (tuple, list)) and len(images) > 0
+    odd = [image for image in images if not isinstance(image, Tensor)] if is_sequence else [images]
+    if odd:
         raise TypeError(
-            f"the images of a batch must be a tensor, got {type(images).__name__}; make tensors of "
+            "the images of a batch must be a tensor, or a list of tensors, got "
+            f"{'a list with ' if is_sequence else ''}{type(odd[0]).__name__}; make tensors of "
             "them in the data set's transform, e.g. with v2.ToImage()"
         )
     return images
 
 
-def moved(batch: Any, device: torch.device | None) -> Any:
-    """The tensors of a batch on a device, without waiting where the memory is pinned."""
+def move_to(batch: Any, device: torch.device | None) -> Any:
+    """Move the tensors of a batch to a device, without waiting where the memory is pinned."""
     if device is None:
         return batch
     return map_tensors(batch, lambda t: t.to(device, non_blocking=device.type == "cuda"))
 
 
-def recorded(batch: Any, stream: torch.cuda.Stream) -> Any:
-    """The same batch, its memory kept until the stream is done with it."""
+def keep_for_stream(batch: Any, stream: torch.cuda.Stream) -> Any:
+    """Keep the memory of a batch until a stream is done with it, and return the batch."""
 
     def record(t: Tensor) -> Tensor:
         if t.is_cuda:  # a transform may have added another

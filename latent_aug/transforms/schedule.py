@@ -1,4 +1,4 @@
-"""LatentSchedule: perturbations that follow one another over the epochs of a training run."""
+"""LatentSchedule: perturbations that follow one another over the epochs of a training."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ Perturbation = Callable[..., Any] | LatentAdversarial | None
 class LatentSchedule:
     """One perturbation after another: "multi-step training", usually from strong to weak.
 
-    Call it as you would call its parts: a transform on images or samples, a `LatentAdversarial`
-    (its `step`) on batches (images, labels) or mappings. Both return the structure they were
-    given, so they may follow each other.
+    Call it as you would call its parts. A transform takes images or samples, a
+    `LatentAdversarial` (its `step`) takes batches (images, labels) or mappings. Both return the
+    structure that they were given, so they may follow each other.
 
     It stays in its first phase until `set_epoch` or `step` is called.
 
-    The epoch is kept in shared memory: `set_epoch` and `step` in the main process are seen by
-    loader workers too, persistent ones included. Set it between epochs, as batches are
-    prefetched.
+    The epoch lies in shared memory. Loader workers, persistent ones too, see what `set_epoch` and
+    `step` do in the main process. Set it between epochs, as batches are prefetched.
 
     Args:
-        phases: (epochs, perturbation) pairs. A perturbation is a transform, a
+        phases: The (epochs, perturbation) pairs. A perturbation is a transform, a
             `LatentAdversarial`, or None for none. The last phase goes on beyond its epochs.
 
     Raises:
@@ -54,7 +53,7 @@ class LatentSchedule:
     def __init__(self, phases: Iterable[tuple[int, Perturbation]]) -> None:
         if not isinstance(phases, Iterable):
             raise TypeError(f"phases must be (epochs, perturbation) pairs, got {phases!r}")
-        self.phases = [check_phase(phase) for phase in phases]
+        self.phases = [require_phase(phase) for phase in phases]
         if not self.phases:
             raise ValueError("phases must hold at least one (epochs, perturbation), got none")
         self._starts = [0, *itertools.accumulate(epochs for epochs, _ in self.phases)][:-1]
@@ -72,16 +71,16 @@ class LatentSchedule:
 
     @property
     def fallbacks(self) -> int:
-        """Samples that no flow of it could perturb, see `LatentPerturb`."""
-        parts = {id(part): part for part in parts_of(self)}  # one may be in two phases
+        """The number of samples that no flow in it could perturb, see `LatentPerturb`."""
+        parts = {id(part): part for part in walk_parts(self)}  # one may be in two phases
         return sum(part.fallbacks for part in parts.values() if isinstance(part, LatentTransform))
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to an epoch, counted from 0, as `DistributedSampler.set_epoch` does."""
+        """Set the epoch, counted from 0, as `DistributedSampler.set_epoch` does."""
         self._epoch.fill_(require_natural("epoch", epoch))
 
     def step(self) -> None:
-        """One epoch is over, as for a learning rate scheduler."""
+        """Go to the next epoch, as a learning rate scheduler does."""
         self._epoch += 1
 
     def __call__(self, *inputs: Any) -> Any:
@@ -101,8 +100,8 @@ class LatentSchedule:
         return f"LatentSchedule([{phases}])"
 
 
-def check_phase(phase: Any) -> tuple[int, Perturbation]:
-    """One (epochs, perturbation) pair."""
+def require_phase(phase: Any) -> tuple[int, Perturbation]:
+    """Require an (epochs, perturbation) pair."""
     if not isinstance(phase, (tuple, list)) or len(phase) != 2:
         raise TypeError(f"phases must hold (epochs, perturbation) pairs, got {phase!r}")
     epochs, perturbation = phase
@@ -113,16 +112,16 @@ def check_phase(phase: Any) -> tuple[int, Perturbation]:
     return require_positive("the epochs of a phase (epochs, perturbation)", epochs), perturbation
 
 
-def parts_of(transform: Any) -> Iterator[Any]:
-    """A transform and all that it holds: phases of a schedule, transforms of a Compose."""
+def walk_parts(transform: Any) -> Iterator[Any]:
+    """Walk over a transform and all in it: phases of a schedule, transforms of a Compose."""
     yield getattr(transform, "__self__", transform)  # the hook of hook.step
     inside = getattr(transform, "transforms", [])
     if isinstance(transform, LatentSchedule):
         inside = [perturbation for _, perturbation in transform.phases]
     for part in inside if isinstance(inside, (list, tuple, nn.ModuleList)) else []:
-        yield from parts_of(part)
+        yield from walk_parts(part)
 
 
-def hooks_in(transform: Any) -> bool:
+def has_hooks(transform: Any) -> bool:
     """Whether a transform is, or holds, an attack hook."""
-    return any(isinstance(part, LatentAdversarial) for part in parts_of(transform))
+    return any(isinstance(part, LatentAdversarial) for part in walk_parts(transform))
