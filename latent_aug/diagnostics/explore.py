@@ -79,7 +79,7 @@ class Settings:
     Attributes:
         eps: The size of the perturbation.
         norm: The norm of eps.
-        level: The level of the flow that may move, 0 the finest; None for all.
+        level: The level of the flow that may move, 0 the finest, or None for all.
         where: Which pixels may move, inside or outside the box.
         box: Left, top, right and bottom as shares of the image's sides.
         seed: The seed of the draws. The same one gives the same direction at each eps.
@@ -101,7 +101,7 @@ class Moved(NamedTuple):
 
 
 class AttackStep(NamedTuple):
-    """An image on its way up the loss; the 0th is the original."""
+    """An image on its way up the loss. The 0th is the original."""
 
     number: int
     x: Tensor
@@ -191,7 +191,7 @@ def read_upload(path: str | Path, channels: int, side: int) -> Tensor:
 
 
 def make_subject(flow: str, x: Tensor, label: int | None = None) -> Subject:
-    """Encode an image once; moving a slider then costs one decode.
+    """Encode an image once. Moving a slider then costs one decode.
 
     Raises:
         ValueError: The flow does not map images of this size.
@@ -200,7 +200,7 @@ def make_subject(flow: str, x: Tensor, label: int | None = None) -> Subject:
 
 
 def build_box_mask(x: Tensor, settings: Settings) -> Tensor | None:
-    """Build the mask (H, W) of an image (1, C, H, W): ones where it may move; None for all."""
+    """Build the mask (H, W) of an image (1, C, H, W): ones where it may move. None for all."""
     if settings.where == "everywhere":
         return None
     height, width = x.shape[-2:]

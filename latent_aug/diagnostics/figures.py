@@ -47,16 +47,16 @@ def preview(
         transform: A `LatentPerturb` or a `LatentAdversarial`, which is left as it is. A `Flow`, or
             a name or path for `load_flow`, stands for a `LatentPerturb` with its defaults. An
             attack's callables are given `(image, label)`, as batches of one.
-        images: A batch (B, C, H, W), or a list or a data set of images, PIL or tensors, that the
-            transform takes, or of tuples that begin with one. Eight of them, evenly spread, are
+        images: A batch (B, C, H, W), a list or a data set of images, PIL or tensors, that the
+            transform takes. Tuples that begin with an image do as well. Eight, evenly spread, are
             drawn.
         labels: Labels (B,), for a `LatentAdversarial` with true labels and for a conditional flow.
             By default they are second in the samples.
         eps: One size or several, in the transform's norm. By default half of its own eps, its own,
             and twice that.
         amplify: The factor of the differences.
-        temperatures: The standard deviations of the sampled latents; none are drawn if empty.
-        seed: The seed of perturbations and samples; the global generator is left as it is.
+        temperatures: The standard deviations of the sampled latents. None are drawn if empty.
+        seed: The seed of perturbations and samples. The global generator is left as it is.
 
     Returns:
         A figure, to `savefig` or to show in a notebook.
@@ -199,7 +199,7 @@ def needs_label(transform: LatentPerturb | LatentAdversarial) -> bool:
 
 
 def read_label(sample: Any) -> Tensor | None:
-    """Read the label of a sample (image, label) as a batch of one; None where there is none."""
+    """Read the label of a sample (image, label) as a batch of one. None where there is none."""
     label = find_labels(sample) if isinstance(sample, (tuple, list)) else None
     if isinstance(label, Integral):
         return torch.tensor([int(label)], device="cpu")

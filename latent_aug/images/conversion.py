@@ -120,7 +120,7 @@ def check_pil(image: Image.Image, channels: int) -> None:
 
 
 def pil_to_batch(image: Image.Image, channels: int) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """Convert a PIL image to a batch of one; its alpha is kept aside."""
+    """Convert a PIL image to a batch of one, and keep its alpha aside."""
     own = image.mode
     transparent = own in ("LA", "PA", "RGBA") or (own == "P" and "transparency" in image.info)
     alpha = image.convert("RGBA").getchannel("A") if transparent else None
@@ -160,7 +160,7 @@ def check_mode(image: Image.Image) -> None:
 
 
 def has_colour(image: Image.Image) -> bool:
-    """Whether a PIL image loses something as a grey one; an RGB image may hold greys only."""
+    """Whether a PIL image loses something as a grey one. An RGB image may hold greys only."""
     if image.mode in GREY_MODES:
         return False
     pixels = pil_to_uint8(image, "RGB").short()
@@ -173,7 +173,7 @@ def is_tv_tensor(image: Any) -> bool:
 
 
 def to_float(pixels: Tensor) -> Tensor:
-    """Convert uint8 to float32 in [0, 1], float16 and bfloat16 to float32; the rest stays."""
+    """Convert uint8 to float32 in [0, 1], float16 and bfloat16 to float32. The rest stays."""
     if pixels.dtype == torch.uint8:
         return pixels.float() / 255
     return pixels if pixels.dtype in (torch.float32, torch.float64) else pixels.float()
@@ -250,7 +250,7 @@ def clamp_finite(x: Tensor) -> Tensor:
 
 
 def scale_size(size: tuple[int, int], resolution: int | None) -> tuple[int, int]:
-    """Scale a size (H, W) down so that its shorter side is `resolution`; never up."""
+    """Scale a size (H, W) down so that its shorter side is `resolution`, never up."""
     shorter = min(size)
     if resolution is None or shorter <= resolution:
         return size
@@ -340,7 +340,7 @@ class Normalization:
         return {"mean_std": self.mean_std, "_placed": {}}  # an accelerator's stay in this process
 
     def _place(self, x: Tensor) -> Tensor:
-        """Get mean and std (2, C, 1, 1) on x's device; they are copied there once."""
+        """Get mean and std (2, C, 1, 1) on x's device, copied there once."""
         assert self.mean_std is not None
         key = (x.device, x.dtype)
         if key not in self._placed:

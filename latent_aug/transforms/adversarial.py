@@ -52,17 +52,16 @@ DETACHED = "the loss has no gradient to the images: the model, forward= or loss=
 class LatentAdversarial(LatentTransform):
     """Replace images by on-manifold adversarial ones: k ascent steps on the user's classifier.
 
-    Searches, within a ball of radius eps around each image's latent, for the point whose decoded
-    image the model classifies worst, by projected gradient ascent with normalized gradients.
+    The attack searches a ball of radius eps around each image's latent for the point whose decoded
+    image the model classifies worst. It takes projected ascent steps along normalized gradients.
     The model is left as it was: modes, buffers, gradients and flags, also after an exception.
 
-    Images that the flow cannot perturb come back as they were; `fallbacks` counts them.
+    Images that the flow cannot perturb come back as they were, and `fallbacks` counts them.
 
-    The model may run under autocast, in half precision, compiled, frozen in part, or wrapped in
-    DataParallel or DistributedDataParallel, which is looked through: in "eval" mode the attack
-    never talks to other processes (SyncBatchNorm in training mode would). Under float16 small
-    gradients survive, as they are scaled up. Activation checkpointing needs
-    ``use_reentrant=False``.
+    The model may run under autocast, in half precision, compiled, or frozen in part. DataParallel
+    and DistributedDataParallel are looked through. In "eval" mode the attack never talks to other
+    processes, as SyncBatchNorm in training mode would. Under float16 small gradients survive, as
+    they are scaled up. Activation checkpointing needs ``use_reentrant=False``.
 
     Args:
         model: The classifier: images (B, C, H, W) to logits (B, K).
@@ -73,42 +72,43 @@ class LatentAdversarial(LatentTransform):
         norm: "l2", "linf", or "rms" (l2 with eps and alpha times √d).
         flow: A `Flow`, or a name or path for `load_flow`.
         resolution: Attack in the latent of a copy of the images, downscaled to this many pixels on
-            its shorter side, and add the upsampled difference: for photographs, which are larger
-            than what the flow was trained on. Images no larger than that are attacked as they are.
-        loss: Called with (logits, labels), gives a scalar or (B,); labels may be anything then
-            but None, or a tensor of another length. By default cross-entropy, in float64, as
-            confident samples have no loss in float32.
-        labels: "true" raises the loss at the batch's labels, "predicted" at the model's own
-            predictions on the clean images (the authors' code), which are class indices (B,), for
-            your `loss` too.
+            its shorter side, and add the upsampled difference. This is for photographs, which are
+            larger than what the flow was trained on. Images no larger than that are attacked as
+            they are.
+        loss: A function that is called with (logits, labels) and gives a scalar or (B,). Labels may
+            be anything then but None, or a tensor of another length. By default it is
+            cross-entropy in float64, as confident samples have no loss in float32.
+        labels: "true" raises the loss at the batch's labels. "predicted" raises it at the model's
+            own predictions on the clean images, as the authors' code does. These are class indices
+            (B,), for your `loss` too.
         normalize: v2.Normalize or (mean, std) that the images have been through already.
-        p: Share of each batch that is perturbed, drawn at random; the cost falls with it.
+        p: Share of each batch that is perturbed, drawn at random. The cost falls with it.
         clip: Greatest distance from the original image, in [0, 1] units: per pixel for "linf",
             as l2 norm otherwise.
         random_start: Begin at a random point of the ball, not at its centre.
         model_mode: "eval" attacks the model in evaluation mode, "unchanged" in the mode it is in.
-        mask: Perturb only where it is 1: zeros and ones (H, W) or (B, H, W), or a callable that
-            takes the batch and returns them. Latents move at those pixels only, and the other
-            pixels come back exactly as they were; all of them where it is 0 everywhere.
-        levels: Perturb only these levels of the flow: 0 is the finest, -1 the coarsest; an
-            integer or several. "rms" counts only what may move.
-        labels_getter: "default" finds labels second in a tuple or list, or in a dict under
-            "labels" or "label"; a callable takes the batch and returns them. A class-conditional
-            flow is given the same labels.
+        mask: Zeros and ones, (H, W) or (B, H, W), or a callable that takes the batch and returns
+            them. Latents move only at the pixels where it is 1. The other pixels come back exactly
+            as they were.
+        levels: The levels of the flow to perturb, an integer or several: 0 is the finest, -1 the
+            coarsest. By default all move. "rms" counts only what may move.
+        labels_getter: The place of the labels. "default" looks second in a tuple or list, or in a
+            mapping under "labels" or "label". A callable takes the batch and returns them. A
+            class-conditional flow is given the same labels.
         forward: For models of several inputs or outputs: called with (model, batch) in place of
             model(images), gives the logits. The batch is the user's with the images replaced
             and, where p is below 1, without the rows of the samples that are not attacked.
         gradient: How the gradient passes the flow: "fast" keeps activations, "lean" recomputes
             them in memory that does not grow with the flow's depth, "auto" decides by size
             (`Glow.decode`). Flows other than `Glow` may know only "auto".
-        generator: Where to draw from; torch's global generators by default, which the ranks of
-            distributed training may seed alike. Seed your own by rank.
+        generator: The generator to draw from, by default torch's global ones. The ranks of
+            distributed training may seed those alike. Seed your own by rank.
 
     Raises:
         TypeError, ValueError: An argument or a batch is not as described.
 
-    Source: the paper's §2.2; its CIFAR-10 setting is l2, eps 1.0, alpha 0.5, k = 3. p=0.5 is
-    Stutz et al. 2019.
+    Source: the paper's §2.2, with l2, eps 1.0, alpha 0.5 and k = 3 on CIFAR-10. p=0.5 is Stutz et
+    al. 2019.
 
     Example:
         >>> import torch
@@ -199,7 +199,7 @@ class LatentAdversarial(LatentTransform):
         Args:
             batch: (images, labels, ...) as tuple, named tuple or list, or a mapping with images
                 under "pixel_values", "image", "images" or "img". Images (B, C, H, W) are float in
-                [0, 1] or normalized as `normalize` says; labels are indices (B,) or
+                [0, 1] or normalized as `normalize` says. Labels are indices (B,) or
                 probabilities (B, K).
         """
         key, labels = get_image_key(batch), read_labels(batch, self.labels_getter)
@@ -216,7 +216,7 @@ class LatentAdversarial(LatentTransform):
         return result
 
     def __call__(self, images: Tensor, labels: Any = None) -> Tensor:
-        """Attack images (B, C, H, W) with labels (B,) or (B, K); the dtype stays.
+        """Attack images (B, C, H, W) with labels (B,) or (B, K), and keep their dtype.
 
         `mask` and `forward` get (images, labels) as the batch.
         """
@@ -310,7 +310,7 @@ class LatentAdversarial(LatentTransform):
         return int(share)
 
     def _attack(self, images: Tensor, labels: Any, region: Tensor | None, ask: Ask) -> Tensor:
-        """Attack every image of a batch; the units, dtype and memory layout stay."""
+        """Attack every image of a batch, and keep its units, dtype and memory layout."""
         y = prepare_labels(self.flow, labels, len(images), to_float(images))
         latents = self.encode(images, y=y, region=region)
         z, size = latents.z, image_size(latents.small)
@@ -324,7 +324,7 @@ class LatentAdversarial(LatentTransform):
                 labels = predict(model, images, ask)
             for _ in range(self.steps):
                 delta.requires_grad_(True)
-                moved = latents.decode(delta)
+                moved = latents.decode_with(delta)
                 if not moved.requires_grad:
                     name = f"{type(self.flow).__name__}.decode"
                     raise ValueError(f"{name} detaches: it has no gradient")
@@ -354,11 +354,11 @@ class LatentAdversarial(LatentTransform):
         Args:
             logits: The model's output, in float32 or float64.
             labels: The labels of the batch, or the predicted ones.
-            samples: The number of samples, if the model does not mix them; else None.
+            samples: The number of samples, if the model does not mix them, else None.
         """
         if self.loss is None and logits.device.type != "mps":
             # In float32 a sample classified with a margin above 16 has a loss of exactly 0, and
-            # half of its gradient is lost; a fifth of a small training set can be like that.
+            # half of its gradient is lost. A fifth of a small training set can be like that.
             logits = logits.double()
         if logits.requires_grad:
             each = logits.ndim > 0 and len(logits) == samples

@@ -34,7 +34,7 @@ class LatentCache(Dataset[Any]):
 
     For pipelines whose flow comes first: nothing random may happen to an image before it, so no
     crops and no flips (put them into `then`, after the flow). It saves reading and encoding the
-    images; encoding is half of the flow's work. Images come out as uint8 tensors (C, H, W); a
+    images, and encoding is half of the flow's work. Images come out as uint8 tensors (C, H, W). A
     `DataLoader` has a whole batch decoded at once.
 
     The directory keeps latents (float32), images and labels as safetensors, five bytes a value.
@@ -45,14 +45,14 @@ class LatentCache(Dataset[Any]):
     Args:
         dataset: Samples (image, label, ...) or images, of one size, uint8 or PIL. Labels must
             be numbers or tensors and are kept. Anything behind them is not.
-        directory: The directory of the cache; it is made if it is missing.
+        directory: The directory of the cache, which is made if it is missing.
         perturb: The transform whose flow encodes and decodes.
         then: A transform that is called with image and label, as v2 transforms may be, or with the
             image alone where there are no labels.
         batch_size: The number of images encoded at once.
 
     Raises:
-        TypeError, ValueError: A sample cannot be cached, or is another one each time; or the
+        TypeError, ValueError: A sample cannot be cached, it is another one each time, or the
             directory holds another cache.
 
     Example:
@@ -124,7 +124,7 @@ class LatentCache(Dataset[Any]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Iterable[int]) -> list[Any]:
-        """Perturb and decode the samples of a batch at once; a DataLoader calls this."""
+        """Perturb and decode the samples of a batch at once, for a `DataLoader`."""
         rows = [self._read(range(self.count)[index]) for index in indices]
         read = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         x, labels = read["images"] / 255, read.get("labels")
@@ -228,7 +228,7 @@ def encode_samples(
 
 
 def is_whole(shard: Path, rows: int) -> bool:
-    """Whether a shard exists and holds so many samples; a file that was cut off does not."""
+    """Whether a shard exists and holds so many samples, as a file that was cut off does not."""
     try:
         with safe_open(shard, framework="pt") as file:
             return all(file.get_slice(name).get_shape()[0] == rows for name in file.keys())  # noqa: SIM118

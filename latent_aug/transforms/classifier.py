@@ -21,7 +21,7 @@ SEVERAL_LABELS = f"for several labels an image {OWN_LOSS}"
 
 @contextmanager
 def lend(model: nn.Module, mode: str) -> Iterator[nn.Module]:
-    """Lend a model to an attack; afterwards its modes, buffers, flags and caches are put back.
+    """Lend a model to an attack, and put back its modes, buffers, flags and caches.
 
     Its parameters require no gradients meanwhile. A compiled model would compute them all, and
     autocast would keep casts of them, without gradients, for the user's own forward pass.
@@ -82,14 +82,14 @@ def read_attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
 
 
 def copy_content(value: Any) -> dict[Any, Any] | list[Any] | None:
-    """Copy a dict or a list; None for anything else."""
+    """Copy a dict or a list. None for anything else."""
     if isinstance(value, dict):
         return dict(value)
     return list(value) if isinstance(value, list) else None
 
 
 def restore_attributes(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
-    """Put public attributes of a module back; dicts and lists stay the same objects.
+    """Put public attributes of a module back. Dicts and lists stay the same objects.
 
     An attribute that has become a submodule, a parameter or a buffer stays one. New attributes
     stay too, because a private one may say that they are there.

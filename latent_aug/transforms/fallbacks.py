@@ -13,10 +13,10 @@ JUDGED, MANY = 200, 0.1  # images to warn after where more than this share could
 
 
 class FallbackCounter:
-    """Counts images that came back as they were, on their device; read it with `int`.
+    """Counts images that came back as they were, on their device. Read it with `int`.
 
     Attributes:
-        tried: The number of images so far; None once the first ones are judged.
+        tried: The number of images so far, or None once the first ones are judged.
     """
 
     def __init__(self) -> None:

@@ -54,7 +54,7 @@ def l2_radius(t: Tensor, eps: Size, norm: Norm, mask: Tensor | None = None) -> S
 
 
 def unit(t: Tensor) -> Tensor:
-    """Each sample divided by its l2 norm; a zero sample stays zero."""
+    """Divide each sample by its l2 norm. A zero sample stays zero."""
     # Divide by the greatest component first, as squares of small gradients would underflow.
     largest = t.flatten(1).abs().amax(dim=1)[:, None, None, None]
     scaled = t / torch.where(largest > 0, largest, 1)
@@ -69,7 +69,7 @@ def project(delta: Tensor, eps: Size, norm: Norm | None, *, mask: Tensor | None 
         eps: The radius of the ball.
         norm: "linf" clips each component, "l2" and "rms" rescale a sample that is outside,
             None leaves everything.
-        mask: Ones where components may move; `delta` must be 0 elsewhere.
+        mask: Ones where components may move. `delta` must be 0 elsewhere.
 
     Raises:
         ValueError: There is no such norm.
@@ -115,7 +115,7 @@ def noise_of_norm(
 
 
 def away_from_origin(noise: Tensor, z: Tensor) -> Tensor:
-    """Give each component of the noise the sign of z; the size stays.
+    """Give each component of the noise the sign of z. Its size stays.
 
     Example:
         >>> import torch
@@ -171,7 +171,7 @@ def ascent_step(
         alpha: The step size, in the unit of eps.
         eps: The radius of the ball.
         norm: "linf" steps along the sign, "l2" and "rms" along the gradient divided by its norm.
-        mask: Ones where components may move; `delta` must be 0 elsewhere.
+        mask: Ones where components may move. `delta` must be 0 elsewhere.
 
     Raises:
         ValueError: There is no such norm.
@@ -226,7 +226,7 @@ def encode(flow: Flow, x: Tensor, y: Tensor | None = None) -> Tensor:
 
 
 def decode(flow: Flow, z: Tensor, y: Tensor | None = None, **options: Any) -> Tensor:
-    """Decode latents, whatever autocast is on; `options` are passed to the flow's `decode`."""
+    """Decode latents, whatever autocast is on. `options` are for the flow's own `decode`."""
     with torch.autocast(z.device.type, enabled=False):
         return flow.decode(z, y, **options)
 
@@ -268,7 +268,7 @@ def restore_unusable(
         perturbed: The perturbed images (B, C, H, W).
         original: The images before, of the same shape.
         z: The latents of the originals (B, C, H', W').
-        counted: Which samples (B,) to count; all by default.
+        counted: Which samples (B,) to count, by default all.
 
     Returns:
         The samples, and their count as a 0-d tensor on their device, so that nothing waits for it.
@@ -286,6 +286,6 @@ def restore_unusable(
 
 
 def is_unusable(perturbed: Tensor, original: Tensor, z: Tensor) -> Tensor:
-    """Which samples (B,) the flow could not perturb; see `restore_unusable`."""
+    """Which samples (B,) the flow could not perturb, as `restore_unusable` says."""
     finite = (perturbed.isfinite() & original.isfinite()).flatten(1).all(dim=1)
     return ~(finite & (root_mean_square(z).flatten() < FARTHEST_LATENT))

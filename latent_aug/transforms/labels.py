@@ -12,7 +12,7 @@ from latent_aug.images.samples import LABEL_KEYS, find_labels
 
 
 def read_labels(sample: Any, getter: Any) -> Any:
-    """Read the labels of a sample or batch by a `labels_getter`; None where it has none."""
+    """Read the labels of a sample or batch by a `labels_getter`. None where it has none."""
     if callable(getter):
         return getter(sample)
     return find_labels(sample)
@@ -20,10 +20,10 @@ def read_labels(sample: Any, getter: Any) -> Any:
 
 @torch.no_grad()
 def prepare_labels(flow: Flow, labels: Any, count: int, like: Tensor) -> Tensor | None:
-    """Convert labels to the y of a flow's `encode` and `decode`; None if it is unconditional.
+    """Convert labels to the y of a flow's `encode` and `decode`. None if it is unconditional.
 
     Args:
-        flow: The flow; it is conditional if its `num_classes` is above 0.
+        flow: The flow, which is conditional if its `num_classes` is above 0.
         labels: A class index or probabilities for one image, or for each: an integer, or a
             tensor (), (B,), (K,) or (B, K). One index serves several images of the same sample.
         count: The number of images.

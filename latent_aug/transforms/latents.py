@@ -52,9 +52,9 @@ class Latents:
         z: The latents (B, C, H', W').
         images: The images (B, C, H, W) as they came, perhaps normalized or in half precision.
         x: The same images in [0, 1], in float32 or float64.
-        small: The copy of x that was encoded, downscaled to `resolution`; else x itself.
+        small: The copy of x that was encoded, downscaled to `resolution`, or x itself.
         y: The labels (B,) or (B, K), for a conditional flow.
-        region: The pixels that may change, booleans (1 or B, 1, H, W); None for all.
+        region: The pixels that may change, booleans (1 or B, 1, H, W). None for all.
     """
 
     transform: LatentTransform
@@ -72,18 +72,18 @@ class Latents:
 
         Args:
             noise: The noise (B, C, H', W'), added to `z`.
-            counted: Which of the images (B,) to count; all by default.
+            counted: Which of the images (B,) to count, by default all.
 
         Returns:
             Images like `images`: of their shape, dtype, units and memory layout.
         """
-        perturbed = self.decode(noise)
+        perturbed = self.decode_with(noise)
         result, count = LF.restore_unusable(perturbed, self.images, self.z, counted=counted)
         self.transform.fallback_counter.add(count, len(self.z))
         return result if self.region is None else torch.where(self.region, result, self.images)
 
-    def decode(self, noise: Tensor) -> Tensor:
-        """Do the same without falling back or counting; gradients reach the noise."""
+    def decode_with(self, noise: Tensor) -> Tensor:
+        """Do the same without falling back or counting. Gradients reach the noise."""
         height, width = image_size(self.small)
         decoded = self.transform.decode(self.z + noise, self.y)
         moved = clamp_finite(decoded[..., :height, :width])
@@ -139,7 +139,7 @@ class LatentTransform:
 
     @property
     def flow(self) -> Flow:
-        """The flow; shared, so treat it as read-only."""
+        """The flow, which is shared, so treat it as read-only."""
         return self._held.flow
 
     @property
@@ -228,7 +228,7 @@ class LatentTransform:
         return x.clamp(0, 1)
 
     def _warn_of_size(self, *, dissolves: float, slight: float, usual: str) -> None:
-        """Warn where eps looks like that of another norm; called by a subclass's `__init__`.
+        """Warn where eps looks like that of another norm, in a subclass's `__init__`.
 
         Args:
             dissolves: The eps of "linf", "rms" and None from which on images dissolve.

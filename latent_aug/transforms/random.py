@@ -53,51 +53,52 @@ class Draw(NamedTuple):
 class LatentPerturb(LatentTransform, v2.Transform):
     """Move images a little in the latent space of a flow: x̃ = F⁻¹(F(x) + noise).
 
-    Takes what v2 transforms take: PIL images, uint8 or float tensors, tv_tensors, alone or in any
-    structure with labels, boxes and masks, which pass through; also whole batches
-    (..., C, H, W). Of plain tensors the first is the image, as in v2; in a mapping that names it
-    "pixel_values", "image", "images" or "img", that one (and a further tv_tensors.Image). Type,
-    dtype, shape and device of the result are the input's. Floats lie in [0, 1]: put it before
-    Normalize, or pass `normalize`. Sizes that the flow cannot map are padded and cropped back. All
-    frames of a video get the same noise. Like other v2 transforms it ignores `.eval()`: use it in
-    the training pipeline only.
+    It takes what v2 transforms take: PIL images, uint8 or float tensors and tv_tensors, alone or in
+    any structure, and whole batches (..., C, H, W). Labels, boxes and masks pass through. Of plain
+    tensors the first is the image, as in v2. In a mapping the image is under "pixel_values",
+    "image", "images" or "img", and a further tv_tensors.Image counts too. Type, dtype, shape and
+    device of the result are the input's.
+
+    Floats lie in [0, 1]: put it before Normalize, or pass `normalize`. Sizes that the flow cannot
+    map are padded and cropped back. All frames of a video get the same noise. Like other v2
+    transforms it ignores `.eval()`: use it in the training pipeline only.
 
     The flow is private to the transform: not among its parameters, not in its `state_dict`.
-    Samples that are not finite, or that lie too far off the flow's data, as noisy ones may, come
-    back as they were; `fallbacks` counts them in this process (not in loader workers).
+    Some samples come back as they were: those that are not finite, or that lie too far off the
+    flow's data, as noisy ones may. `fallbacks` counts them in this process, not in loader workers.
 
     Args:
         eps: Size of the perturbation in standard deviations of the prior, or (low, high) to draw
             it per sample. `check_flow` suggests one for your images, `preview` shows it.
-        norm: "linf" clips eps·N(0, I) to ±eps, "l2" scales it to the radius eps, "rms" to the
-            radius eps·√d (one eps for all image sizes), None leaves it.
+        norm: "linf" clips eps·N(0, I) to ±eps. "l2" scales it to the radius eps. "rms" scales it
+            to the radius eps·√d, so that one eps suits all image sizes. None leaves it.
         flow: A `Flow`, or a name or path for `load_flow`.
         p: Probability that a sample is perturbed.
         clip: Greatest distance from the original image, in [0, 1] units: per pixel for "linf"
             and None, as l2 norm otherwise.
         away: Point every component of the noise away from the latent's origin.
         resolution: Perturb a copy of the image, downscaled to this many pixels on its shorter
-            side, and add the upsampled difference: for photographs, which are larger than what
-            the flow was trained on. Images no larger than that are perturbed as they are.
+            side, and add the upsampled difference. This is for photographs, which are larger than
+            what the flow was trained on. Images no larger than that are perturbed as they are.
         normalize: v2.Normalize or (mean, std) that the images have been through already.
-        mask: Perturb only where it is 1: zeros and ones (H, W), or (B, H, W) for batches; or a
-            callable that takes the sample, as it comes to the transform, and returns one. Latents
-            move at those pixels only, and the other pixels come back exactly as they were.
-        levels: Perturb only these levels of the flow: 0 is the finest, -1 the coarsest; an
-            integer or several. "rms" counts only what may move.
-        labels_getter: Where a class-conditional flow finds the label: "default" looks second in
-            a tuple or list, or in a dict under "labels" or "label"; a callable takes the sample.
-            An index or probabilities, for one image or for each; it comes back untouched.
-        generator: Where to draw from; torch's global generators by default. In loader workers it
-            is re-seeded from the worker's seed; elsewhere the ranks of distributed training draw
+        mask: Zeros and ones, (H, W) or for batches (B, H, W), or a callable that takes the whole
+            sample and returns them. Latents move only at the pixels where it is 1. The other
+            pixels come back exactly as they were.
+        levels: The levels of the flow to perturb, an integer or several: 0 is the finest, -1 the
+            coarsest. By default all move. "rms" counts only what may move.
+        labels_getter: The place of the label that a class-conditional flow needs. "default" looks
+            second in a tuple or list, or in a mapping under "labels" or "label". A callable takes
+            the sample and returns it. It is an index or probabilities, for one image or for each.
+        generator: The generator to draw from, by default torch's global ones. In loader workers it
+            is re-seeded from the worker's seed. Elsewhere the ranks of distributed training draw
             the same from generators of one seed, so seed it by rank.
 
     Raises:
         ValueError, TypeError: An argument, or an image's channels, dtype, or range, is not as
             described.
 
-    Source: the paper's §2.1 (Randomized-LA); its CIFAR-10 settings are linf 0.25 and l2 10.
-    `away` is in the authors' code only.
+    Source: the paper's §2.1 (Randomized-LA), with linf 0.25 and l2 10 on CIFAR-10. `away` is in the
+    authors' code only.
 
     Example:
         >>> import torch
@@ -202,7 +203,7 @@ class LatentPerturb(LatentTransform, v2.Transform):
         return rebuild_sequence(images, [self.forward(sample)[key] for sample in each])
 
     def make_params(self, flat_inputs: list[Any], sample: Any = None) -> dict[str, Any]:
-        """Draw for each kind of image in the sample; images of one kind share the draw.
+        """Draw for each kind of image in the sample, which the images of one kind share.
 
         The images are not read: a draw depends on their shape, dtype and device alone.
         """
@@ -240,7 +241,7 @@ class LatentPerturb(LatentTransform, v2.Transform):
 
     @torch.no_grad()
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Apply a draw to an image; deterministic."""
+        """Apply a draw to an image, without drawing anything."""
         images, restore = to_batch(inpt, self.flow.channels)
         if not images.numel():
             return inpt
@@ -303,7 +304,7 @@ class LatentPerturb(LatentTransform, v2.Transform):
         return draw.take(torch.arange(count, device=like.device).repeat_interleave(frames))
 
     def _apply(self, images: Tensor, draw: Draw, z: Tensor | None = None) -> Tensor:
-        """Replace the chosen images of a batch by perturbed ones; z are their latents, if known."""
+        """Replace the chosen images of a batch by perturbed ones, from latents z if known."""
         chosen = draw.chosen
         if not images.is_cpu:  # a look at what is chosen would wait for the device
             return torch.where(chosen[:, None, None, None], self._perturb(images, draw, z), images)

@@ -113,7 +113,7 @@ def build_mask(
     Args:
         flow: The flow of the latent, which spreads coarse levels over their pixels' place.
         z: The latent (B, C, H, W), or a tensor of its shape, dtype and device.
-        region: The pixels that may move, by `read_region`; padded here as the images are.
+        region: The pixels that may move, by `read_region`. They are padded here as the images are.
         levels: The levels that may move, by `check_levels`.
         size: The size (H, W) of the image that was encoded, where that is a downscaled copy.
     """
@@ -129,7 +129,7 @@ def build_mask(
 
 
 def take_rows(region: Tensor | None, rows: Tensor) -> Tensor | None:
-    """Take the rows of a region that belong to some images; one row that serves all stays."""
+    """Take the rows of a region that belong to some images. One row that serves all stays."""
     return region if region is None or len(region) == 1 else region[rows]
 
 
