@@ -93,6 +93,16 @@ def test_loaded_weights(same, flow, tmp_path):
     same(lambda: load_flow(tmp_path).state_dict())
 
 
+def test_weights_loaded_into_a_flow_that_is_there(same):
+    flow, state = random_dense(1, 8), random_dense(1, 8, seed=1).state_dict()
+
+    def load():
+        flow.load_state_dict(state)
+        return flow.state_dict()
+
+    same(load)
+
+
 def test_a_loaded_flow_of_a_user_s(same, tmp_path):
     class Scaled(Flow):
         channels = 1

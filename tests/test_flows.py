@@ -362,10 +362,11 @@ class TestUse:
     def test_first_use_in_inference_mode_does_not_spoil_gradients(self):
         flow = random_glow()
         with torch.inference_mode():
-            flow.decode(torch.zeros(1, 3, 16, 16))
-        z = torch.zeros(1, 3, 16, 16, requires_grad=True)
-        flow.decode(z).sum().backward()
-        assert z.grad is not None
+            flow.decode(flow.encode(torch.zeros(1, 3, 16, 16)))
+        for call in (flow.decode, flow.encode):
+            t = torch.zeros(1, 3, 16, 16, requires_grad=True)
+            call(t).sum().backward()
+            assert t.grad is not None
 
 
 def test_the_count_of_parameters_is_about_right(glow):
