@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Identity
 from torch.utils.data import DataLoader, Dataset
 
 from latent_aug import LatentPerturb
@@ -42,6 +43,53 @@ def test_workers_draw_for_themselves_on_one_thread_each(method, workers, own):
     assert set(threads.tolist()) == {1}
     assert len(set(processes.tolist())) == workers
     assert multiprocessing.active_children() == []
+
+
+def perturb_in_child(transform, seed=None):
+    """What a process that is no loader worker draws."""
+    if seed is not None:
+        torch.manual_seed(seed)
+        if transform._draws.generator is not None:
+            transform._draws.generator.manual_seed(seed)
+    image = torch.full((3, 8, 8), 0.5)
+    return [transform(image).tolist(), transform(image).tolist()]
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_that_are_no_workers_draw_for_themselves(method, own):
+    generator = torch.Generator().manual_seed(0) if own else None
+    transform = LatentPerturb(0.2, flow=Identity(), generator=generator)
+    context = multiprocessing.get_context(method)
+    pools = [context.Pool(1) for _ in range(2)]  # each a process of its own
+    try:
+        drawn = [pool.apply(perturb_in_child, (transform,)) for pool in pools]
+        images = torch.tensor(drawn).flatten(0, 1)
+        assert len(images.unique(dim=0)) == 4
+        seeded = [
+            pool.apply(perturb_in_child, (transform, seed)) for seed in (5, 6) for pool in pools
+        ]
+    finally:
+        for pool in pools:
+            pool.terminate()
+            pool.join()
+    assert seeded[0] == seeded[1]  # who seeds has it his way
+    assert seeded[2] == seeded[3] != seeded[0]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_forks_that_inherit_the_transform_draw_for_themselves(own):
+    generator = torch.Generator().manual_seed(0) if own else None
+    transform = LatentPerturb(0.2, flow=Identity(), generator=generator)
+    context, found = multiprocessing.get_context("fork"), []
+    for _ in range(2):
+        receive, send = context.Pipe(duplex=False)
+        process = context.Process(target=lambda: send.send(perturb_in_child(transform)))  # noqa: B023
+        process.start()
+        found += receive.recv()
+        process.join()
+    assert len(torch.tensor(found).unique(dim=0)) == 4
+    assert torch.initial_seed() == 0  # the parent's stay as they are
 
 
 def test_a_killed_worker_is_the_loader_s_own_error():

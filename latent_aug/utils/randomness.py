@@ -7,6 +7,7 @@ Every tensor here has an explicit dtype and device, so that `torch.set_default_d
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 CPU = torch.device("cpu")
+UNSEEDED = 67280421310721  # the seed of torch's generator in every new process
 
 
 def sample_normal(
@@ -73,6 +75,35 @@ def mix_seeds(*numbers: int) -> int:
     return seed
 
 
+# In a forked process: the seed of the global generator, as its parent had it.
+_inherited_seed: int | None = None
+
+
+def note_fork() -> None:
+    """Note in a forked process the seeds that it has in common with its parent."""
+    global _inherited_seed
+    _inherited_seed = torch.initial_seed()
+    for shared in list(SharedGenerator._known.values()):
+        shared.inherited_seed = shared.generator.initial_seed()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=note_fork)
+
+
+def is_child_process() -> bool:
+    """Whether this process was forked, or started by multiprocessing or its fork multiprocess."""
+    modules = [sys.modules.get(name) for name in ("multiprocessing", "multiprocess")]
+    return _inherited_seed is not None or any(
+        module is not None and module.parent_process() is not None for module in modules
+    )
+
+
+def has_copied_seed() -> bool:
+    """Whether the global generator may draw what those of sibling processes draw."""
+    return is_child_process() and torch.initial_seed() in (_inherited_seed, UNSEEDED)
+
+
 @contextmanager
 def use_seed(seed: int, device: torch.device) -> Iterator[None]:
     """Start torch's global generators from a seed, and put them back at the end.
@@ -99,8 +130,8 @@ class SharedGenerator:
 
     _known: ClassVar[WeakValueDictionary[int, SharedGenerator]] = WeakValueDictionary()
 
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
+    def __init__(self, generator: torch.Generator, inherited_seed: int | None = None) -> None:
+        self.generator, self.inherited_seed = generator, inherited_seed
         self._known[id(generator)] = self  # the id stays its own as long as this lives
 
     @classmethod
@@ -110,12 +141,13 @@ class SharedGenerator:
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.generator.get_state().numpy().tobytes()
-        return {"device": str(self.generator.device), "state": state}
+        return {"device": str(self.generator.device), "state": state, "process": os.getpid()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         generator = torch.Generator(state["device"])
         generator.set_state(torch.frombuffer(bytearray(state["state"]), dtype=torch.uint8))
-        SharedGenerator.__init__(self, generator)
+        is_sent = is_child_process() and state["process"] != os.getpid()
+        SharedGenerator.__init__(self, generator, generator.initial_seed() if is_sent else None)
 
 
 class Draws:
@@ -127,6 +159,9 @@ class Draws:
     The processes of distributed training often share their seed. Without a user's generator, each
     draw there takes one number from the global generator, which stays in step between processes.
     That number and the process's rank seed the generator of the draw.
+
+    Other processes that were forked or started with copies of these generators, such as those of
+    `datasets.Dataset.map`, go by their process id in the same ways, unless they are seeded anew.
 
     Args:
         generator: The user's generator, or None for torch's global ones.
@@ -166,8 +201,8 @@ class Draws:
         """Return the generator to draw from in this process, None for torch's global one."""
         worker = get_worker_info()
         own_rank = get_rank()
-        if own_rank is None and worker is not None:
-            own_rank = self._sender
+        if own_rank is None:
+            own_rank = self._sender if worker is not None else self._pick_number()
         if self.generator is None and own_rank is not None:
             return torch.Generator(device).manual_seed(mix_seeds(sample_seed(), own_rank))
         if self.generator is not None and worker is not None:
@@ -178,6 +213,18 @@ class Draws:
                 self.generator.manual_seed(seed)
                 _reseeded[id(self.generator)] = (worker.seed, self.generator)
         return self.generator
+
+    def _pick_number(self) -> int | None:
+        """Return a number that tells this process from its siblings, None where none is needed.
+
+        A user's generator that is still the parent's is seeded by it.
+        """
+        if self._shared is None:
+            return os.getpid() if has_copied_seed() else None
+        generator = self._shared.generator
+        if generator.initial_seed() == self._shared.inherited_seed:
+            generator.manual_seed(mix_seeds(generator.initial_seed(), os.getpid()))
+        return None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_shared": self._shared, "_sender": get_rank()}
