@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.transforms.v2.functional import to_pil_image
 
 from latent_aug import LatentAdversarial, load_flow
-from latent_aug.transforms.regions import level_mask
+from latent_aug.transforms.regions import mark_levels
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "paper"
 RECIPES = {
@@ -184,7 +184,7 @@ class TestVaeGan:
         assert z.shape == x.shape
         assert flow.decode(z, y).shape == x.shape
         assert torch.equal(flow.join_levels(flow.split_levels(z)), z)
-        assert level_mask(flow, z, (1,)).sum() == 3
+        assert mark_levels(flow, z, (1,)).sum() == 3
         alone = torch.cat([flow.encode(x[i : i + 1], y[i : i + 1]) for i in range(5)])
         torch.testing.assert_close(alone, z)
 
