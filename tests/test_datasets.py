@@ -16,7 +16,13 @@ from torch.utils.data import TensorDataset
 from torchvision import datasets, transforms
 from torchvision.transforms.v2.functional import to_pil_image
 
-from latent_aug.images.datasets import EncodedImages, UInt8Images, digest, open_images, spread
+from latent_aug.images.datasets import (
+    EncodedImages,
+    UInt8Images,
+    hash_tensors,
+    open_images,
+    spread_indices,
+)
 
 
 @pytest.fixture(params=["w", "w:gz"])
@@ -138,10 +144,10 @@ def test_a_palette_with_transparency_loses_it(recwarn):
 
 
 def test_indices_are_spread_from_the_first_to_the_last():
-    assert spread(3, 16) == [0, 1, 2]
-    assert spread(1, 1) == spread(5, 1) == [0]
-    assert spread(101, 5) == [0, 25, 50, 75, 100]
-    assert spread(2**24 + 4, 16)[-1] == 2**24 + 3  # more than float32 can count
+    assert spread_indices(3, 16) == [0, 1, 2]
+    assert spread_indices(1, 1) == spread_indices(5, 1) == [0]
+    assert spread_indices(101, 5) == [0, 25, 50, 75, 100]
+    assert spread_indices(2**24 + 4, 16)[-1] == 2**24 + 3  # more than float32 can count
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
@@ -222,10 +228,10 @@ def test_classes_are_what_a_data_set_gives(folder):
 
 def test_tensors_of_any_dtype_have_a_digest():
     values = torch.rand(3, 2)
-    digests = {digest([values.to(dtype)]) for dtype in (torch.float32, torch.bfloat16)}
-    assert digest([values.bfloat16()]) in digests
+    digests = {hash_tensors([values.to(dtype)]) for dtype in (torch.float32, torch.bfloat16)}
+    assert hash_tensors([values.bfloat16()]) in digests
     assert len(digests) == 2
-    assert digest([torch.tensor(2.0)]) != digest([torch.tensor(3.0)])
+    assert hash_tensors([torch.tensor(2.0)]) != hash_tensors([torch.tensor(3.0)])
 
 
 @pytest.mark.parametrize("how", ["damaged", "16 bits"])

@@ -17,7 +17,7 @@ from measurements import keep_measurement
 from latent_aug import Glow
 from latent_aug.diagnostics.measure import loader
 from latent_aug.images.conversion import from_float
-from latent_aug.images.datasets import UInt8Images, as_batch, open_images
+from latent_aug.images.datasets import UInt8Images, open_images, stack_images
 
 
 @torch.no_grad()
@@ -45,8 +45,8 @@ def lean_against_fast(flow: Glow, images: UInt8Images) -> dict[str, float]:
     """Their distance on real images, relative to the gradient's norm."""
     found = []
     generator = torch.Generator().manual_seed(0)
-    for chosen in torch.tensor(images.spread(256)).split(32):
-        x = as_batch(images.__getitems__(chosen.tolist())) / 255
+    for chosen in torch.tensor(images.spread_indices(256)).split(32):
+        x = stack_images(images.__getitems__(chosen.tolist())) / 255
         z = flow.encode(x).requires_grad_(True)
         weights = torch.randn(x.shape, generator=generator)
         fast, lean = (

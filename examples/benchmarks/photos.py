@@ -24,7 +24,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from latent_aug import LatentPerturb
-from latent_aug.images.datasets import UInt8Images, as_batch, open_images
+from latent_aug.images.datasets import UInt8Images, open_images, stack_images
 
 EPS, SMALL_COUNT = 0.25, 64
 
@@ -89,7 +89,7 @@ def main() -> None:
     args = parser.parse_args()
     photos = photos_of(args.photos, args.side)
     small = UInt8Images(open_images(args.small), 3)
-    few = as_batch(small.__getitems__(small.spread(SMALL_COUNT)))
+    few = stack_images(small.__getitems__(small.spread_indices(SMALL_COUNT)))
     rows = [figures(few, resolution) for resolution in (None, 32)]
     resolutions = [None, 128, 64, 32]
     rows += [figures(photos, resolution) for resolution in resolutions]

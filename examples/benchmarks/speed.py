@@ -83,7 +83,7 @@ def measure(name: str, batch: int, way: str, images: str) -> dict[str, float]:
     glow = flow.glow if isinstance(flow, Normflows) else flow
     assert isinstance(glow, Glow)
     data = UInt8Images(open_images(images), 3)
-    x = torch.stack([data[i] for i in data.spread(batch)]).to(device) / 255
+    x = torch.stack([data[i] for i in data.spread_indices(batch)]).to(device) / 255
     found: dict[str, float] = {}
     with torch.no_grad():
         z = flow.encode(x)

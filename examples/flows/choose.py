@@ -183,7 +183,7 @@ def main() -> None:
     parts = (slice(None, 250 * pool.classes), slice(250 * pool.classes, None))
     first, second = (Images(pool.pixels[p], pool.labels[p], pool.classes) for p in parts)
     test = UInt8Images(open_images(args.images[1]), 3)
-    test = UInt8Images(torch.stack([test[i] for i in test.spread(args.count)]), 3)
+    test = UInt8Images(torch.stack([test[i] for i in test.spread_indices(args.count)]), 3)
     protocol = replace(PROTOCOL, precision=args.precision)
     judged = {row["name"] for row in read_lines(RESULTS)}
     for name in args.only:

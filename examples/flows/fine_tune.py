@@ -19,7 +19,7 @@ from typing import Any
 
 from latent_aug import Glow, TrainConfig, load_flow, train_flow
 from latent_aug.diagnostics.check import check_flow
-from latent_aug.images.datasets import UInt8Images, as_batch, open_images
+from latent_aug.images.datasets import UInt8Images, open_images, stack_images
 from latent_aug.training.report import read_minutes
 
 RESULTS = Path(__file__).parents[1] / "results" / "fine_tune.json"
@@ -65,7 +65,8 @@ def main() -> None:
     rows = []
     for name, flip in SETS.items():
         train, test = (images_of(args.data / name / part) for part in ("train", "test"))
-        tenth = UInt8Images(as_batch(train.__getitems__(train.spread(int(len(train) * TENTH)))), 3)
+        chosen = train.spread_indices(int(len(train) * TENTH))
+        tenth = UInt8Images(stack_images(train.__getitems__(chosen)), 3)
         rows.append({"images": name, "flow": f"{BASE} as it is", **figures(base, test)})
         for kind, images, start in (
             ("fine-tuned", train, copy.deepcopy(base)),

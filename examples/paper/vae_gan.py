@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from latent_aug import Flow
-from latent_aug.images.datasets import digest
+from latent_aug.images.datasets import hash_tensors
 from latent_aug.utils.files import read_json, replace_file, write_json
 
 
@@ -255,7 +255,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = VaeGan(*shape, num_classes=images.classes, dims=args.dims, hidden=args.hidden)
     args.output.mkdir(parents=True, exist_ok=True)
-    seen = {"images": digest([images.pixels, images.labels])[:16]}
+    seen = {"images": hash_tensors([images.pixels, images.labels])[:16]}
     settings = {**model.config, **dataclasses.asdict(how), **seen}
     check_settings(args.output / "training.json", settings)
     for label in tqdm(range(images.classes), unit="class"):

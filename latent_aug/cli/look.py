@@ -25,7 +25,7 @@ from latent_aug.cli.options import (
 from latent_aug.diagnostics.check import GREY_LEVELS, check_flow
 from latent_aug.diagnostics.figures import preview as preview_figure
 from latent_aug.flows.hub import bundled_flows, load_flow
-from latent_aug.images.datasets import UInt8Images, images_for, open_images
+from latent_aug.images.datasets import UInt8Images, open_images, read_images
 from latent_aug.transforms.random import LatentPerturb
 
 
@@ -59,7 +59,7 @@ def check(
         if picture is not None:
             check_picture(picture, data)
         loaded = load_flow(flow)
-        images = images_for(loaded, open_images(data, root=root), size, keep_bytes=0)
+        images = read_images(loaded, open_images(data, root=root), size, keep_bytes=0)
         found = check_flow(
             loaded,
             images,
@@ -92,7 +92,7 @@ def preview(
     with show_errors():
         check_picture(picture, data)
         loaded = load_flow(flow)
-        images = images_for(loaded, open_images(data, root=root), size, keep_bytes=0)
+        images = read_images(loaded, open_images(data, root=root), size, keep_bytes=0)
         sizes = eps or ([0.1, 0.25, 0.5] if norm in ("linf", "rms") else [5.0, 10.0, 20.0])
         transform = LatentPerturb(sizes[0], norm=norm, flow=loaded, resolution=resolution)
         draw(transform, images, picture, sizes)
@@ -120,7 +120,7 @@ def draw(
     transform: LatentPerturb, images: UInt8Images, picture: Path, eps: list[float] | None
 ) -> None:
     """Write the preview of some images."""
-    preview_figure(transform, *images.some(6), eps=eps).savefig(
+    preview_figure(transform, *images.read_some(6), eps=eps).savefig(
         picture, dpi=120, bbox_inches="tight"
     )
 

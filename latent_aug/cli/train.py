@@ -24,10 +24,10 @@ from latent_aug.flows.hub import load_flow
 from latent_aug.images.datasets import (
     KEPT_BYTES,
     UInt8Images,
-    images_for,
     open_images,
+    pair_with_classes,
+    read_images,
     to_uint8,
-    with_classes,
 )
 from latent_aug.training.card import write_card
 from latent_aug.training.processes import Processes
@@ -95,7 +95,7 @@ def train(
     if not processes.is_main:
         return
     source, most = (images, 2_000) if held_out is None else (held_out, 10_000)
-    measured = read_some(trained, source, config.size, most)
+    measured = read_spread(trained, source, config.size, most)
     typer.echo(f"measuring the flow on {len(measured)} images, for its card and eps", err=True)
     directory = output.resolve()  # the verdict names it
     found = check_flow(load_flow(directory, device=trained.device), measured, size=config.size)
@@ -124,11 +124,11 @@ def train(
     echo(found.verdict)
 
 
-def read_some(flow: Flow, dataset: Any, size: int | None, most: int) -> UInt8Images:
+def read_spread(flow: Flow, dataset: Any, size: int | None, most: int) -> UInt8Images:
     """Read at most so many images of a data set, spread over it, and no more than fit in memory."""
-    images = images_for(flow, dataset, size, keep_bytes=0)
+    images = read_images(flow, dataset, size, keep_bytes=0)
     most = max(1, min(most, KEPT_BYTES // images.shape.numel()))
-    return images_for(flow, with_classes(*images.some(most)))
+    return read_images(flow, pair_with_classes(*images.read_some(most)))
 
 
 def name_launcher(processes: int) -> list[str]:

@@ -24,10 +24,10 @@ from latent_aug.images.datasets import (
     UInt8Images,
     check_dataset,
     check_size,
-    images_for,
     open_images,
-    spread,
-    with_classes,
+    pair_with_classes,
+    read_images,
+    spread_indices,
 )
 from latent_aug.transforms import functional as LF
 from latent_aug.utils.arguments import require_choice, require_positive
@@ -204,11 +204,11 @@ def check_flow(
     if isinstance(images, (str, Path)):
         images = open_images(images)
     check_dataset("images", images)
-    pixels = images_for(loaded, images, size, keep_bytes=0)
+    pixels = read_images(loaded, images, size, keep_bytes=0)
     require_positive("count", count)
     check_size(pixels, loaded)
-    chosen, y = pixels.some(count)
-    few = spread(len(chosen), CALIBRATED_ON)
+    chosen, y = pixels.read_some(count)
+    few = spread_indices(len(chosen), CALIBRATED_ON)
     moved = perturbed_by(loaded, chosen[few], None if y is None else y[few], norm, seed)
     x = moved(0.0).clamp(0, 1)
     eps = by_change = greatest(lambda eps: float(mean_change(moved(eps), x).mean()) <= grey_levels)
@@ -219,7 +219,7 @@ def check_flow(
         eps = min(by_change, by_flips)
     figures = measure_flow(
         loaded,
-        images_for(loaded, with_classes(padded(chosen, loaded), y)),
+        read_images(loaded, pair_with_classes(padded(chosen, loaded), y)),
         settings=[(norm, factor * eps) for factor in (0.5, 1.0, 2.0)],
         seed=seed,
         progress=progress,
@@ -256,7 +256,7 @@ def estimate_minutes(flow: Flow, images: UInt8Images) -> float | None:
     if not isinstance(flow, (Glow, ConditionalDenseFlow)):
         return None
     trained = copy.deepcopy(flow).requires_grad_(True).train()
-    x = fit_to_flow(images.some(TIMED)[0].to(flow.device, torch.float32) / 255, flow)
+    x = fit_to_flow(images.read_some(TIMED)[0].to(flow.device, torch.float32) / 255, flow)
     y = torch.zeros(len(x), dtype=torch.long, device=x.device) if flow.num_classes else None
     seconds = []
     with torch.enable_grad():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latent_aug.flows import Flow
 from latent_aug.images.conversion import image_size, pad_size, scale_size, to_batch
-from latent_aug.images.datasets import image_of, spread
+from latent_aug.images.datasets import get_image, spread_indices
 from latent_aug.images.samples import find_labels
 from latent_aug.transforms.adversarial import LatentAdversarial
 from latent_aug.transforms.random import LatentPerturb
@@ -85,7 +85,7 @@ def preview(
     if eps is not None:
         sizes = [require_range("eps", size)[0] for size in make_list(eps)]
     rows = []
-    for place in spread(len(images), MOST_IMAGES):
+    for place in spread_indices(len(images), MOST_IMAGES):
         label = None if labels is None else labels[place][None]
         rows.append([*perturb_sample(images[place], label, transform, sizes, amplify, seed)])
     temperatures = make_list(temperatures)
@@ -130,7 +130,7 @@ def perturb_sample(
 
     These two are the perturbed image and the difference.
     """
-    image = image_of(sample)
+    image = get_image(sample)
     transform.normalization.check_dtype(image)
     original = to_picture(image, transform)
     yield "original", original
@@ -186,7 +186,7 @@ def check_images(images: Any, labels: Any) -> None:
     first = images[0]
     if isinstance(images, (tuple, list)) and isinstance(first, Tensor) and first.ndim == 4:
         raise ValueError("images must be images alone, got a batch: preview(transform, *batch)")
-    if not isinstance(image_of(first), (Tensor, Image.Image)):
+    if not isinstance(get_image(first), (Tensor, Image.Image)):
         raise TypeError(
             "images must be tensors, PIL images or tuples that begin with one, got a "
             f"{type(first).__name__}"
@@ -211,7 +211,7 @@ def perturb_image(transform: Any, image: Any, label: Tensor | None) -> Any:
     if isinstance(transform, LatentAdversarial):
         x, restore = to_batch(image, transform.flow.channels)
         return restore(transform(x, label))
-    return image_of(transform(image)) if label is None else transform(image, label)[0]
+    return get_image(transform(image)) if label is None else transform(image, label)[0]
 
 
 def to_picture(image: Any, transform: LatentPerturb | LatentAdversarial) -> Tensor:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from latent_aug.flows import Flow
 from latent_aug.images.conversion import from_float
-from latent_aug.images.datasets import UInt8Images, as_batch
+from latent_aug.images.datasets import UInt8Images, stack_images
 from latent_aug.transforms import functional as LF
 from latent_aug.utils.randomness import sample_normal
 
@@ -61,7 +61,7 @@ def measure_flow(
     batches = loader(images, batch_size)
     for number, pixels in enumerate(tqdm(batches, disable=not progress, desc="measuring")):
         x = pixels.to(device, torch.float32) / 255
-        y = images.classes_at(slice(number * batch_size, (number + 1) * batch_size))
+        y = images.get_classes(slice(number * batch_size, (number + 1) * batch_size))
         y = None if y is None else y.to(device)
         bits = added(bits, flow, x, y, generator)
         z = flow.encode(x, y)
@@ -108,7 +108,7 @@ def added(
 def loader(images: UInt8Images, batch_size: int) -> Iterable[Tensor]:
     """Batches of uint8 images in order."""
     own = torch.Generator()  # a loader draws its workers' seed even without workers
-    batches = DataLoader(images, batch_size=batch_size, collate_fn=as_batch, generator=own)
+    batches = DataLoader(images, batch_size=batch_size, collate_fn=stack_images, generator=own)
     with torch.device("cpu"):  # its generator's, whatever the default device
         return iter(batches)
 

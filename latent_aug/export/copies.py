@@ -23,13 +23,13 @@ from latent_aug.images.conversion import GREY_MODES
 from latent_aug.images.datasets import (
     EncodedImages,
     check_dataset,
-    class_names,
-    digest,
-    image_of,
-    spread,
+    get_class_names,
+    get_image,
+    hash_tensors,
+    spread_indices,
     to_uint8,
 )
-from latent_aug.images.orientation import UPRIGHT, orientation_of
+from latent_aug.images.orientation import UPRIGHT, read_orientation
 from latent_aug.transforms.random import LatentPerturb
 from latent_aug.utils.arguments import (
     require_choice,
@@ -125,7 +125,7 @@ class Item(NamedTuple):
         orientation = (
             [torch.tensor(self.orientation, device="cpu")] if self.orientation != UPRIGHT else []
         )
-        return digest([self.image, *orientation])
+        return hash_tensors([self.image, *orientation])
 
 
 def augment_images(
@@ -223,7 +223,7 @@ class Job:
         self.transform = transform.with_generator(self.generator)
         self.device = torch.device(device) if device else choose_device()
         self.output = Path(config.output)
-        self.classes: list[str] = class_names(dataset)
+        self.classes: list[str] = get_class_names(dataset)
         self.unreadable, self.left_out = 0, set[int]()  # samples, and the images that they are of
         self._order: tuple[int, list[int]] = (-1, [])  # the last one's copy and order
         self.samples = self.count * (config.copies + config.originals)
@@ -304,13 +304,13 @@ class Job:
                 warnings.warn(f"left out: {error}", stacklevel=2)
             return None
         image = to_uint8(sample, self.channels, self.config.size)
-        source = image_of(sample)
+        source = get_image(sample)
         is_pil = isinstance(source, Image.Image)
         return Item(
             image,
             self.read_label(sample, index),
             grey=is_pil and source.mode in GREY_MODES,
-            orientation=orientation_of(source) if is_pil else UPRIGHT,
+            orientation=read_orientation(source) if is_pil else UPRIGHT,
         )
 
     def read_label(self, sample: Any, index: int) -> int | None:
@@ -406,12 +406,12 @@ class Job:
         mask = self.transform.mask
         free = ("output", "skip_unreadable")  # may differ when the job goes on
         config = {k: v for k, v in asdict(self.config).items() if k not in free}
-        read = (self.read(index) for index in spread(self.count, 16))
+        read = (self.read(index) for index in spread_indices(self.count, 16))
         return {
             **config,
             "transform": repr(self.transform),
             "away": self.transform.away,
-            "mask": digest([mask]) if isinstance(mask, Tensor) else None,
+            "mask": hash_tensors([mask]) if isinstance(mask, Tensor) else None,
             "flow": self.transform.flow.fingerprint(),
             "network_dtype": str(self.transform.flow.network_dtype or "float32"),
             "images": self.count,

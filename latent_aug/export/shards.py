@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from latent_aug.images.orientation import exif_of
+from latent_aug.images.orientation import make_exif
 from latent_aug.utils.files import replace_file
 
 BARRED = r'\x00-\x1f\ud800-\udfff<>:"/\\|?*'  # on some system; surrogates are bytes, not UTF-8
@@ -37,7 +37,7 @@ def encode_image(image: Image.Image, *, quality: int | None, orientation: int) -
     """
     options: dict[str, Any] = {} if quality is None else {"quality": quality}
     file = io.BytesIO()
-    image.save(file, "PNG" if quality is None else "JPEG", **options, **exif_of(orientation))
+    image.save(file, "PNG" if quality is None else "JPEG", **options, **make_exif(orientation))
     return file.getvalue()
 
 

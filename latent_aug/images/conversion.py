@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from latent_aug.flows import Flow
-from latent_aug.images.orientation import exif_of, orientation_of
+from latent_aug.images.orientation import make_exif, read_orientation
 
 GREY_MODES = ("1", "L", "LA")  # of PIL
 PIL_MODES = {1: "L", 3: "RGB"}  # by a flow's channels
@@ -124,7 +124,7 @@ def pil_to_batch(image: Image.Image, channels: int) -> tuple[Tensor, Callable[[T
     own = image.mode
     transparent = own in ("LA", "PA", "RGBA") or (own == "P" and "transparency" in image.info)
     alpha = image.convert("RGBA").getchannel("A") if transparent else None
-    pixels, orientation = pil_to_uint8(image, PIL_MODES[channels]), orientation_of(image)
+    pixels, orientation = pil_to_uint8(image, PIL_MODES[channels]), read_orientation(image)
 
     def restore(batch: Tensor) -> Image.Image:
         result: Image.Image = tvf.to_pil_image(from_float(batch[0], torch.uint8))
@@ -132,7 +132,7 @@ def pil_to_batch(image: Image.Image, channels: int) -> tuple[Tensor, Callable[[T
             result = result.convert("L")
         if alpha is not None:
             result.putalpha(alpha)
-        result.info |= exif_of(orientation)
+        result.info |= make_exif(orientation)
         return result
 
     return to_float(pixels)[None], restore

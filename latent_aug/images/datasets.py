@@ -1,4 +1,4 @@
-"""Image collections as uint8 tensors: what the trainer and the command line read."""
+"""Read folders, tars and data sets as uint8 tensors, with their labels."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from latent_aug.images.conversion import (
 )
 from latent_aug.utils.arguments import require_positive
 
-KEPT_BYTES = 2**30  # memory that decoded images may take
+KEPT_BYTES = 2**30  # of decoded images
 MOST_CLASSES = 1_000_000  # of a tar, whose largest number may be a mistake
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -40,32 +40,34 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", 
 class EncodedImages(Dataset[Image.Image]):
     """Images of one folder tree or one tar (also compressed), sorted by name.
 
-    Items are images alone; their labels are beside them. A tar's members are kept in memory as
-    they are, still encoded.
+    Items are images alone. Their labels are in `labels`. The members of a tar are kept in memory
+    as they are, still encoded.
 
     Attributes:
-        names: Of the images, in the folder or the tar.
-        classes: The outermost folders that differ, sorted, or numbers in a tar with ``.cls``
-            members as WebDataset has them; empty where an image lies in no folder.
-        labels: Index of each image's class, -1 for one without; None without classes.
+        names: The names of the images, in the folder or the tar.
+        classes: The outermost folders that differ, sorted. In a tar with ``.cls`` members, as
+            WebDataset has them, the numbers up to the largest. Empty where an image lies in no
+            folder.
+        labels: The index of each image's class, or -1 for an image without one. None without
+            classes.
 
     Raises:
         FileNotFoundError: The path does not exist, or holds no image.
-        ValueError: It is no tar, or a ``.cls`` member is no number or missing.
+        ValueError: The file is no tar, or a ``.cls`` member is no number or missing.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.files: list[Path | bytes] = []
         path, numbers = Path(path), {}
         if path.is_dir():
-            self.files += sorted(images_in(path))
+            self.files += sorted(list_images(path))
             self.names = [Path(file).relative_to(path).as_posix() for file in self.files]  # type: ignore[arg-type]
         elif path.is_file():
             try:
                 content = read_tar(path)
             except (tarfile.TarError, EOFError, zlib.error, LZMAError) as error:
                 raise ValueError(f"{path} is no folder and no readable tar") from error
-            numbers = {key_of(n): data for n, data in content.items() if not is_image(n)}
+            numbers = {get_sample_key(n): data for n, data in content.items() if not is_image(n)}
             self.names = sorted(name for name in content if is_image(name))
             self.files += [content[name] for name in self.names]
         else:
@@ -73,7 +75,7 @@ class EncodedImages(Dataset[Image.Image]):
         if not self.files:
             raise FileNotFoundError(f"no images ({', '.join(EXTENSIONS)}) found in {path}")
         self.classes, self.labels = (
-            classes_by_number(self.names, numbers) if numbers else classes_by_folder(self.names)
+            label_by_number(self.names, numbers) if numbers else label_by_folder(self.names)
         )
 
     def __len__(self) -> int:
@@ -90,8 +92,8 @@ class EncodedImages(Dataset[Image.Image]):
             raise OSError(f"image {self.names[index]} cannot be read: {error}") from error
 
 
-def images_in(folder: Path) -> Iterator[Path]:
-    """Image files of a folder tree, through links, as ImageFolder; nothing hidden."""
+def list_images(folder: Path) -> Iterator[Path]:
+    """List the image files of a folder tree, also through links, but no hidden ones."""
     resolved = cache(Path.resolve)
     for root, folders, names in os.walk(folder, followlinks=True):
         place = Path(root)
@@ -103,12 +105,12 @@ def images_in(folder: Path) -> Iterator[Path]:
 
 
 def is_image(name: str) -> bool:
-    """Whether the file's name says that it is an image."""
+    """Whether the name of a file says that it is an image."""
     return name.lower().endswith(EXTENSIONS) and not Path(name).name.startswith(".")
 
 
 def read_tar(path: Path) -> dict[str, bytes]:
-    """Content of the images and ``.cls`` members in a tar, by name."""
+    """Read the images and ``.cls`` members of a tar, by name."""
     content = {}
     with tarfile.open(path) as tar:
         for member in tar:
@@ -126,14 +128,14 @@ def read_tar(path: Path) -> dict[str, bytes]:
     return content
 
 
-def key_of(name: str) -> str:
-    """What members of one WebDataset sample share: the name up to the first dot of its end."""
+def get_sample_key(name: str) -> str:
+    """Get the part of a name that members of one WebDataset sample share, up to the first dot."""
     folder, slash, end = name.rpartition("/")
     return folder + slash + end.partition(".")[0]
 
 
-def classes_by_folder(names: list[str]) -> tuple[list[str], list[int] | None]:
-    """Classes and labels by outermost folder; one that is around all folders does not count."""
+def label_by_folder(names: list[str]) -> tuple[list[str], list[int] | None]:
+    """Give classes and labels by outermost folder. A folder around all others does not count."""
     parts = [name.split("/") for name in names]
     while all(len(part) > 2 and part[0] == parts[0][0] for part in parts):
         parts = [part[1:] for part in parts]
@@ -144,14 +146,14 @@ def classes_by_folder(names: list[str]) -> tuple[list[str], list[int] | None]:
     return classes, [index[part[0]] for part in parts]
 
 
-def classes_by_number(
+def label_by_number(
     names: list[str], numbers: dict[str, bytes]
 ) -> tuple[list[str], list[int] | None]:
-    """Classes and labels by the ``.cls`` member of each image's sample."""
+    """Give classes and labels by the ``.cls`` member of each image's sample."""
     labels = []
     for name in names:
         try:
-            labels.append(int(numbers[key_of(name)]))
+            labels.append(int(numbers[get_sample_key(name)]))
         except (KeyError, ValueError) as error:
             message = f"image {name} has no .cls member with a class's number beside it"
             raise ValueError(message) from error
@@ -164,13 +166,13 @@ def classes_by_number(
 
 
 def open_images(source: str | Path, *, root: str | Path = "data", train: bool = True) -> Any:
-    """A dataset from a folder, a tar file, or "torchvision:NAME" (downloaded to `root`).
+    """Open a folder, a tar file, or "torchvision:NAME", which is downloaded to `root`.
 
     Raises:
         ValueError: torchvision has no such data set.
         FileNotFoundError: The path does not exist, or holds no image.
         OSError: The data set cannot be downloaded.
-        ModuleNotFoundError: torchvision reads it with a package that is missing (SVHN: scipy).
+        ModuleNotFoundError: torchvision needs a package that is missing (SVHN: scipy).
     """
     kind, _, name = str(source).partition(":")
     if kind != "torchvision" or not name:
@@ -192,45 +194,46 @@ def open_images(source: str | Path, *, root: str | Path = "data", train: bool = 
 
 
 def check_dataset(name: str, dataset: Any) -> None:
-    """Refuse what has no items, or none that can be asked for.
+    """Refuse a dataset without items, or whose items cannot be read by index.
 
     Raises:
-        ValueError: It has no length above 0.
-        TypeError: Its items cannot be asked for, as of a loader.
+        ValueError: The length is 0, or there is none.
+        TypeError: There is no access by index, as in a loader.
     """
     if not hasattr(dataset, "__len__") or len(dataset) == 0:
         raise ValueError(f"{name} must have a length above 0, got {type(dataset).__name__}")
     if not hasattr(dataset, "__getitem__"):
         raise TypeError(
-            f"{name} must be a data set or a sequence of images (of a loader, its dataset), got a "
-            f"{type(dataset).__name__}"
+            f"{name} must be a data set or a sequence of images, such as the dataset of a loader, "
+            f"got a {type(dataset).__name__}"
         )
 
 
-def image_of(sample: Any) -> Any:
-    """The image of a data set's sample: alone, or first in a tuple."""
+def get_image(sample: Any) -> Any:
+    """Get the image of a sample, which is alone or first in a tuple."""
     return sample[0] if isinstance(sample, (tuple, list)) else sample
 
 
-def spread(length: int, count: int) -> list[int]:
-    """Up to `count` indices of so many, evenly spread from the first to the last."""
+def spread_indices(length: int, count: int) -> list[int]:
+    """Spread up to `count` indices evenly over a length, from the first to the last."""
     count = min(count, length)
     return [i * (length - 1) // max(count - 1, 1) for i in range(count)]
 
 
 def to_uint8(sample: Any, channels: int, size: int | None = None) -> Tensor:
-    """The image of a sample (alone, or first in a tuple) as uint8 (channels, H, W).
+    """Convert the image of a sample to uint8 (channels, H, W).
 
     Args:
         sample: A PIL image or a uint8 or float [0, 1] tensor, or a tuple that begins with one.
-        channels: 3 converts a PIL image to RGB, 1 to grey where no colour is lost by it.
-        size: Resize the shorter side and crop the middle to (size, size).
+        channels: The channels of the result. 3 converts a PIL image to RGB, 1 to grey where no
+            colour is lost by it.
+        size: The side of the square middle that is cropped after the shorter side was resized.
 
     Raises:
         ValueError: The image has other channels, colours for 1 channel, or is out of range.
-        TypeError: Its PIL mode or dtype has no fixed range.
+        TypeError: The PIL mode or dtype has no fixed range.
     """
-    image = image_of(sample)
+    image = get_image(sample)
     if isinstance(image, Image.Image):
         check_mode(image)
         if channels == 1 and has_colour(image):
@@ -259,18 +262,18 @@ class UInt8Images(Dataset[Tensor]):
     """A dataset's images as uint8 (C, H, W), decoded once and kept if all fit into `keep_bytes`.
 
     Args:
-        dataset: Anything with a length whose items `to_uint8` understands.
-        channels: Channels to convert to.
-        size: Side to resize and crop to; None keeps the images as they are.
-        keep_bytes: Memory that decoded images may take.
-        num_classes: Above 0, the images' classes are read as well, see `class_of`.
+        dataset: A dataset with a length, whose items `to_uint8` understands.
+        channels: The number of channels to convert to.
+        size: The side to resize and crop to. None keeps the images as they are.
+        keep_bytes: The memory that decoded images may take.
+        num_classes: The number of classes. Above 0, classes are read as well, see `read_classes`.
 
     Attributes:
         labels: The classes (N,), or None.
 
     Raises:
-        ValueError: The dataset is empty, an image does not have the first one's size, or has no
-            class where one is needed.
+        ValueError: The dataset is empty, an image has another size than the first, or an image has
+            no class where one is needed.
     """
 
     def __init__(
@@ -288,7 +291,7 @@ class UInt8Images(Dataset[Tensor]):
         self.dataset, self.channels, self.size, self.count = dataset, channels, size, len(dataset)
         self.num_classes = num_classes
         self.kept: Tensor | None = None
-        self.labels = classes_in(dataset, num_classes) if num_classes else None
+        self.labels = read_classes(dataset, num_classes) if num_classes else None
         self.shape = to_uint8(self.read(0), channels, size).shape
         if self.count * self.shape.numel() <= keep_bytes:
             self.kept = torch.stack([self[i] for i in range(self.count)])
@@ -308,49 +311,51 @@ class UInt8Images(Dataset[Tensor]):
         return image
 
     def read(self, index: int) -> Any:
-        """A sample of the dataset.
+        """Read a sample of the dataset.
 
         Raises:
-            OSError: Its file cannot be read.
+            OSError: The file cannot be read.
         """
         try:
             return self.dataset[index]
         except OSError as error:
             raise OSError(f"{error}; mend the file, or take it out of the data") from error
 
-    def classes_at(self, indices: list[int] | slice) -> Tensor | None:
-        """The classes of some images, as a flow takes them: None for an unconditional one."""
+    def get_classes(self, indices: list[int] | slice) -> Tensor | None:
+        """Get the classes of some images as a flow takes them, None for an unconditional one."""
         return None if self.labels is None else self.labels[indices]
 
-    def spread(self, count: int) -> list[int]:
-        """Up to `count` indices, evenly spread: a folder is sorted by class."""
-        return spread(self.count, count)
+    def spread_indices(self, count: int) -> list[int]:
+        """Spread up to `count` indices evenly, as a folder is sorted by class."""
+        return spread_indices(self.count, count)
 
-    def some(self, count: int) -> tuple[Tensor, Tensor | None]:
-        """Up to `count` of them, evenly spread, and their classes: (N, C, H, W) and (N,)."""
-        places = self.spread(count)
-        return as_batch(self.__getitems__(places)), self.classes_at(places)
+    def read_some(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Read up to `count` images, evenly spread, and their classes: (N, C, H, W) and (N,)."""
+        places = self.spread_indices(count)
+        return stack_images(self.__getitems__(places)), self.get_classes(places)
 
     def __getitems__(self, indices: Iterable[int]) -> list[Tensor] | Tensor:
-        """A whole batch at once; the DataLoader calls this where it exists."""
+        """Read a whole batch at once. The DataLoader calls this where it exists."""
         indices = list(indices)
         return self.kept[indices] if self.kept is not None else [self[i] for i in indices]
 
 
-def class_names(dataset: Any) -> list[str]:
-    """Names of a dataset's classes, in order; none where it has no `classes`."""
+def get_class_names(dataset: Any) -> list[str]:
+    """Get the names of a dataset's classes, in order, or none where it has no `classes`."""
     names = getattr(dataset, "classes", None)
     return [] if names is None else [str(name) for name in names]
 
 
-def classes_in(dataset: Any, num_classes: int) -> Tensor:
-    """The classes (N,) of a dataset: its `targets` or `labels`, or what is second in its samples.
+def read_classes(dataset: Any, num_classes: int) -> Tensor:
+    """Read the classes (N,) of a dataset.
+
+    They are its `targets` or `labels`, or the second entries of its samples.
 
     Raises:
-        ValueError: A sample has no class, it is not in 0 to num_classes - 1, or the dataset names
-            other than so many classes.
+        ValueError: A sample has no class, or none in 0 to num_classes - 1, or the dataset names
+            another number of classes.
     """
-    names = class_names(dataset)
+    names = get_class_names(dataset)
     if names and len(names) != num_classes:
         raise ValueError(
             f"the images are of {len(names)} classes ({', '.join(names[:5])}, ...), the "
@@ -378,12 +383,12 @@ def classes_in(dataset: Any, num_classes: int) -> Tensor:
 
 
 def check_same_classes(images: Any, held_out: Any) -> None:
-    """Refuse held-out images of other classes: they are numbered in the order of their names.
+    """Refuse held-out images of other classes, as classes are numbered in the order of their names.
 
     Raises:
         ValueError: Both datasets name their classes, and not the same.
     """
-    own, others = (class_names(data) for data in (images, held_out))
+    own, others = (get_class_names(data) for data in (images, held_out))
     if own and others and own != others:
         odd = sorted(set(own) ^ set(others)) or others
         raise ValueError(
@@ -392,22 +397,22 @@ def check_same_classes(images: Any, held_out: Any) -> None:
         )
 
 
-def as_batch(samples: Tensor | list[Tensor]) -> Tensor:
-    """A batch that came whole, or one to stack."""
+def stack_images(samples: Tensor | list[Tensor]) -> Tensor:
+    """Stack images to a batch, which may have come as one."""
     return samples if isinstance(samples, Tensor) else torch.stack(samples)
 
 
-def with_classes(images: Tensor, y: Tensor | None) -> Any:
-    """A data set of images, and of their classes where there are some."""
+def pair_with_classes(images: Tensor, y: Tensor | None) -> Any:
+    """Make a data set of images, and of their classes where there are some."""
     return images if y is None else TensorDataset(images, y)
 
 
-def images_for(
+def read_images(
     flow: Flow, dataset: Any, size: int | None = None, *, keep_bytes: int = KEPT_BYTES
 ) -> UInt8Images:
-    """A dataset's images as a flow's trainer reads them, with classes where the flow has some.
+    """Read the images of a dataset for a flow, with classes where the flow has some.
 
-    With ``keep_bytes=0`` only those are read that are asked for, whenever they are.
+    With ``keep_bytes=0`` an image is read whenever it is asked for.
     """
     if isinstance(dataset, UInt8Images) and size is None:
         read_for = (dataset.channels, dataset.num_classes)
@@ -437,8 +442,8 @@ def check_sides(images: UInt8Images, flow: Flow, name: str = "images") -> None:
         )
 
 
-def digest(tensors: Iterable[Tensor]) -> str:
-    """A fingerprint of tensors' values."""
+def hash_tensors(tensors: Iterable[Tensor]) -> str:
+    """Hash the values of tensors."""
     sha = hashlib.sha256()
     for tensor in tensors:
         flat = tensor.detach().cpu().contiguous().reshape(-1)

@@ -1,4 +1,4 @@
-"""How a photograph is to be turned: what its file says of that, kept when its pixels change."""
+"""The EXIF orientation of photographs, read from a file and kept when pixels change."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from PIL import ExifTags, Image
 UPRIGHT = 1
 
 
-def orientation_of(image: Image.Image) -> int:
-    """An image's orientation, 1 to 8 as EXIF has it; upright where it says nothing or nonsense."""
+def read_orientation(image: Image.Image) -> int:
+    """Read the EXIF orientation of an image, 1 to 8. Missing or damaged ones are upright."""
     try:
         orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # damaged EXIF raises many kinds
@@ -18,8 +18,8 @@ def orientation_of(image: Image.Image) -> int:
     return int(orientation) if orientation in range(2, 9) else UPRIGHT
 
 
-def exif_of(orientation: int) -> dict[Any, bytes]:  # Pillow has other keys than text
-    """EXIF that says nothing else, as Pillow's images hold it and its `save` takes it; or none."""
+def make_exif(orientation: int) -> dict[Any, bytes]:  # Pillow has other keys than text
+    """Make EXIF of an orientation alone, as Pillow's `save` takes it, or none for upright."""
     if orientation == UPRIGHT:
         return {}
     exif = Image.Exif()

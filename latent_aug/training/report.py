@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from latent_aug.flows import Flow
-from latent_aug.images.datasets import UInt8Images, as_batch
+from latent_aug.images.datasets import UInt8Images, stack_images
 
 LOG_NAME = "log.jsonl"
 
@@ -37,7 +37,7 @@ def measure_bits_per_dim(flow: Flow, images: UInt8Images, count: int, seed: int)
     The dequantization noise follows from the seed, so that checkpoints can be compared.
     """
     generator = torch.Generator(flow.device).manual_seed(seed)
-    chosen, total = images.spread(count), 0.0
+    chosen, total = images.spread_indices(count), 0.0
     for first in range(0, len(chosen), 100):
         x, y = read_floats(images, chosen[first : first + 100], flow.device)
         total += flow.bits_per_dim(x, y, generator=generator).sum().item()
@@ -47,7 +47,7 @@ def measure_bits_per_dim(flow: Flow, images: UInt8Images, count: int, seed: int)
 @torch.no_grad()
 def save_pictures(flow: Flow, images: UInt8Images, output: Path, seed: int) -> None:
     """Save samples at temperature 0.7, and images beside their reconstructions."""
-    x, y = read_floats(images, images.spread(64), flow.device)
+    x, y = read_floats(images, images.spread_indices(64), flow.device)
     height, width = x.shape[2:]
     generator = torch.Generator().manual_seed(seed)
     # A user's flow may have a `sample` of its own, with other arguments.
@@ -61,6 +61,6 @@ def read_floats(
     images: UInt8Images, indices: list[int], device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
     """Read some images as floats in [0, 1], and their classes where the flow needs them."""
-    y = images.classes_at(indices)
-    x = as_batch(images.__getitems__(indices)).to(device, torch.float32) / 255
+    y = images.get_classes(indices)
+    x = stack_images(images.__getitems__(indices)).to(device, torch.float32) / 255
     return x, None if y is None else y.to(device)

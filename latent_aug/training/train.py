@@ -22,12 +22,12 @@ from latent_aug.flows.backend import keep_freed_memory, use_full_precision
 from latent_aug.flows.base import RUN_NAME, WEIGHTS_NAME, compute_bits, dequantize
 from latent_aug.images.datasets import (
     UInt8Images,
-    as_batch,
     check_dataset,
     check_same_classes,
     check_sides,
-    digest,
-    images_for,
+    hash_tensors,
+    read_images,
+    stack_images,
 )
 from latent_aug.training.batches import (
     ImageDraws,
@@ -114,8 +114,8 @@ def train_flow(
     processes = Processes(device, timeout_minutes=config.timeout_minutes)
     if flow.num_classes:
         check_same_classes(dataset, validation)
-    images = images_for(flow, dataset, config.size)
-    held_out = None if validation is None else images_for(flow, validation, config.size)
+    images = read_images(flow, dataset, config.size)
+    held_out = None if validation is None else read_images(flow, validation, config.size)
     check_sides(images, flow)
     if held_out is not None:
         check_sides(held_out, flow, "validation images")
@@ -221,7 +221,7 @@ class Run:
         order = torch.randperm(
             len(self.images), generator=make_generator(self.config.seed, -1), device="cpu"
         )
-        return as_batch(self.images.__getitems__(order[:256].tolist()))
+        return stack_images(self.images.__getitems__(order[:256].tolist()))
 
     def read_batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Read this process's shares of the batches that are left.
@@ -241,13 +241,13 @@ class Run:
             self.images,
             batch_sampler=self.sampler,
             num_workers=0 if self.images.kept is not None else self.config.workers,
-            collate_fn=as_batch,
+            collate_fn=stack_images,
             generator=torch.Generator(),  # without one it would draw from the caller's
         )
         with torch.device("cpu"):  # its generator's, whatever the default device
             batches = iter(loader)
         for batch, indices in zip(batches, self.sampler, strict=True):
-            yield batch, self.images.classes_at(indices)
+            yield batch, self.images.get_classes(indices)
 
     def sample_draws(self, places: range, step: int) -> ImageDraws:
         """Sample the draws of the images at some places of a step's batch."""
@@ -365,15 +365,15 @@ class Run:
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Describe all that decides the result: recipe, architecture, images, first weights."""
-        some = [as_batch(self.images.__getitems__(self.images.spread(64)))]
+        some = [stack_images(self.images.__getitems__(self.images.spread_indices(64)))]
         some += [] if self.images.labels is None else [self.images.labels]
         # Untrained weights follow from their own seed.
         weights = self.flow.state_dict().values() if self.flow.is_initialized() else ()
         return {
             "recipe": self.config.recipe(),
             "architecture": self.flow.config,
-            "data": {"count": len(self.images), "digest": digest(some)},
-            "start": {"digest": digest(weights)},
+            "data": {"count": len(self.images), "digest": hash_tensors(some)},
+            "start": {"digest": hash_tensors(weights)},
         }
 
     def load(self) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from torchvision import transforms
 
 from latent_aug.flows import Flow
 from latent_aug.images.conversion import from_float, to_batch
-from latent_aug.images.datasets import check_dataset, spread
+from latent_aug.images.datasets import check_dataset, spread_indices
 from latent_aug.images.samples import find_labels, get_image_key
 from latent_aug.transforms.random import LatentPerturb
 from latent_aug.utils.arguments import require_positive
@@ -174,7 +174,7 @@ def describe_cache(dataset: Any, flow: Flow, resolution: int | None) -> dict[str
 def hash_samples(dataset: Any, channels: int) -> tuple[str, str]:
     """Hash the images and the labels of up to 16 samples, spread over the data set (SHA-256)."""
     images, labels = hashlib.sha256(), hashlib.sha256()
-    for index in spread(len(dataset), 16):
+    for index in spread_indices(len(dataset), 16):
         pixels, label = read_sample(dataset[index], channels)
         images.update(f"{tuple(pixels.shape)}".encode() + pixels.cpu().numpy().tobytes())
         labels.update(repr(None if label is None else label.tolist()).encode())
