@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torchvision.transforms.v2.functional import to_pil_image
 
-from latent_aug import Flow, Glow
+from latent_aug import Flow, Glow, LatentAdversarial
 from latent_aug.flows import ConditionalDenseFlow
 
 
@@ -228,3 +228,9 @@ def folder(tmp_path_factory):
     (root / "readme.txt").write_text("no image")
     (root / ".hidden.png").write_text("no image")
     return root
+
+
+def paper_attack(model, **arguments):
+    """The attack at the paper's setting for CIFAR-10, but for the arguments."""
+    paper = {"eps": 1.0, "alpha": 0.5, "steps": 3, "p": 1.0, "labels": "true"}
+    return LatentAdversarial(model, **paper | arguments)

@@ -5,11 +5,17 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Identity, convolutional_classifier, random_glow, same_trace, trace_of
+from conftest import (
+    Identity,
+    convolutional_classifier,
+    paper_attack,
+    random_glow,
+    same_trace,
+    trace_of,
+)
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from latent_aug import LatentAdversarial
 from latent_aug.transforms.classifier import check_targets, lend, scale_up, unwrap
 
 
@@ -27,7 +33,7 @@ class TestFloat16:
     def test_small_gradients_survive(self, how):
         images, labels = torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
         options = {"flow": Identity(), "random_start": False, "eps": 0.3, "alpha": 0.1}
-        expected = LatentAdversarial(sure_model(), **options)(images, labels) - images
+        expected = paper_attack(sure_model(), **options)(images, labels) - images
         model = sure_model()
         if how == "half":
             model, images = model.half(), images.half()
@@ -44,7 +50,7 @@ class TestFloat16:
 
             model = Wrapped(model)
         with torch.autocast("cpu", torch.float16, enabled=how == "autocast"):
-            out = LatentAdversarial(model, **options)(images, labels)
+            out = paper_attack(model, **options)(images, labels)
         assert out.dtype == images.dtype
         moved = (out - images).float().flatten(1)
         cosine = F.cosine_similarity(moved, expected.flatten(1))
@@ -59,7 +65,7 @@ class TestFloat16:
             scaler, optimizer = torch.amp.GradScaler("cpu"), torch.optim.SGD(model.parameters())
             with torch.autocast("cpu", torch.bfloat16):
                 if attacked:
-                    LatentAdversarial(model, flow=random_glow()).step(batch)
+                    paper_attack(model, flow=random_glow()).step(batch)
                 torch.manual_seed(1)
                 loss = F.cross_entropy(model(batch[0]), batch[1])
             scaler.scale(loss).backward()
@@ -92,7 +98,7 @@ class TestFloat16:
         (grad,) = torch.autograd.grad(
             F.cross_entropy(copy.deepcopy(model)(x), labels, reduction="sum"), x
         )
-        attack = LatentAdversarial(
+        attack = paper_attack(
             model, model_mode="unchanged", flow=Identity(), steps=1, random_start=False, alpha=0.1
         )
         moved = (attack(images, labels) - images).flatten(1)
@@ -110,7 +116,7 @@ def test_confident_samples_are_attacked_in_the_right_direction(margin):
     class Grey(Identity):
         channels = 1
 
-    attack = LatentAdversarial(model, eps=0.1, alpha=0.1, steps=1, flow=Grey(), random_start=False)
+    attack = paper_attack(model, eps=0.1, alpha=0.1, steps=1, flow=Grey(), random_start=False)
     moved = (attack(images, torch.tensor([0])) - images).flatten()
     assert moved[1] > 0
     assert moved[0] == pytest.approx(-0.1 if margin < 36 else 0, abs=1e-4)
@@ -122,7 +128,7 @@ class TestKindsOfModels:
 
     def attacked(self, model, batch, **options):
         torch.manual_seed(3)
-        attack = LatentAdversarial(model, flow=random_glow(), steps=2, **options)
+        attack = paper_attack(model, flow=random_glow(), steps=2, **options)
         torch.manual_seed(4)
         return attack.step(batch)[0]
 
@@ -237,7 +243,7 @@ class TestOutputs:
         images, labels = batch
         x = images.clone().requires_grad_(True)
         (grad,) = torch.autograd.grad(true_loss(model(x), labels).sum(), x)
-        attack = LatentAdversarial(
+        attack = paper_attack(
             model, eps=1.0, alpha=0.1, steps=1, random_start=False, flow=Identity(), **options
         )
         moved = attack(images, labels) - images
@@ -256,7 +262,7 @@ class TestOutputs:
             assert (
                 self.cosines(model, loss, batch, loss=loss, model_mode=model_mode) > 0.999
             ).all()
-        attack = LatentAdversarial(
+        attack = paper_attack(
             model,
             flow=Identity(),
             forward=lambda model, batch: model(batch[0]).square().sum(),
@@ -288,7 +294,7 @@ class TestOutputs:
     @pytest.mark.parametrize("classes", [1, None])
     def test_predicted_labels_need_two_classes(self, batch, classes):
         model = nn.Sequential(nn.Flatten(), nn.Linear(768, 1), nn.Flatten(0 if not classes else 1))
-        attack = LatentAdversarial(
+        attack = paper_attack(
             model, flow=Identity(), labels="predicted", loss=lambda logits, y: logits.sum()
         )
         with pytest.raises(ValueError, match="labels='predicted' takes the largest"):
@@ -304,7 +310,7 @@ class TestOutputs:
             seen.append((len(one), len(logits), share))
             return share * F.cross_entropy(logits, one) + (1 - share) * F.cross_entropy(logits, two)
 
-        attack = LatentAdversarial(
+        attack = paper_attack(
             model,
             flow=Identity(),
             loss=mixed,
@@ -317,13 +323,13 @@ class TestOutputs:
         assert seen == [(6 * p, 6 * p, 0.3)]
 
     def test_a_loss_that_is_a_number(self, model, batch):
-        attack = LatentAdversarial(model, flow=Identity(), loss=lambda logits, y: 1.0)
+        attack = paper_attack(model, flow=Identity(), loss=lambda logits, y: 1.0)
         with pytest.raises(TypeError, match="loss must give a tensor, got float"):
             attack.step(batch)
 
     def test_a_loss_of_weights_of_its_own_alone(self, model, batch):
         centre = nn.Parameter(torch.zeros(4))
-        attack = LatentAdversarial(
+        attack = paper_attack(
             model, flow=Identity(), loss=lambda logits, y: (logits.detach() - centre).sum()
         )
         with pytest.raises(ValueError, match="no gradient to the images"):
@@ -415,13 +421,13 @@ class TestForward:
         model, shift = TwoInputs(), torch.zeros(6, 4)
         given = {"pixel_values": images, "labels": labels, "shift": shift}
         flow = random_glow()
-        attack = LatentAdversarial(
+        attack = paper_attack(
             model, flow=flow, forward=lambda model, batch: model(**batch)["logits"]
         )
         torch.manual_seed(1)
         out = attack.step(given)
         torch.manual_seed(1)
-        plain = LatentAdversarial(model.inner, flow=flow)(images, labels)
+        plain = paper_attack(model.inner, flow=flow)(images, labels)
         torch.testing.assert_close(out["pixel_values"], plain)
         assert out["shift"] is shift
         assert given["pixel_values"] is images
@@ -434,7 +440,7 @@ class TestForward:
             seen.append(batch)
             return model(batch[0])
 
-        attack = LatentAdversarial(model, flow=Identity(), p=0.5, forward=forward, steps=1)
+        attack = paper_attack(model, flow=Identity(), p=0.5, forward=forward, steps=1)
         names, boxes = list("abcdef"), [torch.full((3, 4), i) for i in range(6)]
         extra = {"n": torch.arange(6), "array": torch.arange(6).numpy(), "weights": torch.ones(4)}
         columns = [torch.arange(6) for _ in range(6)]  # by chance as many as images
@@ -475,14 +481,14 @@ class TestForward:
             seen.append(batch)
             return model(batch["image"])
 
-        attack = LatentAdversarial(model, flow=Identity(), p=0.5, forward=forward, steps=1)
+        attack = paper_attack(model, flow=Identity(), p=0.5, forward=forward, steps=1)
         given = Table(image=batch[0], label=batch[1], number=torch.arange(6))
         changed = (attack.step(given)["image"] != batch[0]).flatten(1).any(1).nonzero().flatten()
         assert type(seen[-1]) is Table
         assert torch.equal(seen[-1]["number"].sort().values, changed)
 
     def test_predicted_labels_come_through_it(self, model, batch):
-        attack = LatentAdversarial(
+        attack = paper_attack(
             model,
             flow=random_glow(),
             labels="predicted",
@@ -499,7 +505,7 @@ class TestForward:
         with pytest.raises(
             TypeError, match="tensor of logits is needed, got dict; pass a forward="
         ):
-            LatentAdversarial(Detector(), flow=Identity()).step(batch)
+            paper_attack(Detector(), flow=Identity()).step(batch)
         assert torch.equal(batch[0], before)
 
     @pytest.mark.parametrize("where", ["forward", "loss"])
@@ -508,7 +514,7 @@ class TestForward:
             "forward": lambda model, batch: model(batch[0]).detach(),
             "loss": lambda logits, labels: F.cross_entropy(logits.detach(), labels),
         }
-        attack = LatentAdversarial(model, flow=Identity(), **{where: given[where]})
+        attack = paper_attack(model, flow=Identity(), **{where: given[where]})
         before = trace_of(model)
         with pytest.raises(ValueError, match="no gradient to the images"):
             attack.step(batch)
@@ -534,7 +540,7 @@ class Caching(nn.Module):
 
 def test_what_a_model_caches_during_an_attack_does_not_stay(batch):
     model = Caching().train()
-    attack = LatentAdversarial(model, steps=1, flow=Identity())
+    attack = paper_attack(model, steps=1, flow=Identity())
     attack(*batch)
     assert model.seen is model.cache
     assert (model.cache, model.bias) == ({"kept": None}, None)
@@ -559,7 +565,7 @@ def test_what_a_model_collects_during_an_attack_does_not_stay(batch):
 
     model = Collecting()
     seen = model.seen
-    LatentAdversarial(model, steps=1, flow=Identity())(*batch)
+    paper_attack(model, steps=1, flow=Identity())(*batch)
     assert model.seen is seen
     assert seen == ["before"]
     model(batch[0])  # what a first pass sets up is there
@@ -580,7 +586,7 @@ def test_a_cache_and_what_it_is_of_stay_together(batch):
             return self.head(self.inner(x * self.mask))
 
     model, (images, labels) = Sized(), batch
-    attack = LatentAdversarial(model, steps=1, flow=Identity())
+    attack = paper_attack(model, steps=1, flow=Identity())
     attack(images, labels)
     head = model.head.weight
     assert model(images).shape == (6, 4)
@@ -597,9 +603,7 @@ def test_targets_of_each_sample_follow_it(batch):
         seen.append((len(logits), targets))
         return logits.square().sum()
 
-    attack = LatentAdversarial(
-        convolutional_classifier(), p=0.5, steps=1, flow=Identity(), loss=loss
-    )
+    attack = paper_attack(convolutional_classifier(), p=0.5, steps=1, flow=Identity(), loss=loss)
     values = images.mean((1, 2, 3))
     moved = attack(images, [{"value": value} for value in values])
     count, targets = seen.pop()
@@ -616,6 +620,6 @@ def test_targets_of_each_sample_follow_it(batch):
 def test_a_torchscript_model_is_left_as_it_was(model, batch, glow, mode):
     model = torch.jit.script(model)
     before = trace_of(model)
-    out = LatentAdversarial(model, flow=glow, model_mode=mode)(*batch)
+    out = paper_attack(model, flow=glow, model_mode=mode)(*batch)
     assert not torch.equal(out, batch[0])
     assert same_trace(trace_of(model), before)

@@ -46,6 +46,9 @@ Forward = Callable[[nn.Module, Any], Tensor]
 Loss = Callable[[Tensor, Any], Tensor]
 Ask = Callable[[nn.Module, Tensor], Tensor]  # from a model and images to logits
 
+USUAL_EPS = {"l2": 1.0, "linf": 0.018, "rms": 0.018}  # of one strength at 3 x 32 x 32
+USUAL_DIMENSIONS = 3 * 32 * 32
+
 DETACHED = "the loss has no gradient to the images: the model, forward= or loss= detaches it"
 
 
@@ -66,8 +69,9 @@ class LatentAdversarial(LatentTransform):
     Args:
         model: The classifier: images (B, C, H, W) to logits (B, K).
         eps: Radius of the ball in standard deviations of the prior, or (low, high) to draw it
-            per sample.
-        alpha: Step size in the same unit, or (low, high).
+            per sample. None is an l2 radius of 1 at 3 x 32 x 32, and as strong at any other size.
+        alpha: Step size in the same unit, or (low, high). None is eps for one step, else half of
+            it.
         steps: Ascent steps, k.
         norm: "l2", "linf", or "rms" (l2 with eps and alpha times √d).
         flow: A `Flow`, or a name or path for `load_flow`.
@@ -78,9 +82,9 @@ class LatentAdversarial(LatentTransform):
         loss: A function that is called with (logits, labels) and gives a scalar or (B,). Labels may
             be anything then but None, or a tensor of another length. By default it is
             cross-entropy in float64, as confident samples have no loss in float32.
-        labels: "true" raises the loss at the batch's labels. "predicted" raises it at the model's
-            own predictions on the clean images, as the authors' code does. These are class indices
-            (B,), for your `loss` too.
+        labels: The labels whose loss is raised. "predicted" are the classes (B,) that the model
+            predicts where the ascent begins, as in the authors' code. "true" are those of the
+            batch. None is "predicted", and "true" with `loss`.
         normalize: v2.Normalize or (mean, std) that the images have been through already.
         p: Share of each batch that is perturbed, drawn at random. The cost falls with it.
         clip: Greatest distance from the original image, in [0, 1] units: per pixel for "linf",
@@ -107,13 +111,13 @@ class LatentAdversarial(LatentTransform):
     Raises:
         TypeError, ValueError: An argument or a batch is not as described.
 
-    Source: the paper's §2.2, with l2, eps 1.0, alpha 0.5 and k = 3 on CIFAR-10. p=0.5 is Stutz et
-    al. 2019.
+    Source: the paper's §2.2. Its setting for CIFAR-10 is ``norm="l2", eps=1.0, alpha=0.5, steps=3,
+    p=1.0, labels="true"``. p=0.5 is Stutz et al. 2019.
 
     Example:
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
-        >>> attack = LatentAdversarial(model, steps=1, flow="glow-fashionmnist")
+        >>> attack = LatentAdversarial(model, flow="glow-fashionmnist")
         >>> images, labels = attack.step((torch.rand(2, 1, 28, 28), torch.tensor([3, 7])))
         >>> images.shape, labels
         (torch.Size([2, 1, 28, 28]), tensor([3, 7]))
@@ -125,16 +129,16 @@ class LatentAdversarial(LatentTransform):
         self,
         model: nn.Module,
         *,
-        eps: Range = 1.0,
-        alpha: Range = 0.5,
-        steps: int = 3,
+        eps: Range | None = None,
+        alpha: Range | None = None,
+        steps: int = 1,
         norm: str = "l2",
         flow: Flow | str | Path = "glow-cifar10",
         resolution: int | None = None,
         loss: Loss | None = None,
-        labels: str = "true",
+        labels: str | None = None,
         normalize: Any = None,
-        p: float = 1.0,
+        p: float = 0.5,
         clip: float | None = None,
         random_start: bool = True,
         model_mode: str = "eval",
@@ -150,10 +154,12 @@ class LatentAdversarial(LatentTransform):
         for name, value in (("loss", loss), ("forward", forward)):
             if value is not None and not callable(value):
                 raise TypeError(f"{name} must be callable or None, got {value!r}")
+        norm = require_choice("norm", norm, ("linf", "l2", "rms"))
+        self.fits_size = eps is None and norm == "l2"
         super().__init__(
             flow,
-            eps=eps,
-            norm=require_choice("norm", norm, ("linf", "l2", "rms")),
+            eps=USUAL_EPS[norm] if eps is None else eps,
+            norm=norm,
             p=p,
             clip=clip,
             resolution=resolution,
@@ -164,7 +170,10 @@ class LatentAdversarial(LatentTransform):
             generator=generator,
         )
         self.model, self.loss, self.forward = model, loss, forward
-        self.alpha, self.steps = require_range("alpha", alpha), require_positive("steps", steps)
+        self.steps = require_positive("steps", steps)
+        self.alpha = self._choose_alpha() if alpha is None else require_range("alpha", alpha)
+        if labels is None:
+            labels = "predicted" if loss is None else "true"
         self.labels = require_choice("labels", labels, ("true", "predicted"))
         self.random_start = bool(random_start)
         self.model_mode = require_choice("model_mode", model_mode, ("eval", "unchanged"))
@@ -192,6 +201,11 @@ class LatentAdversarial(LatentTransform):
                 f"{type(self.flow).__name__}.decode takes no gradient argument: leave "
                 f"gradient='auto', got {gradient!r}"
             )
+
+    def _choose_alpha(self) -> tuple[float, float]:
+        """Choose the step size: one step crosses the whole radius, several go half as far."""
+        share = 1.0 if self.steps == 1 else 0.5
+        return share * self.eps[0], share * self.eps[1]
 
     def step(self, batch: Any) -> Any:
         """Replace the images of a batch by attacked ones, in a new container of the same type.
@@ -315,20 +329,22 @@ class LatentAdversarial(LatentTransform):
         latents = self.encode(images, y=y, region=region)
         z, size = latents.z, image_size(latents.small)
         mask = build_mask(self.flow, z, region, self.levels, size=size)
-        eps = self._draws.sample_between(*self.eps, len(z), z)
-        alpha = self._draws.sample_between(*self.alpha, len(z), z)
+        scale = (LF.dimensions(z, mask) / USUAL_DIMENSIONS) ** 0.5 if self.fits_size else 1.0
+        eps = scale * self._draws.sample_between(*self.eps, len(z), z)
+        alpha = scale * self._draws.sample_between(*self.alpha, len(z), z)
         delta = self._start(z, eps, mask)
         with lend(self.model, self.model_mode) as model, torch.enable_grad():
             samples = None if mixes_samples(model) else len(z)
-            if self.labels == "predicted":
-                labels = predict(model, images, ask)
-            for _ in range(self.steps):
+            for number in range(self.steps):
                 delta.requires_grad_(True)
                 moved = latents.decode_with(delta)
                 if not moved.requires_grad:
                     name = f"{type(self.flow).__name__}.decode"
                     raise ValueError(f"{name} detaches: it has no gradient")
-                loss = self._loss(ask(model, moved), labels, samples)
+                logits = ask(model, moved)
+                if number == 0 and self.labels == "predicted":
+                    labels = predict_classes(logits)
+                loss = self._loss(logits, labels, samples)
                 (grad,) = torch.autograd.grad(loss, delta, allow_unused=True)
                 if grad is None:
                     raise ValueError(DETACHED)
@@ -374,15 +390,14 @@ class LatentAdversarial(LatentTransform):
         return loss.sum()
 
     def __repr__(self) -> str:
-        return f"LatentAdversarial({self._describe('alpha', 'steps')})"
+        described = self._describe("alpha", "steps")
+        return f"LatentAdversarial({described}{', at 3x32x32' if self.fits_size else ''})"
 
 
-@torch.no_grad()
-def predict(model: nn.Module, images: Tensor, ask: Ask) -> Tensor:
-    """Predict the classes (B,) of images."""
-    logits = ask(model, images.clone())  # the model may work in place
+def predict_classes(logits: Tensor) -> Tensor:
+    """Return the class (B,) with the greatest logit of each sample."""
     count_classes(logits, "labels='predicted' takes the largest; use labels='true'")
-    return logits.argmax(dim=1)
+    return logits.detach().argmax(dim=1)
 
 
 def check_logits(logits: Any) -> Tensor:
