@@ -596,11 +596,16 @@ class TestDefaults:
     def test_are_of_one_strength_at_any_size(self, shape, resolution, radius, monkeypatch):
         noises = []
         perturb = Latents.perturb
-        monkeypatch.setattr(
-            Latents, "perturb", lambda self, noise: noises.append(noise) or perturb(self, noise)
-        )
+
+        def remember(latents, noise):
+            noises.append(noise)
+            return perturb(latents, noise)
+
+        monkeypatch.setattr(Latents, "perturb", remember)
         model = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 3))
-        attack = LatentAdversarial(model, flow=Identity(), resolution=resolution, p=1.0)
+        flow = Identity()
+        flow.channels = shape[0]
+        attack = LatentAdversarial(model, flow=flow, resolution=resolution, p=1.0)
         attack(torch.full((4, *shape), 0.5), torch.arange(4) % 3)
         assert length(noises[0], "l2") == pytest.approx([radius] * 4, rel=0.01)
 
