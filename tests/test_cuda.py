@@ -55,7 +55,7 @@ def _precision(request):
 
 
 @pytest.mark.usefixtures("_precision")
-@pytest.mark.parametrize("name", ["glow-cifar10", "glow-cifar10-small", "glow-fashionmnist"])
+@pytest.mark.parametrize("name", sorted(bundled_flows()))
 def test_bundled_flows_are_exact(name):
     flow = load_flow(name)  # stays on the CPU
     x = torch.stack([i.expand(flow.channels, 8, 8) for i in stripes(16)]).repeat(1, 1, 4, 4)

@@ -45,7 +45,8 @@ def clothes(channels):
 
 
 def test_every_bundled_flow_loads_and_is_exact():
-    assert {"glow-cifar10", "glow-cifar10-small", "glow-fashionmnist"} == set(bundled_flows())
+    names = {"glow-cifar10", "glow-cifar10-small", "glow-fashionmnist", "glow-photographs"}
+    assert names == set(bundled_flows())
     for name, directory in bundled_flows().items():
         flow = load_flow(name)
         pixels = clothes(flow.channels)
@@ -290,3 +291,18 @@ def test_a_flow_tuned_by_a_fused_optimizer_is_pickled_with_its_weights(saved):
     assert not flow.is_as_loaded()
     other = pickle.loads(pickle.dumps(LatentPerturb(flow=flow))).flow
     assert torch.equal(next(other.parameters()), next(flow.parameters()))
+
+
+def test_weights_can_be_pinned_by_their_sha256():
+    known = hub.SHA256["glow-fashionmnist"]
+    assert load_flow("glow-fashionmnist", sha256=known.upper()).channels == 1
+    with pytest.raises(OSError, match=f"'glow-fashionmnist' have SHA-256 {known}.*trained anew"):
+        load_flow("glow-fashionmnist", sha256=64 * "0")
+
+
+def test_a_pickle_refuses_other_weights_of_the_same_name(saved):
+    pickled = pickle.dumps(LatentPerturb(flow=saved))
+    assert pickle.loads(pickled).flow.channels == 3
+    random_glow(seed=1).save_pretrained(saved)
+    with pytest.raises(OSError, match=r"made with other weights of .*trained anew"):
+        pickle.loads(pickled)

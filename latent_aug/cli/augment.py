@@ -34,7 +34,7 @@ def augment(
     config: AugmentConfig,
     flow: Annotated[
         str, typer.Option(help="A bundled name, a directory, or org/repo on the hub.")
-    ] = "glow-cifar10",
+    ] = "glow-photographs",
     eps: Annotated[
         float | None,
         typer.Option(help="The size of the perturbation, else 0.25, or 10 for l2 at 32 x 32."),

@@ -30,6 +30,9 @@ from latent_aug.flows.base import (
 )
 
 LARGEST_CONFIG = 2**16  # bytes of a config, which holds a handful of numbers
+OTHER_WEIGHTS = (
+    "they were trained anew: install the latent-aug that had the former ones, or take these"
+)
 
 
 def bundled_flows() -> dict[str, Path]:
@@ -39,9 +42,10 @@ def bundled_flows() -> dict[str, Path]:
 
 
 def load_flow(
-    name_or_path: str | Path = "glow-cifar10",
+    name_or_path: str | Path = "glow-photographs",
     *,
     revision: str | None = None,
+    sha256: str | None = None,
     device: str | torch.device | None = None,
 ) -> Flow:
     """Load a trained flow: frozen, in evaluation mode, ready to encode and decode.
@@ -53,6 +57,7 @@ def load_flow(
             looked for in that order. Offline mode, mirrors and tokens are the hub client's
             (`HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_TOKEN`).
         revision: Branch, tag or commit of a hub repository.
+        sha256: The SHA-256 of the weights' file, as a card gives it. Other weights are refused.
         device: The device to put the weights on, by default the CPU.
 
     Returns:
@@ -60,7 +65,8 @@ def load_flow(
 
     Raises:
         ValueError: The name is unknown, or config or weights are not what they should be.
-        OSError: The directory or repository cannot be read.
+        OSError: The directory or repository cannot be read, or its weights are not those of
+            `sha256`.
 
     Example:
         >>> flow = load_flow("glow-fashionmnist")
@@ -68,9 +74,14 @@ def load_flow(
         (1, 4)
     """
     directory, origin = locate(str(name_or_path), revision)
-    expected = SHA256.get(origin[0])
-    if expected is not None and compute_sha256(directory / WEIGHTS_NAME) != expected:
-        raise OSError(f"{directory / WEIGHTS_NAME} was changed; install latent-aug again")
+    expected, weights = SHA256.get(origin[0]), directory / WEIGHTS_NAME
+    if expected is not None and compute_sha256(weights) != expected:
+        raise OSError(f"{weights} was changed; install latent-aug again")
+    if sha256 is not None and compute_sha256(weights) != sha256.lower():
+        raise OSError(
+            f"the weights of {origin[0]!r} have SHA-256 {compute_sha256(weights)}, and sha256="
+            f"{sha256!r} was asked for; {OTHER_WEIGHTS}"
+        )
     read_from = directory / WEIGHTS_NAME, get_write_time(directory / WEIGHTS_NAME)
     with torch.inference_mode(False):  # the weights serve outside it
         flow = read_flow(directory)
@@ -293,9 +304,20 @@ class HeldFlow:
     def __reduce__(self) -> tuple[Any, ...]:
         path, when = self.flow.read_from or (Path(), 0)
         if self.flow.loaded_from and get_write_time(path) == when and self.flow.is_as_loaded():
-            return _hold_by_name, self.flow.loaded_from[:2]
+            name, revision, (_, fingerprint) = self.flow.loaded_from
+            return _hold_by_name, (name, revision, fingerprint)
         return HeldFlow, (self.flow,)
 
 
-def _hold_by_name(name: str, revision: str | None) -> HeldFlow:
-    return HeldFlow(get_shared_flow(name, revision))
+def _hold_by_name(name: str, revision: str | None, fingerprint: str | None = None) -> HeldFlow:
+    """Load the flow that a pickle names; refuse one of other weights.
+
+    Raises:
+        OSError: The flow of this name has other weights than the pickled one had.
+    """
+    flow = get_shared_flow(name, revision)
+    if flow.loaded_from and fingerprint not in (None, flow.loaded_from[2][1]):
+        raise OSError(
+            f"what is unpickled here was made with other weights of {name!r}; {OTHER_WEIGHTS}"
+        )
+    return HeldFlow(flow)

@@ -239,7 +239,7 @@ def to_uint8(sample: Any, channels: int, size: int | None = None) -> Tensor:
         if channels == 1 and has_colour(image):
             raise ValueError(
                 "the images have colours, and the flow maps grey ones, of 1 channel: use a flow of "
-                "3 channels, such as glow-cifar10-small, or convert the images to grey before"
+                "3 channels, such as glow-photographs, or convert the images to grey before"
             )
         image = pil_to_uint8(image, {1: "L", 3: "RGB"}.get(channels, image.mode))
     if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != channels:

@@ -133,7 +133,7 @@ class LatentAdversarial(LatentTransform):
         alpha: Range | None = None,
         steps: int = 1,
         norm: str = "l2",
-        flow: Flow | str | Path = "glow-cifar10",
+        flow: Flow | str | Path = "glow-photographs",
         resolution: int | None = None,
         loss: Loss | None = None,
         labels: str | None = None,
@@ -289,7 +289,7 @@ class LatentAdversarial(LatentTransform):
             raise ValueError(
                 f"the flow maps images of {self.flow.channels} channels, got {images.shape[1]}, "
                 f"shape {tuple(images.shape)}; channels come before height and width; convert "
-                "them, or pass flow= one of as many: 'glow-fashionmnist' of 1, 'glow-cifar10' of 3"
+                "them, or pass flow= one of as many: 'glow-fashionmnist' of 1, 'glow-photographs' of 3"
             )
         if torch.is_inference_mode_enabled():
             raise RuntimeError("an attack needs gradients: call it outside torch.inference_mode()")

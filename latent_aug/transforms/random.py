@@ -122,7 +122,7 @@ class LatentPerturb(LatentTransform, v2.Transform):
         eps: Range = 0.25,
         *,
         norm: str | None = "linf",
-        flow: Flow | str | Path = "glow-cifar10",
+        flow: Flow | str | Path = "glow-photographs",
         p: float = 1.0,
         clip: float | None = None,
         away: bool = False,
