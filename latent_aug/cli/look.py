@@ -54,8 +54,8 @@ def check(
 ) -> None:
     """Does a flow suit your images, and which eps does? Exit code 3 if it does not."""
     with show_errors():
-        model = None if classifier is None else imported_model(classifier)
-        scaling = None if normalize is None else imported("normalize", normalize)
+        model = None if classifier is None else import_model(classifier)
+        scaling = None if normalize is None else import_object("normalize", normalize)
         if picture is not None:
             check_picture(picture, data)
         loaded = load_flow(flow)
@@ -72,7 +72,7 @@ def check(
             progress=True,
         )
         if picture is not None:
-            draw(LatentPerturb(found.eps, norm=norm, flow=loaded), images, picture, None)
+            save_preview(LatentPerturb(found.eps, norm=norm, flow=loaded), images, picture, None)
     typer.echo(str(found))
     if found.grade == "not usable":
         raise typer.Exit(3)
@@ -95,7 +95,7 @@ def preview(
         images = read_images(loaded, open_images(data, root=root), size, keep_bytes=0)
         sizes = eps or ([0.1, 0.25, 0.5] if norm in ("linf", "rms") else [5.0, 10.0, 20.0])
         transform = LatentPerturb(sizes[0], norm=norm, flow=loaded, resolution=resolution)
-        draw(transform, images, picture, sizes)
+        save_preview(transform, images, picture, sizes)
     typer.echo(f"{picture}")
 
 
@@ -116,18 +116,18 @@ def explore(
     page.block_thread()
 
 
-def draw(
+def save_preview(
     transform: LatentPerturb, images: UInt8Images, picture: Path, eps: list[float] | None
 ) -> None:
-    """Write the preview of some images."""
+    """Save the preview of some images."""
     preview_figure(transform, *images.read_some(6), eps=eps).savefig(
         picture, dpi=120, bbox_inches="tight"
     )
 
 
-def imported_model(name: str) -> nn.Module:
-    """The model, or what the function returns, that "module:name" names."""
-    found = imported("classifier", name)
+def import_model(name: str) -> nn.Module:
+    """Import the model "module:name", or call the function of that name for one."""
+    found = import_object("classifier", name)
     if callable(found) and not isinstance(found, nn.Module):
         try:
             found = found()
@@ -143,8 +143,8 @@ def imported_model(name: str) -> nn.Module:
     return found
 
 
-def imported(option: str, name: str) -> Any:
-    """What "module:name" names, of an installed module or one in the current directory."""
+def import_object(option: str, name: str) -> Any:
+    """Import "module:name" from an installed module or one in the current directory."""
     module, _, attribute = name.partition(":")
     if not attribute:
         raise ValueError(f"--{option} must be module:name, got {name!r}")

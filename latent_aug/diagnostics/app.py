@@ -1,4 +1,4 @@
-"""The page of `latent-aug explore`: what `explore` computes, shown by Gradio on this machine."""
+"""The page of `latent-aug explore`: Gradio shows on this machine what `explore` computes."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ CSS = """
 """
 
 
-def figure(x: Tensor, caption: str) -> str:
-    """An image (1, C, H, W) in the page itself, with what it shows below it."""
+def write_figure(x: Tensor, caption: str) -> str:
+    """Write an image (1, C, H, W) as HTML, with its caption below."""
     data = io.BytesIO()
     to_pil_image(from_float(x[0], torch.uint8)).save(data, "PNG", compress_level=1)
     source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
@@ -54,28 +54,29 @@ def figure(x: Tensor, caption: str) -> str:
     return f'<figure><img alt="{words}" src="{source}"><figcaption>{words}</figcaption></figure>'
 
 
-def pictures(*shown: tuple[Tensor, str]) -> str:
-    """Figures side by side."""
-    return f'<div class="pictures">{"".join(figure(x, caption) for x, caption in shown)}</div>'
+def write_figures(*shown: tuple[Tensor, str]) -> str:
+    """Write images and captions as HTML, side by side."""
+    figures = "".join(write_figure(x, caption) for x, caption in shown)
+    return f'<div class="pictures">{figures}</div>'
 
 
-def difference(a: Tensor, b: Tensor) -> Tensor:
-    """Amplified, on grey."""
+def amplify_difference(a: Tensor, b: Tensor) -> Tensor:
+    """Amplify the difference of two images, on grey."""
     return ((b - a) * AMPLIFY + 0.5).clamp(0, 1)
 
 
-def settings_of(
+def read_settings(
     eps: float, norm: str, level: str, where: str, left: float, top: float, right: float,
     bottom: float, seed: float,
 ) -> ex.Settings:  # fmt: skip
-    """What the controls say."""
+    """Read the settings from the values of the controls."""
     chosen = None if level == "all" else int(level.split()[0])
     box = (left, top, right, bottom)
     return ex.Settings(eps, norm, chosen, where, box, int(seed))  # type: ignore[arg-type]
 
 
-def said(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, its errors as messages on the page."""
+def show_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function show its errors as messages on the page."""
 
     @wraps(function)  # Gradio reads the annotations: of an event, say
     def wrapped(*arguments: Any) -> Any:
@@ -88,97 +89,97 @@ def said(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def show(subject: ex.Subject | None, *controls: Any) -> str:
-    """Original, perturbed and difference."""
+    """Show an image, the perturbed one and their difference."""
     if subject is None:
         raise ValueError("choose an image first")
-    settings = settings_of(*controls)
-    moved, fell_back = ex.perturb_subject(subject, settings)
-    change = 255 * (moved - subject.x).abs().mean().item()
+    settings = read_settings(*controls)
+    perturbed, fell_back = ex.perturb_subject(subject, settings)
+    change = 255 * (perturbed - subject.x).abs().mean().item()
     note = f"{settings.norm} {settings.eps:.3g}: pixels change by {change:.1f} of 255 on average"
     if fell_back:
         note = "the flow cannot perturb this image: it comes back as it was"
-    return pictures(
+    return write_figures(
         (subject.x, "original"),
-        (moved, note),
-        (difference(subject.x, moved), f"difference, {AMPLIFY} times"),
+        (perturbed, note),
+        (amplify_difference(subject.x, perturbed), f"difference, {AMPLIFY} times"),
     )
 
 
-def strip(subject: ex.Subject | None, eps: float, norm: str, *controls: Any) -> str:
-    """The same draws at several eps."""
+def show_strip(subject: ex.Subject | None, eps: float, norm: str, *controls: Any) -> str:
+    """Show the same draws at several eps."""
     if subject is None:
         return ""
     sizes = [share * ex.GREATEST_EPS[norm] for share in STRIP]
-    each = [ex.perturb_subject(subject, settings_of(size, norm, *controls)).x for size in sizes]
-    return pictures(*((x, f"{norm} {size:.3g}") for x, size in zip(each, sizes, strict=True)))
+    each = [ex.perturb_subject(subject, read_settings(size, norm, *controls)).x for size in sizes]
+    return write_figures(*((x, f"{norm} {size:.3g}") for x, size in zip(each, sizes, strict=True)))
 
 
-def draw_samples(flow: str, seed: float) -> str:
-    """Rows of samples, a column for each temperature."""
+def show_samples(flow: str, seed: float) -> str:
+    """Show rows of samples, a column for each temperature."""
     drawn = ex.draw_samples(ex.get_flow(flow), count=4, seed=int(seed))
     columns = [torch.cat(list(column), dim=1)[None] for column in drawn]
     captions = [f"temperature {t:g}" for t in ex.TEMPERATURES]
-    return pictures(*zip(columns, captions, strict=True))
+    return write_figures(*zip(columns, captions, strict=True))
 
 
-def attack(
+def show_attack(
     subject: ex.Subject | None, eps: float, alpha: float, steps: float, norm: str, level: str,
     *region: Any,
 ) -> Iterator[tuple[str, dict[str, float]]]:  # fmt: skip
-    """Images, losses and probabilities, growing by a step at a time."""
+    """Show images, losses and probabilities, one more step at a time."""
     if subject is None:
         raise gr.Error("choose an image first", print_exception=False)
-    settings = settings_of(eps, norm, level, *region)
+    settings = read_settings(eps, norm, level, *region)
     shown: list[tuple[Tensor, str]] = []
     try:
         for step in ex.attack_subject(subject, settings, alpha=alpha, steps=int(steps)):
             best = int(step.probabilities.argmax())
             share = f"{ex.CLASSES[best]} {step.probabilities[best]:.0%}"
-            name = f"step {step.number}" if step.number else original(subject)
+            name = f"step {step.number}" if step.number else name_original(subject)
             shown.append((step.x, f"{name}: loss {step.loss:.2f}, {share}"))
-            change = difference(subject.x, step.x), f"difference, {AMPLIFY} times"
+            change = amplify_difference(subject.x, step.x), f"difference, {AMPLIFY} times"
             label = dict(zip(ex.CLASSES, step.probabilities.tolist(), strict=True))
-            yield pictures(*shown, change), label
+            yield write_figures(*shown, change), label
     except ValueError as error:
         raise gr.Error(html.escape(str(error)), print_exception=False) from error
 
 
-def original(subject: ex.Subject) -> str:
-    """What it is called below its picture."""
+def name_original(subject: ex.Subject) -> str:
+    """Name the original image, by its class where that is known."""
     return "original" if subject.label is None else f"original ({ex.CLASSES[subject.label]})"
 
 
-def levels_of(flow: str) -> list[str]:
-    """Choices of a level."""
+def list_levels(flow: str) -> list[str]:
+    """List the choices of a level."""
     count = ex.get_flow(flow).levels
     ends = {0: " (finest)", count - 1: " (coarsest)"} if count > 1 else {}
     return ["all", *(f"{level}{ends.get(level, '')}" for level in range(count))]
 
 
 def open_flow(flow: str) -> tuple[Any, ...]:
-    """Examples, the first of them, and the levels of a flow."""
+    """Open a flow: its examples, the first of them, and its levels."""
     images, labels = ex.make_examples(ex.get_flow(flow))
     items = [to_pil_image(from_float(x, torch.uint8)) for x in images]
     subject = ex.make_subject(flow, images[:1], labels[0])
     gallery = gr.Gallery(items, selected_index=None)
-    return gallery, subject, gr.Radio(choices=levels_of(flow), value="all")
+    return gallery, subject, gr.Radio(choices=list_levels(flow), value="all")
 
 
 def choose(flow: str, event: gr.SelectData) -> ex.Subject:
-    """The example that was clicked."""
+    """Choose the example that was clicked."""
     images, labels = ex.make_examples(ex.get_flow(flow))
     return ex.make_subject(flow, images[event.index][None], labels[event.index])
 
 
 def upload(flow: str, path: str | None, side: float) -> Any:
-    """A file of the user's; nothing where there is none."""
+    """Read the file of the user, if there is one."""
     if path is None:
         return gr.skip()
     return ex.make_subject(flow, ex.read_upload(path, ex.get_flow(flow).channels, int(side)))
 
 
-def page(flows: Sequence[str]) -> gr.Blocks:
-    """What to perturb on the left, how on the right, and the pictures below that."""
+def make_page(flows: Sequence[str]) -> gr.Blocks:
+    """Make the page: images on the left, perturbations on the right, pictures below them."""
     with gr.Blocks(analytics_enabled=False, title="latent-aug explore", delete_cache=DELETE) as app:
         gr.Markdown(
             "# latent-aug explore\nWhat a perturbation in a flow's latent does to an image."
@@ -186,7 +187,7 @@ def page(flows: Sequence[str]) -> gr.Blocks:
         subject = gr.State(None)
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                flow, gallery, file, side = what(flows)
+                flow, gallery, file, side = make_choices(flows)
             with gr.Column(scale=3, min_width=320):
                 with gr.Row():
                     norm = gr.Radio(list(ex.GREATEST_EPS), value="linf", label="norm")
@@ -203,32 +204,32 @@ def page(flows: Sequence[str]) -> gr.Blocks:
                     eps = gr.Slider(0, 1, 0.25, step=0.01, label="eps", elem_id="eps")
                     three, row = gr.HTML(elem_id="three"), gr.HTML(elem_id="strip")
                 with gr.Tab("adversarial"):
-                    size, alpha, steps, go, path, verdict = adversarial()
+                    size, alpha, steps, go, path, verdict = make_attack()
                 with gr.Tab("samples"):
                     drawn = gr.HTML(elem_id="samples")
 
         region = [where, *box, seed]
         controls = [eps, norm, level, *region]
         each = [control.change for control in (subject, *controls)]
-        gr.on(each, said(show), [subject, *controls], three, api_name="show", **LIVE)
+        gr.on(each, show_errors(show), [subject, *controls], three, api_name="show", **LIVE)
         others = [control.change for control in (subject, norm, level, *region)]
-        gr.on(others, said(strip), [subject, *controls], row, api_name="strip", **LIVE)
+        gr.on(others, show_errors(show_strip), [subject, *controls], row, api_name="strip", **LIVE)
         opened = [gallery, subject, level]
         begin = [app.load, flow.change]
-        gr.on(begin, said(open_flow), flow, opened, api_name="open", **LIVE)
+        gr.on(begin, show_errors(open_flow), flow, opened, api_name="open", **LIVE)
         begin = [app.load, flow.change, seed.change]
-        gr.on(begin, said(draw_samples), [flow, seed], drawn, api_name="samples", **LIVE)
+        gr.on(begin, show_errors(show_samples), [flow, seed], drawn, api_name="samples", **LIVE)
         given = [file.upload, side.release]
-        gr.on(given, said(upload), [flow, file, side], subject, api_name="upload", **LIVE)
-        gallery.select(said(choose), flow, subject, api_visibility="private")
-        norm.change(rescaled, norm, [eps, size, alpha], api_visibility="private")
+        gr.on(given, show_errors(upload), [flow, file, side], subject, api_name="upload", **LIVE)
+        gallery.select(show_errors(choose), flow, subject, api_visibility="private")
+        norm.change(rescale, norm, [eps, size, alpha], api_visibility="private")
         attacked = [subject, size, alpha, steps, norm, level, *region]
-        go.click(attack, attacked, [path, verdict], api_name="attack")
+        go.click(show_attack, attacked, [path, verdict], api_name="attack")
     return app
 
 
-def what(flows: Sequence[str]) -> tuple[Any, ...]:
-    """The controls that choose a flow and an image."""
+def make_choices(flows: Sequence[str]) -> tuple[Any, ...]:
+    """Make the controls that choose a flow and an image."""
     flow = gr.Dropdown(list(flows), value=flows[0], label="flow")
     gallery = gr.Gallery(
         show_label=False, columns=4, height=220, allow_preview=False, buttons=[], elem_id="examples"
@@ -243,8 +244,8 @@ def what(flows: Sequence[str]) -> tuple[Any, ...]:
     return flow, gallery, file, side
 
 
-def adversarial() -> tuple[Any, ...]:
-    """The controls of the attack, and what it shows."""
+def make_attack() -> tuple[Any, ...]:
+    """Make the controls and the pictures of the attack."""
     size, alpha = ATTACK["linf"]
     with gr.Row():
         controls = [
@@ -259,8 +260,8 @@ def adversarial() -> tuple[Any, ...]:
     return *controls, go, path, verdict
 
 
-def rescaled(norm: str) -> tuple[Any, ...]:
-    """Ranges of eps and alpha that suit a norm."""
+def rescale(norm: str) -> tuple[Any, ...]:
+    """Set the ranges of eps and alpha for a norm."""
     greatest = ex.GREATEST_EPS[norm]
     size, alpha = ATTACK[norm]
     return (
@@ -274,16 +275,16 @@ def serve(flows: Sequence[str], *, port: int | None, browser: bool) -> tuple[gr.
     """Show the page on this machine, and only there.
 
     Args:
-        flows: Names and paths to choose from.
-        port: None takes the first free one from 7860 on.
-        browser: Open it in a browser.
+        flows: The names and paths to choose from.
+        port: The port of the page. None takes the first free one from 7860 on.
+        browser: Whether to open the page in a browser.
 
     Returns:
         The page, which `block_thread` keeps until it is interrupted, and its address.
     """
     for flow in flows:
         ex.get_flow(flow)  # an error now rather than on the page
-    app = page(flows)
+    app = make_page(flows)
     _, address, _ = app.launch(
         server_name=HOST,
         server_port=port,
