@@ -8,7 +8,15 @@ import pytest
 import torch
 from conftest import FLOWS, Identity, images_and_classes, random_dense, random_glow, stripes
 
-from latent_aug import Flow, Glow, LatentPerturb, LatentSchedule, TrainConfig, load_flow
+from latent_aug import (
+    Flow,
+    Glow,
+    LatentLoader,
+    LatentPerturb,
+    LatentSchedule,
+    TrainConfig,
+    load_flow,
+)
 from latent_aug.flows import ConditionalDenseFlow
 from latent_aug.flows.backend import use_plain_defaults
 from latent_aug.training.train import train_flow
@@ -181,6 +189,16 @@ def test_random_draws(same, monkeypatch):
 def test_what_a_transform_gives(same):
     flow = random_glow(1)
     same(lambda: {"images": LatentSchedule([(1, LatentPerturb(0.3, flow=flow, p=0.5))])(PIXELS)})
+
+
+def test_what_a_loader_gives(same):
+    transform = LatentPerturb(0.3, flow=random_glow(1))
+
+    def load():
+        (images,) = LatentLoader([PIXELS], transform, seed=1)
+        return {"images": images}
+
+    same(load)
 
 
 def test_what_training_gives(same, tmp_path):

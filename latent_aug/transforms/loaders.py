@@ -353,7 +353,7 @@ def perturb_each(transform: Callable[..., Any], batch: Any, key: Any) -> Any:
 
 def mark_images(images: Tensor) -> Tensor:
     """Mark a tensor as images, so that transforms of structures find them."""
-    return images if is_tv_tensor(images) else tv_tensors.Image(images)
+    return images if is_tv_tensor(images) else tv_tensors.Image(images, device=images.device)
 
 
 def unmark(images: Tensor) -> Tensor:
