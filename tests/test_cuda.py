@@ -19,6 +19,7 @@ from latent_aug import (
     load_flow,
     train_flow,
 )
+from latent_aug.flows import bundled_flows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -289,7 +289,8 @@ class LatentAdversarial(LatentTransform):
             raise ValueError(
                 f"the flow maps images of {self.flow.channels} channels, got {images.shape[1]}, "
                 f"shape {tuple(images.shape)}; channels come before height and width; convert "
-                "them, or pass flow= one of as many: 'glow-fashionmnist' of 1, 'glow-photographs' of 3"
+                "them, or pass flow= one of as many: 'glow-fashionmnist' of 1, 'glow-photographs' "
+                "of 3"
             )
         if torch.is_inference_mode_enabled():
             raise RuntimeError("an attack needs gradients: call it outside torch.inference_mode()")
