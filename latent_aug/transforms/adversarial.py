@@ -154,12 +154,12 @@ class LatentAdversarial(LatentTransform):
         for name, value in (("loss", loss), ("forward", forward)):
             if value is not None and not callable(value):
                 raise TypeError(f"{name} must be callable or None, got {value!r}")
-        norm = require_choice("norm", norm, ("linf", "l2", "rms"))
+        known: LF.Norm = require_choice("norm", norm, ("linf", "l2", "rms"))
         self.fits_size = eps is None and norm == "l2"
         super().__init__(
             flow,
-            eps=USUAL_EPS[norm] if eps is None else eps,
-            norm=norm,
+            eps=USUAL_EPS[known] if eps is None else eps,
+            norm=known,
             p=p,
             clip=clip,
             resolution=resolution,
