@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
-from conftest import ByClass, random_glow, same_trace, trace_of
+from conftest import ByClass, paper_attack, random_glow, same_trace, trace_of
 from PIL import Image
 
-from latent_aug import LatentAdversarial, LatentPerturb
+from latent_aug import LatentPerturb
 from latent_aug.diagnostics import explore
 from latent_aug.diagnostics.explore import Settings
 
@@ -118,7 +118,7 @@ def test_the_attack_by_steps(shirt, norm):
     assert path[-1].loss > path[0].loss + 0.5
     for step in path:
         assert step.loss == pytest.approx(-step.probabilities[0].log().item(), rel=1e-4)
-    attack = LatentAdversarial(
+    attack = paper_attack(
         model,
         eps=eps,
         alpha=alpha,

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import ByClass, Identity
+from conftest import ByClass, Identity, paper_attack
 from torch import nn
 from torchvision import tv_tensors
 
-from latent_aug import LatentAdversarial, LatentPerturb
+from latent_aug import LatentPerturb
 from latent_aug.transforms.labels import prepare_labels
 
 
@@ -69,16 +69,14 @@ def test_labels_getter():
 def test_the_attack_conditions_on_the_batch_s_labels(labels):
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
     y = torch.tensor([0, 1, 2, 3])
-    attack = LatentAdversarial(
-        model, eps=0.01, alpha=0.02, norm="linf", flow=ByClass(), labels=labels
-    )
+    attack = paper_attack(model, eps=0.01, alpha=0.02, norm="linf", flow=ByClass(), labels=labels)
     assert torch.allclose(change(attack(grey(4), y), grey(4)), 0.01 * 2.0**y, atol=1e-4)
 
 
 def test_the_attack_on_a_share_conditions_on_its_labels():
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
     y = torch.tensor([0, 1, 2, 3])
-    attack = LatentAdversarial(model, eps=0.01, alpha=0.02, norm="linf", flow=ByClass(), p=0.5)
+    attack = paper_attack(model, eps=0.01, alpha=0.02, norm="linf", flow=ByClass(), p=0.5)
     moved = change(attack(grey(4), y), grey(4))
     assert (moved > 0).sum() == 2
     assert torch.allclose(moved[moved > 0], (0.01 * 2.0**y)[moved > 0], atol=1e-4)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Identity, images_and_classes, random_glow
+from conftest import Identity, images_and_classes, paper_attack, random_glow
 from PIL import Image
 from torch import nn
 
-from latent_aug import LatentAdversarial, LatentPerturb
+from latent_aug import LatentPerturb
 from latent_aug.images import conversion
 from latent_aug.transforms import adversarial, random
 from latent_aug.transforms import functional as LF
@@ -42,7 +42,7 @@ def test_noise_does_the_same_to_pixels_in_both_transforms(size, resolution, opti
     if "normalize" in options:
         images = conversion.Normalization(NORMALIZE, 3).apply(images)
     options = {"norm": "l2", "flow": flow, "resolution": resolution, **options}
-    attack = LatentAdversarial(linear(*size), eps=3.0, alpha=1.5, **options)
+    attack = paper_attack(linear(*size), eps=3.0, alpha=1.5, **options)
     decode = flow.decode
     flow.decode = lambda z, y=None: decoded.append(z.detach()) or decode(z, y)
     attacked = attack(images, labels)
@@ -77,7 +77,7 @@ def test_an_attack_by_a_copy_is_textbook_pgd_on_the_copy(clip):
         delta = LF.ascent_step(delta.detach(), grad, 0.2, 0.5, "l2")
     options = {"flow": Identity(), "resolution": 8, "clip": clip}
     generator = torch.Generator().manual_seed(4)
-    attack = LatentAdversarial(model, eps=0.5, alpha=0.2, generator=generator, **options)
+    attack = paper_attack(model, eps=0.5, alpha=0.2, generator=generator, **options)
     torch.testing.assert_close(attack(x, y), images_at(delta), rtol=0, atol=1e-5)
 
 
@@ -85,7 +85,7 @@ def test_an_attack_by_a_copy_raises_the_loss():
     images, labels, flow = torch.rand(4, 3, 16, 16), torch.arange(4), random_glow()
     model = nn.Sequential(nn.AvgPool2d(2), linear(8, 8))
     options = {"eps": 3.0, "flow": flow, "resolution": 8}
-    attacked = LatentAdversarial(model, alpha=1.0, **options)(images, labels)
+    attacked = paper_attack(model, alpha=1.0, **options)(images, labels)
     by_chance = LatentPerturb(norm="l2", **options)(images)
     losses = [F.cross_entropy(model(x), labels, reduction="none") for x in (attacked, by_chance)]
     assert (losses[0] > losses[1]).all()
@@ -101,7 +101,7 @@ def test_an_attack_by_a_copy_keeps_what_it_should(p):
         seen.append(len(batch["images"]) == len(batch["ids"]) == round(4 * p))
         return model(batch["images"])
 
-    attack = LatentAdversarial(
+    attack = paper_attack(
         linear(16, 16), flow=random_glow(), resolution=8, mask=mask, p=p, forward=forward, eps=3.0
     )
     batch = {"images": images, "labels": torch.arange(4), "ids": list("abcd")}
@@ -114,11 +114,27 @@ def test_an_attack_by_a_copy_keeps_what_it_should(p):
     assert "resolution=8" in repr(attack)
 
 
+@pytest.mark.parametrize("kind", ["random", "adversarial"])
+def test_the_mask_of_the_copy_s_latent_is_that_of_the_image(kind, monkeypatch):
+    flow, decoded, mask = Identity(), [], torch.zeros(32, 48)
+    mask[20:, 25:] = 1  # of the copy the pixels from row 10 and column 12 on
+    monkeypatch.setattr(flow, "decode", lambda z, y=None: decoded.append(z.detach()) or z)
+    images, options = torch.rand(2, 3, 32, 48), {"flow": flow, "mask": mask, "resolution": 16}
+    if kind == "random":
+        LatentPerturb(0.3, **options)(images)
+    else:
+        paper_attack(linear(32, 48), **options)(images, torch.tensor([0, 1]))
+    moved = decoded[-1] - conversion.downscale(images, 16)
+    assert (moved[..., 10:, 12:] != 0).all()
+    moved[..., 10:, 12:] = 0
+    assert (moved == 0).all()
+
+
 def test_images_no_larger_than_the_resolution_are_attacked_as_they_are(batch):
     results = []
     for resolution in (None, 16, 100):
         torch.manual_seed(3)
-        attack = LatentAdversarial(linear(16, 16), flow=random_glow(), resolution=resolution)
+        attack = paper_attack(linear(16, 16), flow=random_glow(), resolution=resolution)
         results.append(attack(*batch))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
@@ -127,7 +143,7 @@ def test_images_no_larger_than_the_resolution_are_attacked_as_they_are(batch):
 @pytest.mark.parametrize("resolution", [0, 32.0, -1, True])
 def test_a_resolution_that_is_no_positive_integer(resolution):
     with pytest.raises(ValueError, match="resolution must be an integer of at least 1"):
-        LatentAdversarial(linear(8, 8), flow=Identity(), resolution=resolution)
+        paper_attack(linear(8, 8), flow=Identity(), resolution=resolution)
 
 
 def test_a_slight_radius_depends_on_the_resolution(glow):
@@ -220,6 +236,6 @@ def test_a_batch_is_packed_for_forward_only(batch, monkeypatch, forward):
     monkeypatch.setattr(
         adversarial, "replace_images", lambda *a: packed.append(1) or replace_images(*a)
     )
-    attack = LatentAdversarial(linear(16, 16), flow=Identity(), steps=4, forward=forward)
+    attack = paper_attack(linear(16, 16), flow=Identity(), steps=4, forward=forward)
     attack.step(batch)
     assert len(packed) == (1 if forward is None else 5)

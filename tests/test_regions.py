@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import Identity, length, random_glow
+from conftest import Identity, length, paper_attack, random_glow
 from PIL import Image
 from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from latent_aug import LatentAdversarial, LatentPerturb
+from latent_aug import LatentPerturb
 from latent_aug.transforms import functional as LF
 from latent_aug.transforms.regions import build_mask, mark_levels
 
@@ -49,7 +49,7 @@ def perturb(kind, flow, images, norm, **options):
     eps = EPS[norm]
     if kind == "random":
         return LatentPerturb(eps, norm=norm, flow=flow, **options)(images)
-    attack = LatentAdversarial(
+    attack = paper_attack(
         linear(images.shape[-1]), eps=eps, alpha=eps / 2, norm=norm, flow=flow, **options
     )
     return attack(images, torch.zeros(len(images), dtype=torch.long))
@@ -153,7 +153,7 @@ def test_the_model_sees_only_the_mask_move():
             seen.append(x.detach().clone())
             return self.inner(x)
 
-    attack = LatentAdversarial(Spy(), flow=random_glow(), mask=left_half(), steps=2)
+    attack = paper_attack(Spy(), flow=random_glow(), mask=left_half(), steps=2)
     attack(images, torch.tensor([0, 1]))
     assert all(torch.equal(x[..., 8:], images[..., 8:]) for x in seen)
     assert not torch.equal(seen[1], images)
@@ -163,7 +163,7 @@ def test_the_model_sees_only_the_mask_move():
 def test_a_step_has_its_length_within_the_mask(norm, monkeypatch):
     flow = random_glow()
     recorder = Recorder(flow, monkeypatch)
-    attack = LatentAdversarial(
+    attack = paper_attack(
         linear(),
         eps=1.9,
         alpha=0.1,
@@ -247,7 +247,7 @@ class TestMaskOfASample:
     def test_of_an_attacked_batch(self):
         images, labels = torch.rand(4, 3, 16, 16), torch.zeros(4, dtype=torch.long)
         masks = left_half().expand(4, 16, 16)
-        attack = LatentAdversarial(linear(), flow=random_glow(), mask=lambda batch: batch["mask"])
+        attack = paper_attack(linear(), flow=random_glow(), mask=lambda batch: batch["mask"])
         out = attack.step({"image": images, "label": labels, "mask": masks})
         assert out["mask"] is masks
         assert torch.equal(out["image"][..., 8:], images[..., 8:])

@@ -253,6 +253,8 @@ def attack_subject(
             steps=number,
             norm=settings.norm,
             flow=subject.flow,
+            labels="true",
+            p=1.0,
             mask=build_box_mask(subject.x, settings),
             levels=settings.level,
             generator=torch.Generator().manual_seed(settings.seed),

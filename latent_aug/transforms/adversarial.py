@@ -155,7 +155,6 @@ class LatentAdversarial(LatentTransform):
             if value is not None and not callable(value):
                 raise TypeError(f"{name} must be callable or None, got {value!r}")
         known: LF.Norm = require_choice("norm", norm, ("linf", "l2", "rms"))
-        self.fits_size = eps is None and norm == "l2"
         super().__init__(
             flow,
             eps=USUAL_EPS[known] if eps is None else eps,
@@ -169,6 +168,7 @@ class LatentAdversarial(LatentTransform):
             labels_getter=labels_getter,
             generator=generator,
         )
+        self.fits_size = eps is None and norm == "l2"
         self.model, self.loss, self.forward = model, loss, forward
         self.steps = require_positive("steps", steps)
         self.alpha = self._choose_alpha() if alpha is None else require_range("alpha", alpha)
