@@ -45,7 +45,9 @@ def adversarial_latent(
     model: nn.Module, eps: float = 4.0, alpha: float = 2.0, steps: int = 2, p: float = 0.5
 ) -> Augmentation:
     """Adversarial-LA on half of each batch."""
-    attack = LatentAdversarial(model, eps=eps, alpha=alpha, steps=steps, p=p, flow=FLOW)
+    attack = LatentAdversarial(
+        model, eps=eps, alpha=alpha, steps=steps, p=p, labels="true", flow=FLOW
+    )
     return attack.step
 
 

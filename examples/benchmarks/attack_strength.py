@@ -87,7 +87,9 @@ def judge(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
 def compare(model: nn.Module, images: Tensor, labels: Tensor, setting: tuple, flow: str) -> dict:
     """One setting: both perturbations on every image."""
     norm, eps, alpha, steps = setting
-    attack = LatentAdversarial(model, eps=eps, alpha=alpha, steps=steps, norm=norm, flow=flow)
+    attack = LatentAdversarial(
+        model, eps=eps, alpha=alpha, steps=steps, norm=norm, p=1.0, labels="true", flow=flow
+    )
     noise = LatentPerturb(eps, norm=norm, flow=flow)
     columns: dict[str, list[Tensor]] = {"clean": [], "random": [], "adversarial": []}
     for x, y in zip(images.split(BATCH), labels.split(BATCH), strict=True):

@@ -55,7 +55,9 @@ def costs(side: int) -> dict[str, float]:
     low = copy.deepcopy(flow)
     low.network_dtype = torch.bfloat16
     transform, faster, model = LatentPerturb(0.25), LatentPerturb(0.25, flow=low), cifar_resnet()
-    attack, faster_attack = (LatentAdversarial(model, steps=3, flow=f) for f in (flow, low))
+    attack, faster_attack = (
+        LatentAdversarial(model, steps=3, p=1.0, labels="true", flow=f) for f in (flow, low)
+    )
     batch = torch.randint(256, (64, 3, side, side), dtype=torch.uint8)
     photos = [to_pil_image(image) for image in batch[:8]]
     x, y = batch / 255, torch.zeros(64, dtype=torch.long)

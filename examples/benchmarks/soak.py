@@ -60,7 +60,7 @@ def perturbations(flow: Glow) -> Iterator[dict[str, int]]:
 def attacks(flow: Glow) -> Iterator[dict[str, int]]:
     """Ten thousand ascent steps; totals after each attack."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 5))
-    attack = LatentAdversarial(model, flow=flow, steps=PER_ATTACK)
+    attack = LatentAdversarial(model, flow=flow, steps=PER_ATTACK, p=1.0, labels="true")
     x, y = torch.rand(16, 3, 8, 8), torch.arange(16) % 5
     statistics = model[1].running_mean.clone()
     non_finite = 0

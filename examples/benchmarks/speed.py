@@ -104,7 +104,9 @@ def measure(name: str, batch: int, way: str, images: str) -> dict[str, float]:
         found[f"gradient_{mode}"] = batch / seconds(call)
         found[f"gradient_{mode}_peak_mib"] = peak_bytes(call) / 2**20
     if batch <= 32 or device != "cpu":  # a minute a call for the larger flows; no news
-        attack = LatentAdversarial(cifar_resnet().to(device), steps=3, flow=flow)
+        attack = LatentAdversarial(
+            cifar_resnet().to(device), steps=3, p=1.0, labels="true", flow=flow
+        )
         y = torch.zeros(batch, dtype=torch.long, device=device)
         found["attack"] = batch / seconds(lambda: attack(x, y), repeats=2)
     if autograd_bytes <= LARGEST:

@@ -26,6 +26,7 @@ PEERS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
     "augmix": lambda _: v2.AugMix(),
 }
 MIXES = {"mixup": v2.MixUp, "cutmix": v2.CutMix}
+PAPER = {"eps": 1.0, "alpha": 0.5, "steps": 3, "p": 1.0, "labels": "true"}  # for CIFAR-10
 PRESETS = {
     # What the authors' code does where their text says otherwise.
     "official": {"labels": "predicted", "model_mode": "unchanged"},
@@ -39,7 +40,7 @@ def make_method(settings: dict[str, Any], flows: Path | None = None) -> Method:
     Args:
         settings: "pixels": "none", "common" (crop and flip), or a peer's or mix's name, which
             comes after "common". "latent": arguments of LatentPerturb, "attack": of
-            LatentAdversarial; among them "flow" ("pixels" is PGD) and "preset", of PRESETS.
+            LatentAdversarial, where the paper's setting stands in for what is not given; among them "flow" ("pixels" is PGD) and "preset", of PRESETS.
             "phases": pairs of epochs and one of these, scaled to the epochs of the run.
             "flip": false leaves images unmirrored. "latent first": true perturbs images before
             they are cropped and mirrored.
@@ -142,7 +143,7 @@ def make_perturbation(
         return LatentPerturb(**read_arguments(settings["latent"], flows, channels.in_channels))
     if "attack" in settings:
         arguments = read_arguments(settings["attack"], flows, channels.in_channels)
-        return LatentAdversarial(model, **arguments)
+        return LatentAdversarial(model, **PAPER | arguments)
     return None
 
 
