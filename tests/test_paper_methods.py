@@ -198,7 +198,7 @@ class TestVaeGan:
         flow.decode = lambda z, y=None: (seen.append(z.detach()), decode(z, y))[1]
         model = nn.Sequential(nn.Flatten(), nn.Linear(784, 2))
         attack = LatentAdversarial(
-            model, flow=flow, levels=-1, eps=0.3, alpha=0.1, steps=3, norm="l2"
+            model, flow=flow, levels=-1, eps=0.3, alpha=0.1, steps=3, norm="l2", p=1.0
         )
         x, y = torch.rand(4, 1, 28, 28), torch.tensor([0, 1, 0, 1])
         attack(x, y)

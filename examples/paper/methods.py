@@ -40,7 +40,8 @@ def make_method(settings: dict[str, Any], flows: Path | None = None) -> Method:
     Args:
         settings: "pixels": "none", "common" (crop and flip), or a peer's or mix's name, which
             comes after "common". "latent": arguments of LatentPerturb, "attack": of
-            LatentAdversarial, where the paper's setting stands in for what is not given; among them "flow" ("pixels" is PGD) and "preset", of PRESETS.
+            LatentAdversarial, by default the paper's. Among them are "flow" ("pixels" is PGD)
+            and "preset", of PRESETS.
             "phases": pairs of epochs and one of these, scaled to the epochs of the run.
             "flip": false leaves images unmirrored. "latent first": true perturbs images before
             they are cropped and mirrored.
