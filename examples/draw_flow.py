@@ -1,7 +1,7 @@
 """Draw samples of a flow, and what perturbing them does.
 
-    python examples/draw_flow.py glow-cifar10 docs/pictures/glow-cifar10.png
-    python examples/draw_flow.py glow-cifar10 docs/pictures/parts.png --parts
+    python examples/draw_flow.py glow-photographs docs/pictures/flow.png
+    python examples/draw_flow.py glow-photographs docs/pictures/parts.png --parts
 
 Rows: samples at temperature 0.7; the same perturbed with linf 0.1, 0.25 and 0.4 and with l2 10;
 four times the difference for linf 0.25. With --parts, all with linf 0.4 and each followed by four
