@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2.functional import to_pil_image
 
 from latent_aug import TrainConfig, check_flow, load_flow, train_flow
-from latent_aug.diagnostics.check import greatest, padded, remedy_for
+from latent_aug.diagnostics.check import find_greatest, pad_images, word_remedy
 from latent_aug.diagnostics.verdict import interpret_figures
 from latent_aug.images.datasets import UInt8Images
 
@@ -126,9 +126,9 @@ def test_what_no_eps_can_do_is_said():
     assert "suggested" not in str(found)
 
 
-def test_greatest():
-    assert greatest(lambda eps: eps <= 0.37) == pytest.approx(0.37, rel=0.03)
-    assert greatest(lambda eps: False) == pytest.approx(0.001, rel=0.03)
+def test_find_greatest():
+    assert find_greatest(lambda eps: eps <= 0.37) == pytest.approx(0.37, rel=0.03)
+    assert find_greatest(lambda eps: False) == pytest.approx(0.001, rel=0.03)
 
 
 def test_sides_that_the_transforms_pad():
@@ -149,7 +149,7 @@ def test_sides_that_the_transforms_pad():
     flow.bits_per_dim = lambda x, y, generator: both.append(x.shape[2:]) or torch.zeros(len(x))
     check_flow(flow, images)
     assert set(both) == {(32, 28)}
-    edge = padded(images, flow)
+    edge = pad_images(images, flow)
     assert torch.equal(edge[..., :30, :26], images)
     assert torch.equal(edge[..., 31, 27], images[..., 29, 25])
     with pytest.raises(ValueError, match="are 30x26, this flow maps 28x28 only: resize them"):
@@ -158,7 +158,7 @@ def test_sides_that_the_transforms_pad():
 
 def test_what_is_not_padded_is_not_copied():
     images = smooth()
-    assert padded(images, load_flow("glow-fashionmnist")) is images
+    assert pad_images(images, load_flow("glow-fashionmnist")) is images
 
 
 @pytest.mark.parametrize(("size", "advised"), [(None, 28), (30, 32), (28, 28)])
@@ -222,7 +222,7 @@ def test_the_remedy_names_flow_and_size(tmp_path):
     found = check_flow(tmp_path / "my flow", noise)
     assert f"--init '{tmp_path / 'my flow'}' --output" in found.remedy
     assert "labels not needed" in found.remedy
-    assert "with their classes" in remedy_for(random_dense(), UInt8Images(noise, 1))
+    assert "with their classes" in word_remedy(random_dense(), UInt8Images(noise, 1))
     assert "whiten its latents" in check_flow(Identity(), noise.expand(-1, 3, -1, -1)).remedy
 
 

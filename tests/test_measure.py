@@ -8,7 +8,7 @@ import torch
 from conftest import Identity, random_glow
 from torch.utils.data import TensorDataset
 
-from latent_aug.diagnostics.measure import measure_flow, smoothness
+from latent_aug.diagnostics.measure import correlate_neighbours, measure_flow
 from latent_aug.diagnostics.verdict import interpret_figures
 from latent_aug.images.datasets import UInt8Images
 
@@ -37,10 +37,10 @@ def test_figures_are_those_of_the_flow(glow):
 
 def test_smoothness_tells_patches_from_noise():
     noise = torch.randn(4, 3, 16, 16)
-    assert (smoothness(noise).abs() < 0.15).all()
+    assert (correlate_neighbours(noise).abs() < 0.15).all()
     patches = noise[..., :4, :4].repeat_interleave(4, 2).repeat_interleave(4, 3)
-    assert (smoothness(patches) > 0.7).all()
-    assert smoothness(torch.zeros(1, 3, 8, 8)) == 0
+    assert (correlate_neighbours(patches) > 0.7).all()
+    assert correlate_neighbours(torch.zeros(1, 3, 8, 8)) == 0
 
 
 def test_latents_that_are_all_the_same_have_no_spread():

@@ -14,7 +14,7 @@ import sys
 import torch
 
 from latent_aug import load_flow
-from latent_aug.diagnostics.measure import mean_change
+from latent_aug.diagnostics.measure import average_change
 from latent_aug.images.datasets import UInt8Images, open_images
 from latent_aug.transforms.functional import FARTHEST_LATENT, noise_of_norm, root_mean_square
 
@@ -39,7 +39,7 @@ def main(name: str, folder: str) -> None:
         sizes.append(root_mean_square(z).flatten())
         errors.append(255 * (flow.decode(z) - x).abs().flatten(1).amax(dim=1))
         draws = torch.randn(z.shape, generator=generator)
-        changes.append(mean_change(flow.decode(z + noise_of_norm(draws, 0.25, "linf")), x))
+        changes.append(average_change(flow.decode(z + noise_of_norm(draws, 0.25, "linf")), x))
         far = (sizes[-1] >= FARTHEST_LATENT).float().mean()
         print(f"| {std} | {sizes[-1].mean():.1f} | {far:.0%} | {changes[-1].mean():.0f} |")
     size, error, change = torch.cat(sizes), torch.cat(errors), torch.cat(changes)

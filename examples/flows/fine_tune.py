@@ -36,7 +36,7 @@ def images_of(folder: Path) -> UInt8Images:
 def figures(flow: Glow, test: UInt8Images) -> dict[str, Any]:
     """What `latent-aug check` finds on up to 2,000 test images."""
     found = check_flow(flow, test, count=2000)
-    at_eps = found.figures["perturbations"][1]
+    at_eps = found.at_eps
     return {
         "bits_per_dim": round(found.figures["bits_per_dim"], 3),
         "latent_std": found.figures["latent_std"],

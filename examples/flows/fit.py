@@ -93,7 +93,7 @@ def measure_fit(flow: str, images: list[Image.Image], side: int) -> dict[str, An
     """The figures of a flow on images, as JSON knows them."""
     loaded = load_flow(flow)
     found = check_flow(loaded, images, size=side, count=COUNT)
-    at_eps = found.figures["perturbations"][1]
+    at_eps = found.at_eps
     return {
         "images": found.figures["images"],
         "bits_per_dim": round(found.figures["bits_per_dim"], 3),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from latent_aug.diagnostics.flips import CHUNK, Flips
-from latent_aug.diagnostics.measure import markdown_rows, mean_change, measure_flow
+from latent_aug.diagnostics.measure import average_change, measure_flow, write_rows
 from latent_aug.diagnostics.verdict import Finding, Grade, choose_grade, interpret_figures
 from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
 from latent_aug.flows.hub import load_flow
@@ -30,6 +30,7 @@ from latent_aug.images.datasets import (
     spread_indices,
 )
 from latent_aug.transforms import functional as LF
+from latent_aug.transforms.random import LatentPerturb
 from latent_aug.utils.arguments import require_choice, require_positive
 from latent_aug.utils.randomness import sample_normal
 
@@ -88,6 +89,11 @@ class FlowCheck:
         return tuple(found.text for found in self.findings if found.grade != "suits")
 
     @property
+    def at_eps(self) -> dict[str, Any]:
+        """The figures of the perturbation of the suggested eps."""
+        return pick_perturbation(self.figures, self.eps)
+
+    @property
     def remarks(self) -> tuple[str, ...]:
         """Findings that are no problem, one sentence each."""
         return tuple(found.text for found in self.findings if found.grade == "suits")
@@ -104,7 +110,7 @@ class FlowCheck:
             f"round trip: {error}, {f['uint8_identical']} of {f['images']} images byte for byte",
             f"latents' mean a level, finest first: {f['latent_mean']}",
             f"latents' standard deviation (the prior's is 1): {f['latent_std']}",
-            *markdown_rows(f),
+            *write_rows(f),
             *([] if self.eps >= HIGHEST else [self.suggestion]),
             self.verdict,
         ]
@@ -209,29 +215,31 @@ def check_flow(
     check_size(pixels, loaded)
     chosen, y = pixels.read_some(count)
     few = spread_indices(len(chosen), CALIBRATED_ON)
-    moved = perturbed_by(loaded, chosen[few], None if y is None else y[few], norm, seed)
-    x = moved(0.0).clamp(0, 1)
-    eps = by_change = greatest(lambda eps: float(mean_change(moved(eps), x).mean()) <= grey_levels)
-    by_flips = flipped = None
+    perturb = make_perturber(loaded, chosen[few], None if y is None else y[few], norm, seed)
+    x = perturb(0.0)
+    eps = by_change = find_greatest(
+        lambda eps: float(average_change(perturb(eps), x).mean()) <= grey_levels
+    )
+    by_flips = counter = None
     if classifier is not None:
-        flipped = Flips(classifier, Normalization(normalize, loaded.channels), moved)
-        by_flips = greatest(lambda eps: flipped.share(eps) <= flips)
+        counter = Flips(classifier, Normalization(normalize, loaded.channels), perturb)
+        by_flips = find_greatest(lambda eps: counter.share(eps) <= flips)
         eps = min(by_change, by_flips)
     figures = measure_flow(
         loaded,
-        read_images(loaded, pair_with_classes(padded(chosen, loaded), y)),
+        read_images(loaded, pair_with_classes(pad_images(chosen, loaded), y)),
         settings=[(norm, factor * eps) for factor in (0.5, 1.0, 2.0)],
         seed=seed,
         progress=progress,
     )
-    findings = [*interpret_figures(figures, figures["perturbations"][1])]
+    findings = [*interpret_figures(figures, pick_perturbation(figures, eps))]
     if by_change >= HIGHEST:
         text = f"no eps changes pixels by {grey_levels:g} grey levels on average"
         findings.append(Finding(text, "not usable"))
-    if flipped is not None:
+    if counter is not None:
         for perturbation in figures["perturbations"]:
-            perturbation["flipped"] = flipped.share(perturbation["eps"])
-        findings += [Finding(text, "usable") for text in flipped.explain_doubts()]
+            perturbation["flipped"] = counter.share(perturbation["eps"])
+        findings += [Finding(text, "usable") for text in counter.explain_doubts()]
     if by_flips is not None and by_flips <= LOWEST:
         text = f"no eps flips {flips:.0%} or less of the predictions"
         findings.append(Finding(text, "not usable"))
@@ -243,15 +251,20 @@ def check_flow(
         by_change,
         by_flips,
         tuple(findings),
-        remedy_for(loaded, pixels),
+        word_remedy(loaded, pixels),
         None if suits else estimate_minutes(loaded, pixels),
     )
 
 
-def estimate_minutes(flow: Flow, images: UInt8Images) -> float | None:
-    """About how long the advised fine-tuning takes on this machine.
+def pick_perturbation(figures: dict[str, Any], eps: float) -> dict[str, Any]:
+    """Pick the perturbation of an eps from the result of `measure_flow`."""
+    return next(found for found in figures["perturbations"] if found["eps"] == eps)
 
-    None for a flow that `latent-aug train` does not train.
+
+def estimate_minutes(flow: Flow, images: UInt8Images) -> float | None:
+    """Estimate the minutes that the advised fine-tuning takes on this machine.
+
+    It is None for a flow that `latent-aug train` does not train.
     """
     if not isinstance(flow, (Glow, ConditionalDenseFlow)):
         return None
@@ -272,7 +285,7 @@ def estimate_minutes(flow: Flow, images: UInt8Images) -> float | None:
 def check_arguments(
     norm: Any, grey_levels: float, flips: float, normalize: Any, classifier: Any
 ) -> None:
-    """Those of `check_flow` that need no look at flow or images.
+    """Check the arguments of `check_flow` that need no look at flow or images.
 
     Raises:
         ValueError, TypeError: One is out of range or of another type.
@@ -291,16 +304,16 @@ def check_arguments(
         raise TypeError(f"classifier must be an nn.Module, got a {type(classifier).__name__}")
 
 
-def padded(pixels: Tensor, flow: Flow) -> Tensor:
-    """uint8 images (B, C, H, W), padded where the flow does not map their sides."""
+def pad_images(pixels: Tensor, flow: Flow) -> Tensor:
+    """Pad uint8 images (B, C, H, W) where the flow does not map their sides."""
     if not any(side % flow.multiple for side in pixels.shape[2:]):
         return pixels
     parts = [fit_to_flow(part.float() / 255, flow) for part in pixels.split(CHUNK)]
     return torch.cat([from_float(part, torch.uint8) for part in parts])
 
 
-def remedy_for(flow: Flow, images: UInt8Images) -> str:
-    """What to do about a flow that does not suit the images that were looked at."""
+def word_remedy(flow: Flow, images: UInt8Images) -> str:
+    """Say what to do about a flow that does not suit the images that were looked at."""
     if not isinstance(flow, (Glow, ConditionalDenseFlow)):
         return (
             "train it on them, see that decode undoes encode, and whiten its latents (mean 0, "
@@ -319,38 +332,35 @@ def remedy_for(flow: Flow, images: UInt8Images) -> str:
     )
 
 
-@torch.no_grad()
-def perturbed_by(
+def make_perturber(
     flow: Flow, pixels: Tensor, y: Tensor | None, norm: LF.Norm, seed: int
 ) -> Callable[[float], Tensor]:
-    """A function of eps: uint8 images perturbed by it, always with the same draws.
+    """Make a function of eps that perturbs uint8 images by it, always with the same draws.
 
-    They are padded for a flow that does not map their sides, and cropped back.
+    Images that the flow cannot perturb are decoded all the same.
     """
-    height, width = pixels.shape[-2:]
-    device = flow.device
-    classes = [None] * len(pixels.split(CHUNK)) if y is None else y.to(device).split(CHUNK)
-    parts = zip(pixels.split(CHUNK), classes, strict=True)
-    z = torch.cat(
-        [
-            LF.encode(flow, fit_to_flow(part.to(device, torch.float32) / 255, flow), own)
-            for part, own in parts
-        ]
-    )
-    draws = sample_normal(z.shape, z, torch.Generator().manual_seed(seed))
+    transform = LatentPerturb(0.0, norm=norm, flow=flow)
+    images = pixels.to(flow.device, torch.float32) / 255
+    classes = [None] * len(images) if y is None else y.to(flow.device).split(CHUNK)
+    parts = [
+        transform.encode(part, y=own)
+        for part, own in zip(images.split(CHUNK), classes, strict=False)
+    ]
+    shape = (len(images), *parts[0].z.shape[1:])
+    draws = sample_normal(shape, parts[0].z, torch.Generator().manual_seed(seed)).split(CHUNK)
 
     @torch.no_grad()
-    def moved(eps: float) -> Tensor:
-        latents = z + LF.noise_of_norm(draws, eps, norm)
-        parts = zip(latents.split(CHUNK), classes, strict=True)
-        whole = torch.cat([flow.decode(part, own) for part, own in parts])
-        return whole[..., :height, :width]
+    def perturb(eps: float) -> Tensor:
+        noises = [LF.noise_of_norm(own, eps, norm) for own in draws]
+        return torch.cat(
+            [part.decode_with(noise) for part, noise in zip(parts, noises, strict=True)]
+        )
 
-    return moved
+    return perturb
 
 
-def greatest(holds: Callable[[float], bool]) -> float:
-    """About the greatest eps for which something holds that larger ones break; within 2 %.
+def find_greatest(holds: Callable[[float], bool]) -> float:
+    """Find the greatest eps for which something holds that larger ones break, within 2 %.
 
     `LOWEST` where it holds for none, `HIGHEST` where it holds for all.
     """

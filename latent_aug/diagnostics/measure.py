@@ -1,4 +1,4 @@
-"""The figures of a flow on images: how well it models them, exactly undoes itself, moves them."""
+"""Measure a flow on images: its density, its exactness, and what perturbations do."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def measure_flow(
     moments = [torch.zeros(3, dtype=torch.float64, device="cpu") for _ in range(flow.levels)]
     names = ("fallbacks", "mean_change", "saturated", "smoothness")
     perturbed = [dict.fromkeys(names, 0.0) for _ in settings]
-    batches = loader(images, batch_size)
+    batches = load_batches(images, batch_size)
     for number, pixels in enumerate(tqdm(batches, disable=not progress, desc="measuring")):
         x = pixels.to(device, torch.float32) / 255
         y = images.get_classes(slice(number * batch_size, (number + 1) * batch_size))
         y = None if y is None else y.to(device)
-        bits = added(bits, flow, x, y, generator)
+        bits = add_bits(bits, flow, x, y, generator)
         z = flow.encode(x, y)
         back = flow.decode(z, y)
         largest = torch.maximum(largest, (back - x).abs().max())  # keeps NaN, as max() may not
@@ -81,11 +81,11 @@ def measure_flow(
     count = len(images)
     return {
         "images": count,
-        "bits_per_dim": None if bits is None else finite(bits / count),
-        "round_trip_max_error": finite(largest.item()),
+        "bits_per_dim": None if bits is None else keep_finite(bits / count),
+        "round_trip_max_error": keep_finite(largest.item()),
         "uint8_identical": identical,
-        "latent_mean": [finite(round(float(sums[1] / sums[0]), 3)) for sums in moments],
-        "latent_std": [finite(round(std(sums), 3)) for sums in moments],
+        "latent_mean": [keep_finite(round(float(sums[1] / sums[0]), 3)) for sums in moments],
+        "latent_std": [keep_finite(round(compute_std(sums), 3)) for sums in moments],
         "perturbations": [
             {"norm": norm, "eps": eps, **{k: v / count for k, v in figures.items()}}
             for figures, (norm, eps) in zip(perturbed, settings, strict=True)
@@ -93,10 +93,10 @@ def measure_flow(
     }
 
 
-def added(
+def add_bits(
     bits: float | None, flow: Flow, x: Tensor, y: Tensor | None, generator: torch.Generator
 ) -> float | None:
-    """With a batch's bits/dim; None once the flow turns out to have no density."""
+    """Add the bits/dim of a batch; None once the flow turns out to have no density."""
     if bits is None:
         return None
     try:
@@ -105,8 +105,8 @@ def added(
         return None
 
 
-def loader(images: UInt8Images, batch_size: int) -> Iterable[Tensor]:
-    """Batches of uint8 images in order."""
+def load_batches(images: UInt8Images, batch_size: int) -> Iterable[Tensor]:
+    """Read batches of uint8 images in order."""
     own = torch.Generator()  # a loader draws its workers' seed even without workers
     batches = DataLoader(images, batch_size=batch_size, collate_fn=stack_images, generator=own)
     with torch.device("cpu"):  # its generator's, whatever the default device
@@ -114,46 +114,46 @@ def loader(images: UInt8Images, batch_size: int) -> Iterable[Tensor]:
 
 
 def compare(moved: Tensor, x: Tensor, z: Tensor) -> dict[str, Tensor]:
-    """Per sample: falls back or not, mean change in grey levels, share of values out of range."""
+    """Compare perturbed images (B, C, H, W) with their originals: figures (B,) by name."""
     outside = (moved < -1 / 255) | (moved > 1 + 1 / 255)
     unusable = LF.is_unusable(moved, x, z)
     return {
         "fallbacks": unusable,
-        "mean_change": torch.where(unusable, 0.0, mean_change(moved, x)),
+        "mean_change": torch.where(unusable, 0.0, average_change(moved, x)),
         "saturated": outside.float().mean(dim=(1, 2, 3)),
-        "smoothness": smoothness(visible_change(moved, x)),
+        "smoothness": correlate_neighbours(clamp_change(moved, x)),
     }
 
 
-def smoothness(change: Tensor) -> Tensor:
-    """Correlation of the changes (B, C, H, W) of horizontal neighbours, not centred: (B,)."""
+def correlate_neighbours(change: Tensor) -> Tensor:
+    """Correlate the changes (B, C, H, W) of horizontal neighbours, without centring: (B,)."""
     left, right = change[..., :-1].flatten(1), change[..., 1:].flatten(1)
     return F.cosine_similarity(left, right)
 
 
-def visible_change(moved: Tensor, x: Tensor) -> Tensor:
-    """Change of each value after clamping to [0, 1], of what stays finite: x's shape."""
+def clamp_change(moved: Tensor, x: Tensor) -> Tensor:
+    """Compute the change of each finite value after clamping to [0, 1]: x's shape."""
     return moved.nan_to_num().clamp(0, 1) - x
 
 
-def mean_change(moved: Tensor, x: Tensor) -> Tensor:
-    """Mean absolute change of a pixel in grey levels, of what stays finite: (B,)."""
-    return (visible_change(moved, x).abs() * 255).mean(dim=(1, 2, 3))
+def average_change(moved: Tensor, x: Tensor) -> Tensor:
+    """Average the absolute change of the pixels, in grey levels: (B,)."""
+    return (clamp_change(moved, x).abs() * 255).mean(dim=(1, 2, 3))
 
 
-def finite(number: float) -> float | None:
-    """The number, if it is one that JSON knows."""
+def keep_finite(number: float) -> float | None:
+    """Keep a number that JSON knows; None for others."""
     return number if math.isfinite(number) else None
 
 
-def std(sums: Tensor) -> float:
-    """Standard deviation from count, sum and sum of squares."""
+def compute_std(sums: Tensor) -> float:
+    """Compute a standard deviation from count, sum and sum of squares."""
     count, total, squares = sums
     return float((squares / count - (total / count) ** 2).clamp(min=0).sqrt())
 
 
-def markdown_rows(figures: dict[str, Any]) -> Iterator[str]:
-    """The perturbations as rows of a Markdown table."""
+def write_rows(figures: dict[str, Any]) -> Iterator[str]:
+    """Write the perturbations as rows of a Markdown table."""
     flipped = any("flipped" in p for p in figures["perturbations"])
     more = " predictions flipped |" if flipped else ""
     yield "| norm | eps | fall back | mean change (grey levels) | out of range |" + more

@@ -12,7 +12,7 @@ import torch
 import torchvision
 
 from latent_aug.diagnostics.figures import preview
-from latent_aug.diagnostics.measure import markdown_rows, measure_flow
+from latent_aug.diagnostics.measure import write_rows, measure_flow
 from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
 from latent_aug.flows.base import CARD_NAME, WEIGHTS_NAME
 from latent_aug.flows.hub import compute_sha256
@@ -154,7 +154,7 @@ def write_card(
         weights=WEIGHTS_NAME,
         picture=PICTURE_NAME,
         sha256=compute_sha256(output / WEIGHTS_NAME),
-        table="\n".join(markdown_rows(figures)),
+        table="\n".join(write_rows(figures)),
         verdict=word_verdict(problems),
         command=command,
         training_data=training_data,
