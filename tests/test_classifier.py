@@ -16,7 +16,8 @@ from conftest import (
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from latent_aug.transforms.classifier import check_targets, lend, scale_up, unwrap
+from latent_aug.transforms.classifier import check_targets, scale_up, unwrap
+from latent_aug.transforms.lending import lend
 
 
 def sure_model():
@@ -185,15 +186,12 @@ class TestKindsOfModels:
         model(batch[0])
         assert not torch.equal(self.attacked(model, batch), batch[0])
 
-    def test_no_weight_gets_a_gradient(self, model, batch):
-        seen = []
-
-        def loss(logits, labels):
-            seen.append([p.requires_grad for p in model.parameters()])
-            return F.cross_entropy(logits, labels)
-
-        self.attacked(model, batch, loss=loss)
-        assert not any(any(flags) for flags in seen)
+    def test_weights_keep_their_flags_unless_compiled(self, model, batch):
+        """What an eager model caches of them stays trainable. Compiled, it would compute all."""
+        for lent, wanted in ((model, True), (torch.compile(model, backend="eager"), False)):
+            with lend(lent, "eval"):
+                assert {p.requires_grad for p in model.parameters()} == {wanted}
+            assert all(p.requires_grad for p in model.parameters())
 
     def test_whose_train_does_more_than_set_a_flag(self, batch):
         class Merging(nn.Linear):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from latent_aug.images.conversion import Normalization
-from latent_aug.transforms.classifier import count_classes, lend
+from latent_aug.transforms.classifier import count_classes
+from latent_aug.transforms.lending import lend
 
 CHUNK = 50  # images at a time
 MOST_ALIKE = 0.9  # share of the predictions that may be of one class

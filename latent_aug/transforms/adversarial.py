@@ -27,12 +27,12 @@ from latent_aug.transforms import functional as LF
 from latent_aug.transforms.classifier import (
     check_targets,
     count_classes,
-    lend,
     mixes_samples,
     scale_up,
 )
 from latent_aug.transforms.labels import prepare_labels, read_labels
 from latent_aug.transforms.latents import LatentTransform, find_layout
+from latent_aug.transforms.lending import lend
 from latent_aug.transforms.regions import Levels, Mask, build_mask, read_region, take_rows
 from latent_aug.utils.arguments import (
     Range,
@@ -57,7 +57,10 @@ class LatentAdversarial(LatentTransform):
 
     The attack searches a ball of radius eps around each image's latent for the point whose decoded
     image the model classifies worst. It takes projected ascent steps along normalized gradients.
-    The model is left as it was: modes, buffers, gradients and flags, also after an exception.
+    The model is left as it was, also after an exception: modes, buffers, gradients, flags, and
+    public attributes, with the tensors, arrays and containers in them. So are modules that `loss`
+    and `forward` reach. Other objects, private attributes, and parameters that a forward pass
+    writes to are not put back. Threads that attack one model wait for each other.
 
     Images that the flow cannot perturb come back as they were, and `fallbacks` counts them.
 
@@ -334,7 +337,9 @@ class LatentAdversarial(LatentTransform):
         eps = scale * self._draws.sample_between(*self.eps, len(z), z)
         alpha = scale * self._draws.sample_between(*self.alpha, len(z), z)
         delta = self._start(z, eps, mask)
-        with lend(self.model, self.model_mode) as model, torch.enable_grad():
+        beside = (self.loss, self.forward)
+        lent = lend(self.model, self.model_mode, beside=beside)
+        with lent as model, torch.enable_grad():
             samples = None if mixes_samples(model) else len(z)
             for number in range(self.steps):
                 delta.requires_grad_(True)

@@ -1,13 +1,6 @@
-"""The user's classifier under attack.
-
-It is borrowed without a trace, the gradient of its logits is scaled, and its labels are checked.
-"""
+"""The user's classifier under attack: its wrappers, its logits' gradient, its labels."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,116 +10,6 @@ Wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 IGNORED = -100  # F.cross_entropy gives such labels no loss
 OWN_LOSS = "pass loss=, e.g. one from F.binary_cross_entropy_with_logits"
 SEVERAL_LABELS = f"for several labels an image {OWN_LOSS}"
-
-
-@contextmanager
-def lend(model: nn.Module, mode: str) -> Iterator[nn.Module]:
-    """Lend a model to an attack, and put back its modes, buffers, flags and caches.
-
-    Its parameters require no gradients meanwhile. A compiled model would compute them all, and
-    autocast would keep casts of them, without gradients, for the user's own forward pass.
-
-    Args:
-        model: The user's model, perhaps in DataParallel or DistributedDataParallel.
-        mode: "eval" for evaluation mode, anything else for the mode that the model is in.
-
-    Raises:
-        ValueError: The model is lazy and has not seen a batch.
-    """
-    model = unwrap(model)
-    if any(nn.parameter.is_lazy(t) for t in (*model.parameters(), *model.buffers())):
-        raise ValueError("the model has uninitialized lazy layers: run one batch through it first")
-    wanting = [p for p in model.parameters() if p.requires_grad]
-    modes = [(module, module.training) for module in model.modules()]
-    tables = [
-        (module, dict(module._buffers), set(module._non_persistent_buffers_set))
-        for module in model.modules()
-    ]
-    contents = [(b, b.clone()) for b in model.buffers() if not is_expanded(b)]
-    kept = [(module, read_attributes(module)) for module in model.modules()]
-    try:
-        for parameter in wanting:
-            parameter.requires_grad_(False)
-        if mode == "eval":
-            # Not by eval(): where it is overridden it may do more, as merging LoRA weights does.
-            for module in model.modules():
-                module.training = module.training and keeps_training(module)
-        yield model
-    finally:
-        for parameter in wanting:
-            parameter.requires_grad_(True)
-        for module, training in modes:
-            module.training = training
-        for buffer, content in contents:
-            # .data leaves the version counter alone: a forward pass of the user's that waits for
-            # its backward pass may have saved this buffer.
-            buffer.data.copy_(content)
-        for module, buffers, non_persistent in tables:
-            restore_table(module, buffers, non_persistent)
-        for module, attributes in kept:
-            restore_attributes(module, attributes)
-
-
-def read_attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Read the public attributes of a module, with copies of their dicts and lists.
-
-    A module such as LeViT keeps part of a forward pass in them, outside its buffers. All of them
-    are read, because a cache and its key belong together. Private attributes are left out: they
-    hold machinery that a first pass may set up.
-    """
-    return {
-        name: (value, copy_content(value))
-        for name, value in vars(module).items()
-        if not name.startswith("_")
-    }
-
-
-def copy_content(value: Any) -> dict[Any, Any] | list[Any] | None:
-    """Copy a dict or a list. None for anything else."""
-    if isinstance(value, dict):
-        return dict(value)
-    return list(value) if isinstance(value, list) else None
-
-
-def restore_attributes(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
-    """Put public attributes of a module back. Dicts and lists stay the same objects.
-
-    An attribute that has become a submodule, a parameter or a buffer stays one. New attributes
-    stay too, because a private one may say that they are there.
-    """
-    tables = (module._modules, module._parameters, module._buffers)
-    for name, (value, content) in before.items():
-        if any(name in table for table in tables):  # not iterated over: TorchScript's cannot be
-            continue
-        if vars(module).get(name) is not value:
-            vars(module)[name] = value
-        if isinstance(content, list):
-            value[:] = content
-        elif content is not None and not holds_same(value, content):
-            value.clear()
-            value.update(content)
-
-
-def holds_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
-    """Whether two dicts hold the very same objects."""
-    return one.keys() == other.keys() and all(one[name] is other[name] for name in one)
-
-
-def keeps_training(module: nn.Module) -> bool:
-    """Whether a module stays in training mode: a recurrent one without dropout.
-
-    The mode changes nothing in it, but cuDNN has a backward pass in training mode only.
-    """
-    return isinstance(module, nn.RNNBase) and not module.dropout
-
-
-def restore_table(module: nn.Module, buffers: dict[str, Any], non_persistent: set[str]) -> None:
-    """Put the buffers of a module back, if it has others now."""
-    if holds_same(dict(module._buffers), buffers):
-        return
-    module._buffers.clear()
-    module._buffers.update(buffers)
-    module._non_persistent_buffers_set = non_persistent
 
 
 def mixes_samples(model: nn.Module) -> bool:
@@ -150,11 +33,6 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inside, Wrappers):
             return model
         model = inside.module
-
-
-def is_expanded(tensor: Tensor) -> bool:
-    """Whether several elements share memory, so that the tensor cannot be written to in place."""
-    return any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def scale_up(grad: Tensor, each: bool) -> Tensor:

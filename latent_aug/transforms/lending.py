@@ -1,0 +1,322 @@
+"""Lend the user's model to an attack, with the modules that the attack reaches beside it.
+
+All of it is put back afterwards, also after an exception.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from latent_aug.transforms.classifier import unwrap
+
+Restore = Callable[[], None]
+PLAIN = (bool, int, float, str, tuple, type(None))  # attributes that nothing changes in place
+DEEPEST = 4  # containers in containers that are looked into
+
+_returned = threading.Condition()
+_borrowers: dict[int, int] = {}  # the thread that has a module, by the module's id
+_still: WeakSet[nn.Module] = WeakSet()  # modules of torch whose buffers an attack left alone
+
+
+@contextmanager
+def lend(model: nn.Module, mode: str, *, beside: Iterable[Any] = ()) -> Iterator[nn.Module]:
+    """Lend a model to an attack, and put back what a forward pass may change in it.
+
+    Put back are modes, buffers, flags, and public attributes with the content of the tensors,
+    arrays, lists, dicts, sets and deques in them. Weights that it caches by
+    `torch.nn.utils.parametrize.cached` or `functools.cached_property` are forgotten. Not put back
+    are parameters that a forward pass writes to, private attributes, and objects of other types.
+
+    Weights keep their `requires_grad`, so that whatever else is cached of them can be trained. Only
+    those of a compiled model require no gradient meanwhile, as it would compute them all.
+
+    Other threads that attack the same model wait.
+
+    Args:
+        model: The user's model, perhaps in DataParallel or DistributedDataParallel.
+        mode: "eval" for evaluation mode, anything else for the mode that the model is in.
+        beside: Functions that are called beside the model. Modules in them are lent too.
+
+    Raises:
+        ValueError: The model is lazy and has not seen a batch.
+    """
+    model = unwrap(model)
+    found = [model, *(module for value in beside for module in find_modules(value))]
+    modules = list(dict.fromkeys(inner for module in found for inner in module.modules()))
+    parameters = [p for module in modules for p in module.parameters(recurse=False)]
+    buffers = (b for module in modules for b in module._buffers.values())
+    if any(nn.parameter.is_lazy(t) for t in (*parameters, *buffers) if t is not None):
+        raise ValueError("the model has uninitialized lazy layers: run one batch through it first")
+    with reserve(modules), ExitStack() as stack:  # a stack calls all, even if some of them fail
+        for module in modules:
+            stack.callback(remember_module(module, mode))
+        stack.callback(remember_flags(parameters))
+        stack.callback(remember_items(parametrize._cache, depth=0))
+        if any(is_compiled(module) for module in modules):
+            for parameter in parameters:
+                if parameter.is_leaf:
+                    parameter.requires_grad_(False)
+        if mode == "eval":
+            # Not by eval(): where it is overridden it may do more, as merging LoRA weights does.
+            for module in modules:
+                if module.training and not keeps_training(module):
+                    module.training = False
+        yield model
+
+
+@contextmanager
+def reserve(modules: list[nn.Module]) -> Iterator[None]:
+    """Keep modules from other threads' attacks, and wait for those that have them now."""
+    own = threading.get_ident()
+    with _returned:
+        _returned.wait_for(lambda: all(_borrowers.get(id(m), own) == own for m in modules))
+        new = [id(module) for module in modules if id(module) not in _borrowers]
+        _borrowers.update(dict.fromkeys(new, own))
+    try:
+        yield
+    finally:
+        with _returned:
+            for number in new:
+                del _borrowers[number]
+            _returned.notify_all()
+
+
+def find_modules(value: Any, depth: int = DEEPEST) -> Iterator[nn.Module]:
+    """Find the modules that a callable reaches by its closure, globals, arguments or attributes."""
+    if isinstance(value, nn.Module):
+        yield unwrap(value)
+        return
+    inside: Iterable[Any] = ()
+    if isinstance(value, functools.partial):
+        inside = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, types.MethodType):
+        inside = (value.__self__, value.__func__)
+    elif isinstance(value, types.FunctionType):
+        names = (value.__globals__.get(name) for name in value.__code__.co_names)
+        inside = (*names, *read_cells(value), *(value.__defaults__ or ()))
+        inside = (*inside, *(value.__kwdefaults__ or {}).values())
+    elif isinstance(value, dict):
+        inside = value.values()
+    elif isinstance(value, (list, tuple)):
+        inside = value
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType, Tensor)):
+        inside = vars(value).values()
+    for entry in tuple(inside) if depth else ():
+        yield from find_modules(entry, depth - 1)
+
+
+def read_cells(function: types.FunctionType) -> Iterator[Any]:
+    """Read the variables that a function has of the functions around it."""
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # it has no value yet
+            continue
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` has a part in a module's forward pass."""
+    return (
+        "_orig_mod" in module._modules
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+    )
+
+
+def keeps_training(module: nn.Module) -> bool:
+    """Whether a module stays in training mode: a recurrent one without dropout.
+
+    The mode changes nothing in it, but cuDNN has a backward pass in training mode only.
+    """
+    return isinstance(module, nn.RNNBase) and not module.dropout
+
+
+def remember_flags(parameters: Iterable[Tensor]) -> Restore:
+    """Remember which parameters require a gradient."""
+    flags = [(p, p.requires_grad) for p in parameters if p.is_leaf]
+
+    def restore() -> None:
+        for parameter, wanted in flags:
+            if parameter.requires_grad != wanted:
+                parameter.requires_grad_(wanted)
+
+    return restore
+
+
+def remember_module(module: nn.Module, mode: str) -> Restore:
+    """Remember what of a module itself, without its submodules, an attack may change."""
+    training = module.training
+    names = set(vars(module))
+    attributes = {name: v for name, v in vars(module).items() if not name.startswith("_")}
+    contents = [remember(v) for v in attributes.values() if not isinstance(v, PLAIN)]
+    restore_buffers = remember_buffers(module, mode) if module._buffers else None
+
+    def restore() -> None:
+        if restore_buffers is not None:
+            restore_buffers()
+        restore_attributes(module, attributes)
+        forget_properties(module, set(vars(module)) - names)
+        for restore_content in contents:
+            if restore_content is not None:
+                restore_content()
+        if module.training != training:
+            module.training = training
+
+    return restore
+
+
+def restore_attributes(module: nn.Module, before: dict[str, Any]) -> None:
+    """Put public attributes of a module back.
+
+    All of them, because a cache and its key belong together. An attribute that has become a
+    submodule, a parameter or a buffer stays one. New attributes stay too, because a private one may
+    say that they are there.
+    """
+    tables = (module._modules, module._parameters, module._buffers)
+    own = vars(module)
+    for name, value in before.items():
+        if own.get(name) is value or any(name in table for table in tables):
+            continue
+        own[name] = value
+
+
+def forget_properties(module: nn.Module, names: Iterable[str]) -> None:
+    """Delete those of these attributes that the module's class computes when somebody asks."""
+    for name in names:
+        prop = inspect.getattr_static(type(module), name, None)
+        if isinstance(prop, functools.cached_property):
+            del vars(module)[name]
+
+
+def remember_buffers(module: nn.Module, mode: str) -> Restore:
+    """Remember the buffers of a module, and their content if a forward pass may write to it."""
+    table, non_persistent = dict(module._buffers), set(module._non_persistent_buffers_set)
+    settled = is_settled(module, mode)
+    copied = not (settled and module in _still)
+    versions = [(b, b._version) for b in table.values() if b is not None and not b.is_inference()]
+    contents = [remember_tensor(buffer) for buffer, _ in versions] if copied else []
+
+    def restore() -> None:
+        if settled and all(buffer._version == version for buffer, version in versions):
+            _still.add(module)
+        else:
+            _still.discard(module)
+        for restore_content in contents:
+            if restore_content is not None:
+                restore_content()
+        if not holds_same(dict(module._buffers), table):
+            module._buffers.clear()
+            module._buffers.update(table)
+            module._non_persistent_buffers_set = non_persistent
+
+    return restore
+
+
+def is_settled(module: nn.Module, mode: str) -> bool:
+    """Whether a module is torch's own and writes to no buffer in the mode that it is attacked in.
+
+    A hook may write to them, and the module around it. The first attack sees whether that happens.
+    """
+    writes = module.training and mode != "eval"
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return type(module).__module__.startswith("torch.nn.modules.") and not (writes or hooked)
+
+
+def remember(value: Any, depth: int = DEEPEST) -> Restore | None:
+    """Remember the content of a tensor, an array or a container. None for anything else."""
+    if isinstance(value, Tensor):
+        return None if value.requires_grad else remember_tensor(value)
+    if isinstance(value, np.ndarray):
+        return remember_array(value)
+    if isinstance(value, (dict, list, set, deque)):
+        return remember_items(value, depth)
+    return None
+
+
+def remember_tensor(tensor: Tensor) -> Restore | None:
+    """Remember the content of a tensor. None if nothing can write to it in place."""
+    simple = tensor.layout is torch.strided and not tensor.is_nested
+    if tensor.is_meta or tensor.is_inference() or (simple and is_expanded(tensor)):
+        return None
+    content, version = tensor.detach().clone(), tensor._version
+
+    def restore() -> None:
+        if any(getattr(tensor, k) != getattr(content, k) for k in ("shape", "dtype", "device")):
+            tensor.data = content
+        elif is_equal(tensor, content) if simple else tensor._version == version:
+            return
+        elif tensor.layout is torch.sparse_coo:  # its .data is another tensor
+            tensor.data = content
+        else:
+            # .data leaves the version counter alone: a forward pass of the user's that waits for
+            # its backward pass may have saved this tensor.
+            tensor.data.copy_(content)
+
+    return restore
+
+
+def is_equal(tensor: Tensor, content: Tensor) -> bool:
+    """Whether a tensor has this content. False on an accelerator, where a look would wait.
+
+    What is equal is not written to: the memory may be a file's that is open for reading only.
+    """
+    if not tensor.is_cpu:
+        return False
+    if torch.equal(tensor, content):
+        return True
+    return bool(((tensor == content) | (tensor.isnan() & content.isnan())).all())
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether several elements share memory, so that the tensor cannot be written to in place."""
+    return any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def remember_array(array: np.ndarray[Any, Any]) -> Restore | None:
+    """Remember the content of an array. None if it is read-only, or a file's."""
+    if isinstance(array, np.memmap) or not array.flags.writeable:
+        return None
+    content = array.copy()
+
+    def restore() -> None:
+        if array.shape != content.shape:
+            array.resize(content.shape, refcheck=False)
+        array[...] = content
+
+    return restore
+
+
+def remember_items(container: Any, depth: int = DEEPEST) -> Restore:
+    """Remember what is in a dict, list, set or deque, and the content of that."""
+    items = container.copy()
+    values = items.values() if isinstance(items, dict) else items
+    inner = [remember(v, depth - 1) for v in values if not isinstance(v, PLAIN)] if depth else []
+
+    def restore() -> None:
+        for restore_content in inner:
+            if restore_content is not None:
+                restore_content()
+        if isinstance(container, dict) and holds_same(container, items):
+            return
+        container.clear()
+        container.extend(items) if hasattr(container, "extend") else container.update(items)
+
+    return restore
+
+
+def holds_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
+    """Whether two dicts hold the very same objects in the same order."""
+    return list(one) == list(other) and all(one[name] is other[name] for name in one)
