@@ -141,10 +141,11 @@ def perturb_sample(
     if has_own_mask and isinstance(sample, (tuple, list)):
         given = (sample, None)  # the mask depends on the whole sample, its label included
     kind = transform.norm if transform.uses_norm else "eps"
+    at = " at 32x32" if getattr(transform, "fits_size", False) else ""
     for size in sizes:
         with use_seed(seed, getattr(image, "device", torch.device("cpu"))):
             perturbed = to_picture(perturb_image(transform.with_eps(size), *given), transform)
-        yield f"{kind} {size:.3g}", perturbed
+        yield f"{kind} {size:.3g}{at}", perturbed
         yield f"difference times {amplify:g}", (perturbed - original) * amplify + 0.5
 
 

@@ -12,7 +12,7 @@ import torch
 import torchvision
 
 from latent_aug.diagnostics.figures import preview
-from latent_aug.diagnostics.measure import write_rows, measure_flow
+from latent_aug.diagnostics.measure import measure_flow, write_rows
 from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
 from latent_aug.flows.base import CARD_NAME, WEIGHTS_NAME
 from latent_aug.flows.hub import compute_sha256
