@@ -133,9 +133,9 @@ class FlowCheck:
     @property
     def conclusion(self) -> str:
         """The grade, with what to do about it."""
-        took = (
-            "" if self.minutes is None else f" (about {max(1, round(self.minutes))} minutes here)"
-        )
+        took = ""
+        if self.minutes is not None:
+            took = f" (about {max(1, round(self.minutes))} min on this machine)"
         if self.grade == "suits":
             return "The flow suits these images."
         if self.grade == "usable":
