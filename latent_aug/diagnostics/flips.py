@@ -1,4 +1,4 @@
-"""Which of a classifier's predictions a perturbation flips."""
+"""The predictions of a classifier that a perturbation flips."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from latent_aug.transforms.classifier import count_classes
 from latent_aug.transforms.lending import lend
 
 CHUNK = 50  # images at a time
-MOST_ALIKE = 0.9  # share of the predictions that may be of one class
+MOST_ALIKE = 0.9  # the greatest share of predictions of one class
 
 
 class Flips:
     """Predictions of a classifier, and how many of them a perturbation flips.
 
     Args:
-        classifier: Gives logits.
-        normalization: Of its inputs.
-        moved: From eps to the perturbed images; 0 leaves them.
+        classifier: A model that gives logits.
+        normalization: The normalization of its inputs.
+        perturb: A function of eps that gives the perturbed images; 0 leaves them.
     """
 
     def __init__(
         self,
         classifier: nn.Module,
         normalization: Normalization,
-        moved: Callable[[float], Tensor],
+        perturb: Callable[[float], Tensor],
     ) -> None:
-        self.classifier, self.normalization, self.moved = classifier, normalization, moved
-        self.before = self.predict(moved(0.0))
+        self.classifier, self.normalization, self.perturb = classifier, normalization, perturb
+        self.before = self.predict(perturb(0.0))
 
     def share(self, eps: float) -> float:
-        """Of the predictions that this eps flips."""
-        return float((self.predict(self.moved(eps)) != self.before).float().mean())
+        """Compute the share of the predictions that this eps flips."""
+        return float((self.predict(self.perturb(eps)) != self.before).float().mean())
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """The classes (B,) of images in [0, 1]."""
+        """Predict the classes (B,) of images in [0, 1]."""
         x = x.to(next(self.classifier.parameters(), x).device)
         inputs = self.normalization.apply(x.nan_to_num().clamp(0, 1))
         with lend(self.classifier, "eval") as model:
@@ -53,7 +53,7 @@ class Flips:
         if not all(isinstance(logits, Tensor) and logits.ndim == 2 for logits in outputs):
             raise TypeError(
                 "classifier must take images (B, C, H, W) and return logits (B, classes), got "
-                f"{shape_of(outputs[0])}; wrap it in a module that does"
+                f"{describe_output(outputs[0])}; wrap it in a module that does"
             )
         count_classes(outputs[0], "wrap the classifier in a module that gives two")
         return torch.cat(outputs).argmax(dim=1)
@@ -68,8 +68,8 @@ class Flips:
             )
 
 
-def shape_of(output: Any) -> str:
-    """What a model returned, in words."""
+def describe_output(output: Any) -> str:
+    """Say in words what a model returned."""
     if isinstance(output, Tensor):
         return f"a tensor of shape {tuple(output.shape)}"
     return f"a {type(output).__name__}"
