@@ -16,7 +16,8 @@ from conftest import (
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from latent_aug.transforms.classifier import check_targets, scale_up, unwrap
+from latent_aug import LatentAdversarial
+from latent_aug.transforms.classifier import check_targets, has_several, scale_up, unwrap
 from latent_aug.transforms.lending import lend
 
 
@@ -395,7 +396,6 @@ class TestTargets:
             (torch.randn(3, 4), torch.rand(3, 5), "probabilities of the logits' shape"),
             (torch.randn(3, 4), torch.zeros(3, 1).long(), r"class indices \(B,\)"),
             (torch.randn(3, 4), torch.ones(3, 4).long(), "several labels an image pass loss="),
-            (torch.randn(3, 4), torch.eye(4)[:3] + torch.eye(4)[1], "several are 1; .* pass loss="),
             (torch.randn(3, 1), torch.zeros(3).long(), "at least 2 classes"),
             (torch.randn(3), torch.zeros(3).long(), "at least 2 classes"),
         ],
@@ -403,6 +403,59 @@ class TestTargets:
     def test_what_does_not_fit(self, logits, labels, words):
         with pytest.raises(ValueError, match=words):
             check_targets(logits, labels)
+
+
+TWO = torch.eye(4)[:3] + torch.eye(4)[3]  # two labels for each of three images
+
+
+class TestSeveralLabels:
+    images = torch.full((3, 3, 16, 16), 0.5)
+    several = (TWO, 0.9 * TWO + 0.05, TWO / 4, 0 * TWO, TWO.half(), TWO.long(), TWO.int())
+
+    @pytest.mark.parametrize("labels", several)
+    def test_need_a_loss_unless_predictions_are_asked_for(self, model, labels):
+        attack = LatentAdversarial(model, flow=Identity())
+        with pytest.raises(ValueError, match=r"pass loss=.*pass labels='predicted'"):
+            attack.step((self.images, labels))
+        with pytest.raises(ValueError, match="pass loss="):
+            LatentAdversarial(model, flow=Identity(), labels="true").step((self.images, labels))
+        LatentAdversarial(model, flow=Identity(), labels="predicted").step((self.images, labels))
+        loss = nn.BCEWithLogitsLoss() if labels.is_floating_point() else F.multilabel_margin_loss
+        LatentAdversarial(model, flow=Identity(), loss=loss).step(
+            (self.images, labels.float() if labels.is_floating_point() else labels.long())
+        )
+
+    @pytest.mark.parametrize("labels", [torch.tensor([True, False, True]), TWO.bool()])
+    @pytest.mark.parametrize("choice", [None, "true"])
+    def test_booleans_are_refused(self, model, labels, choice):
+        attack = LatentAdversarial(model, flow=Identity(), labels=choice)
+        with pytest.raises(ValueError, match=r"labels must be .* torch.bool; .* pass loss="):
+            attack.step((self.images, labels))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_probabilities_are_none(self, dtype):
+        labels = torch.randn(20, 100).softmax(1)
+        smooth = 0.9 * torch.eye(100)[:20] + 0.001
+        assert not any(has_several(t.to(dtype)) for t in (labels, smooth))
+        assert not has_several(torch.eye(4).long())
+        assert not has_several(torch.arange(4))
+        assert not has_several(torch.rand(4, 8, 8).mul(20).long())
+
+    def test_predicted_classes_do_not_suit_a_loss_of_several(self, model):
+        options = {"flow": Identity(), "labels": "predicted"}
+        for loss in (nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits):
+            with pytest.raises(ValueError, match=r"labels='predicted' .*; pass labels='true'"):
+                LatentAdversarial(model, loss=loss, **options)
+        attack = LatentAdversarial(
+            model, loss=lambda z, y: F.binary_cross_entropy_with_logits(z, y.float()), **options
+        )
+        with pytest.raises(ValueError, match=r"labels='predicted' .* it fails: .*labels='true'"):
+            attack.step((self.images, TWO))
+
+    def test_a_loss_of_true_labels_raises_its_own_error(self, model):
+        attack = LatentAdversarial(model, flow=Identity(), loss=nn.BCEWithLogitsLoss(), p=1)
+        with pytest.raises(ValueError, match=r"^Target size"):
+            attack.step((self.images, torch.zeros(3)))
 
 
 class TestForward:

@@ -27,7 +27,9 @@ from latent_aug.transforms import functional as LF
 from latent_aug.transforms.classifier import (
     check_targets,
     count_classes,
+    is_multilabel,
     mixes_samples,
+    refuse_several,
     scale_up,
 )
 from latent_aug.transforms.labels import prepare_labels, read_labels
@@ -49,6 +51,8 @@ Ask = Callable[[nn.Module, Tensor], Tensor]  # from a model and images to logits
 USUAL_EPS = {"l2": 1.0, "linf": 0.018, "rms": 0.018}  # of one strength at 3 x 32 x 32
 USUAL_DIMENSIONS = 3 * 32 * 32
 
+PREDICTED = "labels='predicted' gives loss= the predicted classes (B,)"
+TRUE = "pass labels='true'"
 DETACHED = "the loss has no gradient to the images: the model, forward= or loss= detaches it"
 
 
@@ -87,7 +91,8 @@ class LatentAdversarial(LatentTransform):
             cross-entropy in float64, as confident samples have no loss in float32.
         labels: The labels whose loss is raised. "predicted" are the classes (B,) that the model
             predicts where the ascent begins, as in the authors' code. "true" are those of the
-            batch. None is "predicted", and "true" with `loss`.
+            batch. None is "predicted", and "true" with `loss`. It refuses labels (B, K) whose rows
+            do not sum to 1, as those of several labels an image: they need a `loss`.
         normalize: v2.Normalize or (mean, std) that the images have been through already.
         p: Share of each batch that is perturbed, drawn at random. The cost falls with it.
         clip: Greatest distance from the original image, in [0, 1] units: per pixel for "linf",
@@ -175,9 +180,13 @@ class LatentAdversarial(LatentTransform):
         self.model, self.loss, self.forward = model, loss, forward
         self.steps = require_positive("steps", steps)
         self.alpha = self._choose_alpha() if alpha is None else require_range("alpha", alpha)
+        self._chosen = labels is not None
         if labels is None:
             labels = "predicted" if loss is None else "true"
         self.labels = require_choice("labels", labels, ("true", "predicted"))
+        if labels == "predicted" and is_multilabel(loss):
+            raise ValueError(f"{PREDICTED}, and this loss= takes several labels an image; {TRUE}")
+        self._seen_labels: set[torch.device] = set()
         self.random_start = bool(random_start)
         self.model_mode = require_choice("model_mode", model_mode, ("eval", "unchanged"))
         self._warn_of_size(
@@ -297,6 +306,8 @@ class LatentAdversarial(LatentTransform):
             )
         if torch.is_inference_mode_enabled():
             raise RuntimeError("an attack needs gradients: call it outside torch.inference_mode()")
+        if self.loss is None and isinstance(labels, Tensor):
+            self._check_several(labels)
         if self.labels == "predicted":
             return
         if labels is None:
@@ -313,6 +324,16 @@ class LatentAdversarial(LatentTransform):
                 f"labels must be a tensor of {len(images)} entries, got {found}; if they are not "
                 "second in the batch, name labels_getter="
             )
+
+    def _check_several(self, labels: Tensor) -> None:
+        """Refuse several labels an image, unless the predicted ones were asked for."""
+        if self.labels == "predicted" and self._chosen:
+            return
+        place = labels.device
+        if labels.is_cpu or place not in self._seen_labels:  # elsewhere a check is a sync
+            unless = "" if self._chosen else "; to attack one prediction pass labels='predicted'"
+            refuse_several(labels, unless=unless)
+            self._seen_labels.add(place)
 
     def _count_attacked(self, count: int) -> int:
         """Count the samples that are attacked, a share p of `count`.
@@ -388,12 +409,22 @@ class LatentAdversarial(LatentTransform):
         if self.loss is None:
             loss = F.cross_entropy(logits, check_targets(logits, labels), reduction="sum")
         else:
-            loss = self.loss(logits, labels)
+            loss = self._call_loss(logits, labels)
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss must give a tensor, got {type(loss).__name__}")
         if not loss.requires_grad:
             raise ValueError(DETACHED)
         return loss.sum()
+
+    def _call_loss(self, logits: Tensor, labels: Any) -> Tensor:
+        """Call the user's loss, and say what it was given where it fails on predicted classes."""
+        assert self.loss is not None
+        try:
+            return self.loss(logits, labels)
+        except (ValueError, RuntimeError, TypeError, IndexError) as error:
+            if self.labels != "predicted":
+                raise
+            raise ValueError(f"{PREDICTED}, and it fails: {error}; {TRUE}") from error
 
     def __repr__(self) -> str:
         described = self._describe("alpha", "steps")

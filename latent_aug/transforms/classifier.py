@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -10,6 +14,19 @@ Wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 IGNORED = -100  # F.cross_entropy gives such labels no loss
 OWN_LOSS = "pass loss=, e.g. one from F.binary_cross_entropy_with_logits"
 SEVERAL_LABELS = f"for several labels an image {OWN_LOSS}"
+ROUNDING = 0.01  # of a row's sum, in bfloat16
+MULTILABEL = (
+    nn.BCEWithLogitsLoss,
+    nn.BCELoss,
+    nn.MultiLabelSoftMarginLoss,
+    nn.MultiLabelMarginLoss,
+)
+MULTILABEL_FUNCTIONS = (
+    F.binary_cross_entropy_with_logits,
+    F.binary_cross_entropy,
+    F.multilabel_soft_margin_loss,
+    F.multilabel_margin_loss,
+)
 
 
 def mixes_samples(model: nn.Module) -> bool:
@@ -71,9 +88,45 @@ def count_classes(logits: Tensor, advice: str) -> int:
 
 
 def has_several(labels: Tensor) -> bool:
-    """Whether floating labels (B, K, ...) give a sample several ones, and zeros else."""
-    binary = ((labels == 0) | (labels == 1)).all(1)
-    return bool((binary & (labels.sum(1) > 1)).any())
+    """Whether labels (B, K, ...) give a sample several classes, or none.
+
+    Floats do where a row does not sum to 1. Integers do where all are 0 or 1 as well.
+    """
+    if labels.ndim < 2 or labels.shape[1] < 2 or not len(labels):
+        return False
+    whole = not labels.is_floating_point()
+    if whole and (labels.ndim > 2 or not bool(((labels == 0) | (labels == 1)).all())):
+        return False
+    sums = labels.double().sum(1)
+    return bool(((sums - 1).abs() > ROUNDING).any())
+
+
+def is_multilabel(loss: Any) -> bool:
+    """Whether a loss is one of torch's that take zeros and ones (B, K), not classes (B,)."""
+    loss = loss.func if isinstance(loss, partial) else loss
+    return isinstance(loss, MULTILABEL) or loss in MULTILABEL_FUNCTIONS
+
+
+def refuse_several(labels: Tensor, *, unless: str = "") -> None:
+    """Refuse labels of several classes an image, and booleans.
+
+    Args:
+        labels: The labels of a batch.
+        unless: What else to do about it, as the end of a message.
+
+    Raises:
+        ValueError: They are such.
+    """
+    if labels.dtype == torch.bool:
+        raise ValueError(
+            f"labels must be class indices or probabilities, got torch.bool; pass labels.long() "
+            f"if they are classes 0 and 1; {SEVERAL_LABELS}{unless}"
+        )
+    if has_several(labels):
+        raise ValueError(
+            "labels (B, K) are probabilities of classes, and some of their rows do not sum to 1; "
+            f"{SEVERAL_LABELS}{unless}"
+        )
 
 
 def check_targets(logits: Tensor, labels: Tensor) -> Tensor:
@@ -88,11 +141,6 @@ def check_targets(logits: Tensor, labels: Tensor) -> Tensor:
             raise ValueError(
                 f"labels must be integers (B,), or probabilities of the logits' shape "
                 f"{tuple(logits.shape)}, got {labels.dtype} of shape {tuple(labels.shape)}"
-            )
-        if labels.is_cpu and has_several(labels):  # elsewhere a check is a sync
-            raise ValueError(
-                "labels that are floating point are probabilities of classes, and in some several "
-                f"are 1; {SEVERAL_LABELS}"
             )
         return labels.to(logits)
     if labels.shape != (len(logits), *logits.shape[2:]):
