@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from latent_aug import Flow, LatentPerturb, check_flow
+from latent_aug import Flow, LatentAdversarial, LatentPerturb, check_flow
 
 
 def pil(mode, size=(16, 16)):
@@ -85,6 +85,36 @@ def test_eps_0_gives_the_input_back(image, glow):
 
 def test_p_0_gives_the_very_values_back(image, glow):
     assert np.array_equal(as_array(LatentPerturb(0.3, flow=glow, p=0)(image)), as_array(image))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+def test_the_result_is_never_the_input_s_memory(glow, p):
+    """Images made under inference_mode may be trained on afterwards."""
+    with torch.inference_mode():
+        x = torch.rand(4, 3, 16, 16)
+    model = torch.nn.Conv2d(3, 1, 1)
+    attack = LatentAdversarial(
+        model, flow=glow, p=p, forward=lambda m, b: m(b[0]).mean((2, 3)).expand(-1, 2)
+    )
+    for out in (LatentPerturb(0.3, flow=glow, p=p)(x), attack(x)):
+        assert out.data_ptr() != x.data_ptr()
+        model(out).sum().backward()
+
+
+def test_a_compiled_training_step_leaves_the_transforms_out_of_its_graphs(glow):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 4))
+    x, y = torch.rand(4, 3, 16, 16), torch.arange(4)
+    perturb, attack = LatentPerturb(0.3, flow=glow), LatentAdversarial(model, flow=glow, p=1.0)
+    for augment in (perturb, lambda x: attack.step((x, y))[0], lambda x: attack(x, y)):
+        graphs.clear()
+        torch.compile(lambda x, augment=augment: model(augment(x)).sum(), backend=count)(x)
+        assert len(graphs) == 1
 
 
 def test_same_seed_same_result(image, glow):
@@ -700,3 +730,11 @@ def test_what_is_decoded_to_infinity_falls_back(resolution):
     assert transform.fallbacks == 1
     assert torch.equal(out[1], x[1])
     assert not torch.equal(out[0], x[0])
+
+
+def test_a_module_that_holds_it_can_be_moved():
+    perturb = LatentPerturb(0.2, flow=Identity())
+    model = torch.nn.Sequential(perturb, torch.nn.Flatten(), torch.nn.Linear(192, 2))
+    moved = model.to(torch.float64)
+    assert moved[2].weight.dtype == torch.float64
+    assert moved(torch.full((2, 3, 8, 8), 0.5, dtype=torch.float64)).shape == (2, 2)

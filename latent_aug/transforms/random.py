@@ -29,7 +29,7 @@ from latent_aug.images.samples import (
 )
 from latent_aug.transforms import functional as LF
 from latent_aug.transforms.labels import prepare_labels, read_labels
-from latent_aug.transforms.latents import LatentTransform
+from latent_aug.transforms.latents import LatentTransform, run_uncompiled
 from latent_aug.transforms.regions import Levels, Mask, build_mask, read_region, take_rows
 from latent_aug.utils.arguments import Range, require_choice
 
@@ -154,6 +154,7 @@ class LatentPerturb(LatentTransform, v2.Transform):
                 usual="usual are 0.25 for 'linf' and 'rms', 10 for 'l2' at 32x32; see `check_flow`",
             )
 
+    @run_uncompiled
     def forward(self, *inputs: Any) -> Any:
         """Perturb the images of a sample, as every v2 transform does.
 
@@ -245,7 +246,7 @@ class LatentPerturb(LatentTransform, v2.Transform):
         images, restore = to_batch(inpt, self.flow.channels)
         if not images.numel():
             return inpt
-        return restore(self._apply(images, params["draws"][find_kind(images, inpt)]))
+        return restore(self._apply_draw(images, params["draws"][find_kind(images, inpt)]))
 
     def to_latents(self, x: Tensor, labels: Any = None) -> Tensor:
         """Encode images (B, C, H, W), float in [0, 1], padded to a size that the flow maps.
@@ -269,7 +270,7 @@ class LatentPerturb(LatentTransform, v2.Transform):
             ValueError: The transform has `normalize`.
         """
         self._refuse_normalized()
-        return self._apply(x, self._draw(x, 1, sample), z)
+        return self._apply_draw(x, self._draw(x, 1, sample), z)
 
     def _refuse_normalized(self) -> None:
         if self.normalizes:
@@ -303,13 +304,13 @@ class LatentPerturb(LatentTransform, v2.Transform):
             return draw
         return draw.take(torch.arange(count, device=like.device).repeat_interleave(frames))
 
-    def _apply(self, images: Tensor, draw: Draw, z: Tensor | None = None) -> Tensor:
+    def _apply_draw(self, images: Tensor, draw: Draw, z: Tensor | None = None) -> Tensor:
         """Replace the chosen images of a batch by perturbed ones, from latents z if known."""
         chosen = draw.chosen
         if not images.is_cpu:  # a look at what is chosen would wait for the device
             return torch.where(chosen[:, None, None, None], self._perturb(images, draw, z), images)
         if not bool(chosen.any()):
-            return images
+            return images.clone()
         if bool(chosen.all()):
             return self._perturb(images, draw, z)
         known = None if z is None else z[chosen]
