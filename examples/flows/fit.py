@@ -11,7 +11,7 @@ are resized to 32 pixels. What is measured already is not measured again.
 
 import argparse
 import io
-import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,11 @@ from tqdm import tqdm
 from latent_aug import check_flow, load_flow
 from latent_aug.images.datasets import EncodedImages
 
+sys.path.append(str(Path(__file__).parents[1] / "paper"))
+from records import append_line, read_lines
+
 RESULTS = Path(__file__).parents[1] / "results" / "fit.jsonl"
+LOCK = Path(__file__).parents[2] / "runs" / "fit.lock"
 FLOWS = ("glow-cifar10", "glow-cifar10-small", "glow-photographs")
 COUNT = 1000
 Change = Callable[[Image.Image], Image.Image]
@@ -108,13 +112,6 @@ def measure_fit(flow: str, images: list[Image.Image], side: int) -> dict[str, An
     }
 
 
-def read_results() -> list[dict[str, Any]]:
-    """What was measured before."""
-    return (
-        [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    )
-
-
 def draw_table(flow: str, rows: list[dict[str, Any]]) -> str:
     """A flow's figures as Markdown."""
     lines = [
@@ -139,7 +136,7 @@ def main() -> None:
     parser.add_argument("--photographs", type=Path)
     parser.add_argument("--table", action="store_true", help="print the tables, measure nothing")
     args = parser.parse_args()
-    rows = read_results()
+    rows = read_lines(RESULTS)
     if args.table:
         print("\n".join(draw_table(flow, rows) for flow in FLOWS))
         return
@@ -153,8 +150,7 @@ def main() -> None:
         images = read_some(folder, change) if missing else []
         for flow in missing:
             row = {"flow": flow, "kind": kind, **measure_fit(flow, images, side)}
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_line(RESULTS, row, lock=LOCK)
 
 
 if __name__ == "__main__":
