@@ -47,6 +47,11 @@ def test_every_link_to_a_file_leads_somewhere(page):
         assert (page.parent / link).exists(), link
 
 
+def test_the_readme_is_read_in_minutes():
+    words = (ROOT / "README.md").read_text().split()
+    assert len(words) <= 900
+
+
 def test_the_commands_know_their_options():
     typer = pytest.importorskip("typer")
     from latent_aug.cli import app

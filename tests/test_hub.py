@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import inspect
 import json
 import pickle
 from pathlib import Path
@@ -12,7 +13,7 @@ from conftest import Identity, random_glow
 from safetensors.torch import load_file, save_file
 from torchvision.datasets import FashionMNIST
 
-from latent_aug import Glow, LatentPerturb, load_flow
+from latent_aug import Glow, LatentAdversarial, LatentPerturb, load_flow
 from latent_aug.flows import hub
 from latent_aug.flows.hub import bundled_flows
 from latent_aug.utils import files
@@ -306,3 +307,15 @@ def test_a_pickle_refuses_other_weights_of_the_same_name(saved):
     random_glow(seed=1).save_pretrained(saved)
     with pytest.raises(OSError, match=r"made with other weights of .*trained anew"):
         pickle.loads(pickled)
+
+
+def test_the_same_flow_is_the_default_everywhere():
+    typer = pytest.importorskip("typer")
+    from latent_aug.cli import app
+
+    functions = (LatentPerturb, LatentAdversarial)
+    names = {inspect.signature(function).parameters["flow"].default for function in functions}
+    names.add(inspect.signature(load_flow).parameters["name_or_path"].default)
+    options = typer.main.get_command(app).commands["augment"].params
+    names.add(next(option.default for option in options if option.name == "flow"))
+    assert names == {"glow-photographs"}

@@ -1,4 +1,4 @@
-"""What the figures of a flow on images mean: it suits them, is usable, or is not."""
+"""Judge a flow by its figures on images: it suits them, is usable, or is not."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def interpret_figures(figures: dict[str, Any], at_eps: dict[str, Any]) -> Iterat
 
 
 def compare_bytes(count: int, identical: int) -> Iterator[Finding]:
-    """Whether encoding and decoding give every image back."""
+    """Find images that encoding and decoding do not give back."""
     if identical < count:
         few = count - identical <= USABLE_FALLBACKS * count
         text = f"{count - identical} of {count} images do not come back byte for byte"
@@ -72,7 +72,7 @@ def compare_bytes(count: int, identical: int) -> Iterator[Finding]:
 
 
 def judge_fallbacks(share: float) -> Iterator[Finding]:
-    """Whether many images stay as they are."""
+    """Find too many images that stay as they are."""
     if share > SUITING_FALLBACKS:
         grade: Grade = "usable" if share <= USABLE_FALLBACKS else "not usable"
         text = f"{share:.1%} of the images cannot be perturbed and stay as they are"
@@ -80,7 +80,7 @@ def judge_fallbacks(share: float) -> Iterator[Finding]:
 
 
 def judge_scale(stds: list[float]) -> Iterator[Finding]:
-    """Whether the latents have the scale of the prior.
+    """Find latents whose scale is not that of the prior.
 
     Args:
         stds: The standard deviation of the latents at each level, finest first.
@@ -104,7 +104,7 @@ def judge_scale(stds: list[float]) -> Iterator[Finding]:
 
 
 def judge_smoothness(smoothness: float) -> Iterator[Finding]:
-    """Whether a perturbation is more than noise on each pixel."""
+    """Find perturbations that are mere noise on each pixel."""
     if smoothness >= SUITING_SMOOTHNESS:
         return
     grade: Grade = "usable" if smoothness >= USABLE_SMOOTHNESS else "not usable"
