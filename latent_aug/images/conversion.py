@@ -6,6 +6,7 @@ tensors, single images and videos become such batches, and the results become wh
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision import transforms, tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
@@ -21,7 +22,8 @@ from torchvision.transforms.v2 import functional as tvf
 from latent_aug.flows import Flow
 from latent_aug.images.orientation import make_exif, read_orientation
 
-GREY_MODES = ("1", "L", "LA")  # of PIL
+GREY_MODES = ("1", "L", "LA", "La")  # of PIL
+PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 PIL_MODES = {1: "L", 3: "RGB"}  # by a flow's channels
 GREY_TOLERANCE = 8  # levels between the channels of a grey that JPEG may make
 BEFORE_NORMALIZE = (
@@ -39,9 +41,10 @@ def to_batch(image: Any, channels: int) -> tuple[Tensor, Callable[[Tensor], Any]
     """Convert an image of any kind to a float batch (B, channels, H, W).
 
     The second result is a function that takes such a batch back to what came in: its dtype, shape,
-    type and PIL mode. It rounds where the input was uint8 or PIL. PIL images other than L, LA, RGB
-    and RGBA come back in the flow's mode, with their alpha if they have one. They keep the
-    orientation that is in their EXIF.
+    type, attributes and PIL mode. It rounds where the input was uint8 or PIL. PIL images other than
+    L, LA, RGB, RGBA and the last two with premultiplied alpha come back in the flow's mode, with
+    their alpha if they have one. In L and RGB the pixels of a transparent colour stay as they are.
+    They keep the orientation that is in their EXIF.
 
     Raises:
         ValueError: The channels are not the flow's.
@@ -53,8 +56,7 @@ def to_batch(image: Any, channels: int) -> tuple[Tensor, Callable[[Tensor], Any]
     pixels = image.as_subclass(Tensor)
 
     def restore(batch: Tensor) -> Any:
-        result = from_float(batch.reshape(pixels.shape), pixels.dtype)
-        return tv_tensors.wrap(result, like=image) if is_tv_tensor(image) else result
+        return wrap_like(from_float(batch.reshape(pixels.shape), pixels.dtype), image)
 
     return to_float(pixels).reshape(batch_shape(pixels)), restore
 
@@ -101,8 +103,17 @@ def check_image(image: Any, channels: int) -> None:
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise TypeError(
             f"images must be uint8 or floating point, got {image.dtype}; "
-            "convert with v2.ToDtype(torch.float32, scale=True)"
+            f"{advise_conversion(image.dtype)}"
         )
+
+
+def advise_conversion(dtype: torch.dtype) -> str:
+    """Say how images of a dtype become floating point in [0, 1], as the end of a message."""
+    if dtype in (torch.uint8, torch.uint16):
+        return "convert them with v2.ToDtype(torch.float32, scale=True)"
+    if dtype == torch.bool:
+        return "convert them with .float()"
+    return "divide them by their greatest possible value: for 8-bit values images.float() / 255"
 
 
 def check_pil(image: Image.Image, channels: int) -> None:
@@ -121,26 +132,56 @@ def check_pil(image: Image.Image, channels: int) -> None:
 
 def pil_to_batch(image: Image.Image, channels: int) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """Convert a PIL image to a batch of one, and keep its alpha aside."""
-    own = image.mode
-    transparent = own in ("LA", "PA", "RGBA") or (own == "P" and "transparency" in image.info)
-    alpha = image.convert("RGBA").getchannel("A") if transparent else None
-    pixels, orientation = pil_to_uint8(image, PIL_MODES[channels]), read_orientation(image)
+    own, orientation = image.mode, read_orientation(image)
+    image = convert_premultiplied(image)
+    alpha = read_alpha(image)
+    has_key = alpha is not None and own in ("L", "RGB")
+    pixels = pil_to_uint8(image, PIL_MODES[channels])
 
     def restore(batch: Tensor) -> Image.Image:
         result: Image.Image = tvf.to_pil_image(from_float(batch[0], torch.uint8))
-        if own in ("L", "LA"):
+        if own in ("L", "LA", "La"):
             result = result.convert("L")
-        if alpha is not None:
+        if has_key:
+            result = keep_key(result, image)
+        elif alpha is not None:
             result.putalpha(alpha)
+        if own in PREMULTIPLIED:
+            result = result.convert(own)
         result.info |= make_exif(orientation)
         return result
 
     return to_float(pixels)[None], restore
 
 
+def convert_premultiplied(image: Image.Image) -> Image.Image:
+    """Convert a PIL image whose colours are multiplied by its alpha to one where they are not."""
+    return image.convert(PREMULTIPLIED.get(image.mode, image.mode))
+
+
+def read_alpha(image: Image.Image) -> Image.Image | None:
+    """Read the alpha of a PIL image: a channel, a palette's, or a transparent colour's."""
+    palette = image.mode == "P" and image.palette is not None and image.palette.mode.endswith("A")
+    if image.mode in ("LA", "PA", "RGBA") or palette or "transparency" in image.info:
+        return image.convert("RGBA").getchannel("A")
+    return None
+
+
+def keep_key(result: Image.Image, image: Image.Image) -> Image.Image:
+    """Keep the pixels of an image's transparent colour, and this colour to them."""
+    before, after = pil_to_uint8(image, image.mode), pil_to_uint8(result, image.mode)
+    result.info["transparency"] = image.info["transparency"]
+    clear, hit = (tvf.pil_to_tensor(i.convert("RGBA"))[3:] == 0 for i in (image, result))
+    after = torch.where(hit, after ^ 1, after)  # one level beside it
+    kept: Image.Image = tvf.to_pil_image(torch.where(clear, before, after))
+    kept.info["transparency"] = image.info["transparency"]
+    return kept
+
+
 def pil_to_uint8(image: Image.Image, mode: str) -> Tensor:
     """Convert a PIL image to another mode, as uint8 (C, H, W) without alpha."""
-    if image.mode == "P" and "transparency" in image.info:
+    image = convert_premultiplied(image)
+    if image.mode == "P" and read_alpha(image) is not None:
         image = image.convert("RGBA")  # it has no direct way to RGB
     with torch.device("cpu"):  # torchvision's tensors follow the default device
         return tvf.pil_to_tensor(image.convert(mode))
@@ -168,8 +209,18 @@ def has_colour(image: Image.Image) -> bool:
 
 
 def is_tv_tensor(image: Any) -> bool:
-    """Whether a tensor is of a type that its result must have too."""
+    """Whether a tensor is of a type of torchvision's."""
     return isinstance(image, tv_tensors.TVTensor)
+
+
+def wrap_like(result: Tensor, image: Tensor) -> Tensor:
+    """Give a tensor the type of an image, a subclass of Tensor, and copies of its attributes."""
+    kind = type(image)
+    if kind in (Tensor, nn.Parameter):
+        return result
+    wrapped = result.as_subclass(kind)
+    wrapped.__dict__.update({name: copy.copy(value) for name, value in vars(image).items()})
+    return wrapped
 
 
 def to_float(pixels: Tensor) -> Tensor:

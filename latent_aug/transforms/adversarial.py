@@ -12,10 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision import tv_tensors
 
 from latent_aug.flows import Flow
-from latent_aug.images.conversion import image_size, is_tv_tensor, to_float
+from latent_aug.images.conversion import advise_conversion, image_size, to_float, wrap_like
 from latent_aug.images.samples import (
     LABEL_KEYS,
     get_image_key,
@@ -33,7 +32,7 @@ from latent_aug.transforms.classifier import (
     scale_up,
 )
 from latent_aug.transforms.labels import prepare_labels, read_labels
-from latent_aug.transforms.latents import LatentTransform, find_layout
+from latent_aug.transforms.latents import LatentTransform, find_layout, run_uncompiled
 from latent_aug.transforms.lending import lend
 from latent_aug.transforms.regions import Levels, Mask, build_mask, read_region, take_rows
 from latent_aug.utils.arguments import (
@@ -219,6 +218,7 @@ class LatentAdversarial(LatentTransform):
         share = 1.0 if self.steps == 1 else 0.5
         return share * self.eps[0], share * self.eps[1]
 
+    @run_uncompiled
     def step(self, batch: Any) -> Any:
         """Replace the images of a batch by attacked ones, in a new container of the same type.
 
@@ -241,6 +241,7 @@ class LatentAdversarial(LatentTransform):
         result.alpha = (share * self.alpha[0], share * self.alpha[1])
         return result
 
+    @run_uncompiled
     def __call__(self, images: Tensor, labels: Any = None) -> Tensor:
         """Attack images (B, C, H, W) with labels (B,) or (B, K), and keep their dtype.
 
@@ -256,7 +257,7 @@ class LatentAdversarial(LatentTransform):
         region = read_region(self.mask, batch, images)
         count = self._count_attacked(len(images))
         if not count:
-            result = images
+            result = images.clone()
         elif count == len(images):
             result = self._attack(images, labels, region, self._build_ask(batch, key))
         else:
@@ -269,7 +270,7 @@ class LatentAdversarial(LatentTransform):
                 self._build_ask(batch, key, chosen),
             )
             result = images.clone().index_copy_(0, chosen, attacked)
-        return tv_tensors.wrap(result, like=given) if is_tv_tensor(given) else result
+        return wrap_like(result, given)
 
     def _build_ask(self, batch: Any, key: Any, chosen: Tensor | None = None) -> Ask:
         """Build the function that asks the model for the logits of attacked images.
@@ -295,7 +296,7 @@ class LatentAdversarial(LatentTransform):
         if not images.is_floating_point():
             raise TypeError(
                 f"images must be floating point, as the model takes them, got {images.dtype}; "
-                "convert with v2.ToDtype(torch.float32, scale=True)"
+                f"{advise_conversion(images.dtype)}"
             )
         if images.shape[1] != self.flow.channels:
             raise ValueError(

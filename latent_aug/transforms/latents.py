@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from latent_aug.flows import Flow, Glow
 from latent_aug.flows.hub import HeldFlow
@@ -39,6 +42,24 @@ from latent_aug.utils.randomness import Draws
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def run_uncompiled(method: Method) -> Method:
+    """Make a method leave the graph of a compiled function that it is called in.
+
+    Dynamo would follow it into every loop and context. `torch.compiler.disable` would do, but it
+    imports Dynamo at once, which takes seconds and is not needed in loader workers.
+    """
+    disabled = _disable_dynamo(method)
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        compiling = torch.compiler.is_compiling()
+        return disabled(*args, **kwargs) if compiling else method(*args, **kwargs)
+
+    return cast(Method, run)
 
 
 @dataclass(frozen=True, eq=False)
