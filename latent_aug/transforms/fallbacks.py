@@ -3,37 +3,55 @@
 from __future__ import annotations
 
 import warnings
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
+SLOTS = 256  # counts of a process and its workers
 ENOUGH = 8  # images to warn after where none of them could be perturbed
 JUDGED, MANY = 200, 0.1  # images to warn after where more than this share could not
 
 
 class FallbackCounter:
-    """Counts images that came back as they were, on their device. Read it with `int`.
+    """Counts images that came back as they were, in loader workers too. Read it with `int`.
+
+    The CPU's counts lie in shared memory, one for each worker, so that none is lost when several
+    add at once. Those of an accelerator stay on it and in this process. A pickle or a copy begins
+    anew. Only one that is sent to a process of multiprocessing goes on counting here.
 
     Attributes:
+        shared: The counts on the CPU.
+        counts: The counts on other devices.
         tried: The number of images so far, or None once the first ones are judged.
+        found: How many of them came back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shared: Tensor | None = None) -> None:
+        if shared is None:
+            shared = torch.zeros(SLOTS, dtype=torch.int64, device="cpu").share_memory_()
+        self.shared = shared
         self.counts: dict[torch.device, Tensor] = {}
         self.tried: int | None = 0
+        self.found = 0
 
-    def __getstate__(self) -> dict[str, Any]:  # an accelerator's counts stay in this process
-        counts = {device: n for device, n in self.counts.items() if device.type == "cpu"}
-        return {"counts": counts, "tried": self.tried}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FallbackCounter, ()
 
     def add(self, count: Tensor, tried: int = 0) -> None:
         """Add a 0-d tensor, the count among so many images, without waiting for its device."""
-        before = self.counts.get(count.device)
-        self.counts[count.device] = count if before is None else before + count
-        if self.tried is not None and count.is_cpu:  # elsewhere a look would wait
+        if not count.is_cpu:
+            before = self.counts.get(count.device)
+            self.counts[count.device] = count if before is None else before + count
+            return
+        worker = get_worker_info()
+        self.shared[0 if worker is None else 1 + worker.id % (SLOTS - 1)] += count
+        if self.tried is not None:
             self.tried += tried
-            self._judge(int(self.counts[count.device]), self.tried)
+            self.found += int(count)
+            self._judge(self.found, self.tried)
 
     def _judge(self, fallbacks: int, tried: int) -> None:
         """Warn once if all or many of the first images came back as they were."""
@@ -50,4 +68,12 @@ class FallbackCounter:
             self.tried = None
 
     def __int__(self) -> int:
-        return sum(int(count) for count in self.counts.values())
+        return int(self.shared.sum()) + sum(int(count) for count in self.counts.values())
+
+
+def share_counter(counter: FallbackCounter) -> tuple[Any, ...]:
+    """Tell multiprocessing how a counter is sent: with its memory."""
+    return FallbackCounter, (counter.shared,)
+
+
+ForkingPickler.register(FallbackCounter, share_counter)

@@ -158,6 +158,11 @@ class LatentTransform:
         self.fallback_counter = FallbackCounter()
         self._checked_devices: set[torch.device] = set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what it has seen, so that its pickle and hash do not change by use."""
+        seen = ("_checked_devices", "_seen_labels")
+        return self.__dict__ | {name: set() for name in seen if name in self.__dict__}
+
     @property
     def flow(self) -> Flow:
         """The flow, which is shared, so treat it as read-only."""
@@ -187,8 +192,8 @@ class LatentTransform:
     def fallbacks(self) -> int:
         """Samples that came back as they were, because the flow could not perturb them.
 
-        Counted since the start, in this process: what happens in a DataLoader's workers is not
-        seen here. Look at it with ``num_workers=0``.
+        Counted since the start, in this process and in the workers of its loaders. The processes
+        of `datasets.Dataset.map` count for themselves.
         """
         return int(self.fallback_counter)
 

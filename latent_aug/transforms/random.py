@@ -21,10 +21,12 @@ from latent_aug.images.conversion import (
     to_batch,
 )
 from latent_aug.images.samples import (
+    MARKED,
     find_image_key,
     flatten_structure,
     has_one_each,
     rebuild_sequence,
+    replace_images,
     replace_items,
 )
 from latent_aug.transforms import functional as LF
@@ -33,6 +35,7 @@ from latent_aug.transforms.latents import LatentTransform, run_uncompiled
 from latent_aug.transforms.regions import Levels, Mask, build_mask, read_region, take_rows
 from latent_aug.utils.arguments import Range, require_choice
 
+MASK_MODES = ("1", "L", "P", "I", "F")  # what the modes of PIL masks begin with
 Kind = tuple[torch.Size, torch.dtype, torch.device, int]
 
 
@@ -54,10 +57,11 @@ class LatentPerturb(LatentTransform, v2.Transform):
     """Move images a little in the latent space of a flow: x̃ = F⁻¹(F(x) + noise).
 
     It takes what v2 transforms take: PIL images, uint8 or float tensors and tv_tensors, alone or in
-    any structure, and whole batches (..., C, H, W). Labels, boxes and masks pass through. Of plain
-    tensors the first is the image, as in v2. In a mapping the image is under "pixel_values",
-    "image", "images" or "img", and a further tv_tensors.Image counts too. Type, dtype, shape and
-    device of the result are the input's.
+    any structure, and whole batches (..., C, H, W). Labels, boxes and masks pass through. So does
+    a PIL mask in (image, mask) whose mode is not the image's. Of plain tensors the first is the
+    image, as in v2. In (list of images, targets) all in the list are. In a mapping the image is
+    under "pixel_values", "image", "images" or "img", and a further tv_tensors.Image counts too.
+    Type, dtype, shape and device of the result are the input's.
 
     Floats lie in [0, 1]: put it before Normalize, or pass `normalize`. Sizes that the flow cannot
     map are padded and cropped back. All frames of a video get the same noise. Like other v2
@@ -65,7 +69,7 @@ class LatentPerturb(LatentTransform, v2.Transform):
 
     The flow is private to the transform: not among its parameters, not in its `state_dict`.
     Some samples come back as they were: those that are not finite, or that lie too far off the
-    flow's data, as noisy ones may. `fallbacks` counts them in this process, not in loader workers.
+    flow's data, as noisy ones may. `fallbacks` counts them, in loader workers too.
 
     Args:
         eps: Size of the perturbation in standard deviations of the prior, or (low, high) to draw
@@ -163,6 +167,8 @@ class LatentPerturb(LatentTransform, v2.Transform):
         sample: Any = inputs if len(inputs) > 1 else inputs[0]
         key = find_image_key(sample) if isinstance(sample, Mapping) else None
         if key is None:
+            if begins_with_images(sample, self.flow.channels):
+                return self._perturb_first(sample)
             return self._perturb_part(sample, sample)
         if isinstance(sample[key], (list, tuple)):
             return replace_items(sample, {key: self._perturb_listed(sample, key)})
@@ -177,8 +183,9 @@ class LatentPerturb(LatentTransform, v2.Transform):
         Only images of these types are perturbed.
         """
         flat, rebuild = flatten_structure(part)
+        masks = {id(mask) for mask in find_pil_masks(part)}
         needed = [
-            needs and isinstance(value, types)
+            needs and isinstance(value, types) and id(value) not in masks
             for needs, value in zip(self._needs_transform_list(flat), flat, strict=True)
         ]
         images = [value for value, is_image in zip(flat, needed, strict=True) if is_image]
@@ -188,6 +195,18 @@ class LatentPerturb(LatentTransform, v2.Transform):
             for value, is_image in zip(flat, needed, strict=True)
         ]
         return rebuild(results)
+
+    def _perturb_first(self, sample: Any) -> Any:
+        """Perturb each of the images that a sample begins with, as batches of detection do.
+
+        What lies beside an image goes with it where it has one entry for each.
+        """
+        images, *others = sample
+        results = []
+        for i, image in enumerate(images):
+            own = (v[i] if has_one_each(v, len(images)) else v for v in others)
+            results.append(self.forward((image, *own))[0])
+        return replace_images(sample, 0, rebuild_sequence(images, results))
 
     def _perturb_listed(self, samples: Mapping[Any, Any], key: Any) -> Any:
         """Perturb each image of a mapping of lists, as Hugging Face passes samples.
@@ -347,6 +366,38 @@ def check_noise(noise: Any, draws: Tensor, name: str) -> Tensor:
             f"{name} must return noise of its draws' shape {tuple(draws.shape)}, or one that "
             f"broadcasts to it, got {tuple(noise.shape)}"
         ) from error
+
+
+def begins_with_images(sample: Any, channels: int) -> bool:
+    """Whether a tuple or list begins with a list of plain tensors that are images."""
+    first = sample[0] if isinstance(sample, (tuple, list)) and sample else None
+    return (
+        isinstance(first, (tuple, list))
+        and len(first) > 0
+        and all(
+            v2.functional.is_pure_tensor(t) and t.ndim >= 3 and t.shape[-3] == channels
+            for t in first
+        )
+    )
+
+
+def find_pil_masks(sample: Any) -> list[Image.Image]:
+    """Find the PIL masks in (image, mask): images without colour after one of another mode.
+
+    Raises:
+        TypeError: An image and the one after it have the same mode, and both could be masks.
+    """
+    found = [v for v in sample if isinstance(v, MARKED)] if isinstance(sample, tuple) else []
+    modes = [image.mode if isinstance(image, Image.Image) else "" for image in found]
+    masks = [v for v, mode in zip(found, modes, strict=True) if mode.startswith(MASK_MODES)][-1:]
+    if len(found) != 2 or not masks or masks[0] is not found[1]:
+        return []
+    if modes[0] == modes[1]:
+        raise TypeError(
+            f"a tuple of two PIL images of mode {modes[0]} may be (image, mask): wrap a mask in "
+            "tv_tensors.Mask, and pass two images as a list"
+        )
+    return masks
 
 
 def find_kind(batch: Tensor, image: Any) -> Kind:
