@@ -205,3 +205,13 @@ def test_an_attack_whose_mask_is_worked_out(paired):
     changed = drawn["l2 1 at 32x32"] != drawn["original"]  # the attack fits its size
     assert changed[:, :4].any()
     assert not changed[:, 4:].any()
+
+
+def test_an_image_that_the_flow_cannot_perturb_is_called_unchanged():
+    images = torch.full((2, 3, 8, 8), 0.5)
+    images[1] = float("nan")
+    figure = preview(LatentPerturb(0.1, flow=Identity()), images, eps=0.1, temperatures=[])
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[2] == "difference times 4"
+    assert titles[5].startswith("unchanged")
+    assert titles[3:5] == ["", ""]

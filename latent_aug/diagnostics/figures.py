@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MOST_IMAGES = 8
 TEMPERATURES = (0.0, 0.5, 0.7, 1.0)
+UNCHANGED = "unchanged: off the flow's data"
 SAMPLES = 4  # at each temperature
 
 
@@ -41,7 +42,8 @@ def preview(
     """Draw what a perturbation does, to choose its eps by eye.
 
     Each row shows an image, and for each eps the perturbed image and the difference, amplified and
-    on grey. Below are samples of the flow at several temperatures: the same latents, scaled.
+    on grey. The difference is called unchanged where the flow cannot perturb the image. Below are
+    samples of the flow at several temperatures: the same latents, scaled.
 
     Args:
         transform: A `LatentPerturb` or a `LatentAdversarial`, which is left as it is. A `Flow`, or
@@ -94,7 +96,7 @@ def preview(
     grid = upper.subplots(len(rows), columns, squeeze=False)
     for number, row in enumerate(rows):
         for axes, (title, image) in zip(grid[number], row, strict=True):
-            draw_image(axes, image, "" if number else title)
+            draw_image(axes, image, title if not number or title == UNCHANGED else "")
     if temperatures:
         _, original = rows[0][0]
         size = scale_size(image_size(original), transform.resolution)
@@ -144,9 +146,11 @@ def perturb_sample(
     at = " at 32x32" if getattr(transform, "fits_size", False) else ""
     for size in sizes:
         with use_seed(seed, getattr(image, "device", torch.device("cpu"))):
-            perturbed = to_picture(perturb_image(transform.with_eps(size), *given), transform)
+            at_size = transform.with_eps(size)
+            perturbed = to_picture(perturb_image(at_size, *given), transform)
         yield f"{kind} {size:.3g}{at}", perturbed
-        yield f"difference times {amplify:g}", (perturbed - original) * amplify + 0.5
+        title = UNCHANGED if at_size.fallbacks else f"difference times {amplify:g}"
+        yield title, (perturbed - original) * amplify + 0.5
 
 
 def lay_out(figure: Figure, rows: int, columns: int, temperatures: int) -> tuple[Any, Any]:
