@@ -473,3 +473,11 @@ def test_in_evaluation_mode_weights_are_read_once(batch, monkeypatch):
             with torch.no_grad():
                 flow.encode(batch[0])
         assert len(reads) == expected
+
+
+def test_use_does_not_change_a_glow_s_pickle():
+    flow = random_glow()
+    before = pickle.dumps(flow)
+    flow.decode(flow.encode(torch.rand(2, 3, 16, 16)))
+    assert pickle.dumps(flow) == before
+    assert pickle.loads(before).is_initialized()

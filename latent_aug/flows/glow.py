@@ -292,4 +292,4 @@ class Glow(Flow):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": {}}
+        return {**self.__dict__, "_prepared": {}, "_initialized": False}  # as before its first use
