@@ -6,12 +6,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import random_dense
+from conftest import paper_attack, random_dense
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from latent_aug import LatentAdversarial, LatentPerturb, TrainConfig, load_flow
+from latent_aug import LatentPerturb, TrainConfig, load_flow
 from latent_aug.flows import ConditionalDenseFlow
 from latent_aug.training.train import train_flow
 
@@ -169,7 +169,7 @@ class TestFiles:
 @pytest.mark.parametrize("norm", ["linf", "l2", "rms"])
 def test_the_attack_raises_the_loss(model, norm):
     eps = {"linf": 0.3, "l2": 8.0, "rms": 0.3}[norm]
-    attack = LatentAdversarial(model, eps=eps, alpha=eps / 2, norm=norm, flow=random_dense())
+    attack = paper_attack(model, eps=eps, alpha=eps / 2, norm=norm, flow=random_dense())
     x, y = 0.4 + 0.2 * torch.rand(6, 3, 16, 16), torch.arange(6) % 4
     model.eval()
     before, after = (nn.functional.cross_entropy(model(i), y) for i in (x, attack(x, y)))
