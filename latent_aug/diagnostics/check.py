@@ -252,7 +252,7 @@ def check_flow(
         by_flips,
         tuple(findings),
         word_remedy(loaded, pixels),
-        None if suits else estimate_minutes(loaded, pixels),
+        None if suits else estimate_minutes(loaded, chosen),
     )
 
 
@@ -261,15 +261,15 @@ def pick_perturbation(figures: dict[str, Any], eps: float) -> dict[str, Any]:
     return next(found for found in figures["perturbations"] if found["eps"] == eps)
 
 
-def estimate_minutes(flow: Flow, images: UInt8Images) -> float | None:
-    """Estimate the minutes that the advised fine-tuning takes on this machine.
+def estimate_minutes(flow: Flow, pixels: Tensor) -> float | None:
+    """Estimate the minutes that fine-tuning on such uint8 images takes on this machine.
 
     It is None for a flow that `latent-aug train` does not train.
     """
     if not isinstance(flow, (Glow, ConditionalDenseFlow)):
         return None
     trained = copy.deepcopy(flow).requires_grad_(True).train()
-    x = fit_to_flow(images.read_some(TIMED)[0].to(flow.device, torch.float32) / 255, flow)
+    x = fit_to_flow(pixels[:TIMED].to(flow.device, torch.float32) / 255, flow)
     y = torch.zeros(len(x), dtype=torch.long, device=x.device) if flow.num_classes else None
     seconds = []
     with torch.enable_grad():

@@ -143,7 +143,7 @@ def perturb_sample(
     if has_own_mask and isinstance(sample, (tuple, list)):
         given = (sample, None)  # the mask depends on the whole sample, its label included
     kind = transform.norm if transform.uses_norm else "eps"
-    at = " at 32x32" if getattr(transform, "fits_size", False) else ""
+    at = " at 32x32" if transform.fits_size else ""
     for size in sizes:
         with use_seed(seed, getattr(image, "device", torch.device("cpu"))):
             at_size = transform.with_eps(size)

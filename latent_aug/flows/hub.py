@@ -75,13 +75,15 @@ def load_flow(
     """
     directory, origin = locate(str(name_or_path), revision)
     expected, weights = SHA256.get(origin[0]), directory / WEIGHTS_NAME
-    if expected is not None and compute_sha256(weights) != expected:
-        raise OSError(f"{weights} was changed; install latent-aug again")
-    if sha256 is not None and compute_sha256(weights) != sha256.lower():
-        raise OSError(
-            f"the weights of {origin[0]!r} have SHA-256 {compute_sha256(weights)}, and sha256="
-            f"{sha256!r} was asked for; {OTHER_WEIGHTS}"
-        )
+    if expected is not None or sha256 is not None:
+        found = compute_sha256(weights)
+        if expected is not None and found != expected:
+            raise OSError(f"{weights} was changed; install latent-aug again")
+        if sha256 is not None and found != sha256.lower():
+            raise OSError(
+                f"the weights of {origin[0]!r} have SHA-256 {found}, and sha256={sha256!r} was "
+                f"asked for; {OTHER_WEIGHTS}"
+            )
     read_from = directory / WEIGHTS_NAME, get_write_time(directory / WEIGHTS_NAME)
     with torch.inference_mode(False):  # the weights serve outside it
         flow = read_flow(directory)

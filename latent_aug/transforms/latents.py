@@ -127,7 +127,10 @@ class LatentTransform:
         eps: The size of a perturbation as a range (low, high).
         normalization: The normalization that images have been through.
         fallback_counter: The count of images that the flow could not perturb.
+        fits_size: Whether eps is that of 3 x 32 x 32, and as strong at any other size.
     """
+
+    fits_size = False
 
     def __init__(
         self,
