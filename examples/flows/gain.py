@@ -15,17 +15,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.append(str(Path(__file__).parents[1] / "paper"))  # the same classifier as the tables'
 from methods import make_method
-from protocol import Images, Protocol, read_images, run
+from protocol import Protocol, draw_images, read_images, run
 from records import append_line, read_lines
 
 RESULTS = Path(__file__).parents[1] / "results" / "gain.jsonl"
 FLOWS = ("glow-cifar10-small", "glow-photographs")
 SEEDS = (0, 1, 2)
-MOST_TESTED = 5000
 USUAL: dict[str, Any] = {"eps": None, "alpha": None, "steps": 1, "p": 0.5, "labels": None}
 LOCK = Path(__file__).parents[2] / "runs" / "gain.lock"
 
@@ -40,20 +37,6 @@ def list_methods(flows: list[str]) -> dict[str, dict[str, Any]]:
         methods[f"LatentPerturb, {flow}"] = {"latent": {"flow": flow}}
         methods[f"LatentAdversarial, {flow}"] = {"attack": {**USUAL, "flow": flow}}
     return methods
-
-
-def draw_images(images: Images, per_class: int, seed: int) -> tuple[Images, Images]:
-    """Some images of each class, drawn by the seed, and up to `MOST_TESTED` of the others."""
-    order = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(seed))
-    labels = images.labels[order]
-    chosen = torch.cat([order[labels == c][:per_class] for c in range(images.classes)])
-    rest = torch.cat([order[labels == c][per_class:] for c in range(images.classes)])
-    rest = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))]
-    first, second = (
-        Images(images.pixels[part], images.labels[part], images.classes)
-        for part in (chosen, rest[:MOST_TESTED])
-    )
-    return first, second
 
 
 def draw_table() -> str:

@@ -101,6 +101,20 @@ def labelled(train: Images, protocol: Protocol) -> Images:
     return Images(train.pixels[index], train.labels[index], train.classes)
 
 
+def draw_images(images: Images, per_class: int, seed: int) -> tuple[Images, Images]:
+    """Some images of each class, drawn by the seed, and up to 5,000 of the others."""
+    order = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(seed))
+    labels = images.labels[order]
+    chosen = torch.cat([order[labels == c][:per_class] for c in range(images.classes)])
+    rest = torch.cat([order[labels == c][per_class:] for c in range(images.classes)])
+    rest = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))]
+    first, second = (
+        Images(images.pixels[part], images.labels[part], images.classes)
+        for part in (chosen, rest[:5000])
+    )
+    return first, second
+
+
 def split(train: Images, test: Images | None, protocol: Protocol) -> tuple[Images, Images]:
     """What to train and to evaluate on."""
     own = labelled(train, protocol)

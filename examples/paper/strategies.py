@@ -1,0 +1,245 @@
+"""When and how strongly to attack: strategies for short trainings on few labels.
+
+    python examples/paper/strategies.py IMAGES --per-class 50 --epochs 20 [--channels 1 --size 28]
+    python examples/paper/strategies.py --table
+
+IMAGES holds a folder of images for each class. For each seed a ResNet of 16 channels is trained on
+another draw of so many images a class, and tested on up to 5,000 of the others. Every attack takes
+one step unless its name says otherwise, on half of each batch. What was run before is not run
+again.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from methods import Augmentation
+from protocol import Protocol, draw_images, read_images, run
+from records import append_line, read_lines
+from torch import Tensor, nn
+
+from latent_aug import LatentAdversarial, LatentSchedule
+from latent_aug.transforms import functional as LF
+
+RESULTS = Path(__file__).parents[1] / "results" / "strategies.jsonl"
+LOCK = Path(__file__).parents[2] / "runs" / "strategies.lock"
+FLOWS = {1: "glow-fashionmnist", 3: "glow-photographs"}
+
+Perturb = Callable[[Tensor, Tensor], Tensor]
+
+
+class Strategy:
+    """An attack on a batch, given the share of the training that is over: here the default."""
+
+    def __init__(self, model: nn.Module, channels: int, **settings: Any) -> None:
+        self.model = model
+        self.attack = LatentAdversarial(model, flow=FLOWS[channels], **settings)
+
+    def begin(self, share: float) -> None:
+        """Begin an epoch, before which this share of all was trained."""
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Attack a batch."""
+        return self.attack(x, y), y
+
+
+class Ramp(Strategy):
+    """The share of attacked images grows over the first half of the training."""
+
+    def begin(self, share: float) -> None:
+        """Set the share."""
+        self.attack.p = 0.5 * min(1.0, 2 * share)
+
+
+class Feedback(Strategy):
+    """The share follows the accuracy on clean training images, as augmentation in StyleGAN2-ADA."""
+
+    def __init__(self, model: nn.Module, channels: int, **settings: Any) -> None:
+        super().__init__(model, channels, p=0.0, **settings)
+        self.accuracy = 0.0
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Attack a batch, after a look at how many of its images the model has right."""
+        right = float((predict(self.model, x) == y).float().mean())
+        self.accuracy = 0.9 * self.accuracy + 0.1 * right
+        step = 0.02 if self.accuracy > 0.8 else -0.02
+        self.attack.p = min(0.5, max(0.0, self.attack.p + step))
+        return super().__call__(x, y)
+
+
+class Friendly(Strategy):
+    """Half of a batch is attacked, each image while the model has it right (Zhang et al. 2020).
+
+    In one step this attacks only what the model has right. What it has wrong gets random noise.
+    """
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Attack the second half of a shuffled batch."""
+        half = len(x) // 2
+        return torch.cat([x[:half], self.ascend(x[half:], y[half:])]), y
+
+    def ascend(self, x: Tensor, y: Tensor) -> Tensor:
+        """Ascend the loss of each image until the model has it wrong."""
+        latents = self.attack.encode(x)
+        strength = (LF.dimensions(latents.z, None) / (3 * 32 * 32)) ** 0.5
+        eps, alpha = (strength * size[1] for size in (self.attack.eps, self.attack.alpha))
+        delta = LF.random_start(latents.z, eps, "l2")
+        self.model.eval()
+        for _ in range(self.attack.steps):
+            delta = delta.detach().requires_grad_(True)
+            logits = self.model(latents.decode_with(delta)).double()
+            (grad,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), delta)
+            right = (logits.argmax(dim=1) == y)[:, None, None, None]
+            moved = LF.ascent_step(delta.detach(), grad, alpha, eps, "l2")
+            delta = torch.where(right, moved, delta.detach())
+        self.model.train()
+        with torch.no_grad():
+            return latents.perturb(delta)
+
+
+class OwnStatistics(Strategy):
+    """Attacked images have BatchNorms of their own, which are not used afterwards (AdvProp)."""
+
+    def __init__(self, model: nn.Module, channels: int, **settings: Any) -> None:
+        from timm.layers import convert_splitbn_model
+
+        model.network = convert_splitbn_model(model.network, 2)
+        super().__init__(model, channels, p=1.0, **settings)
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Attack the second half of a shuffled batch, for which timm's layer has a second norm."""
+        half = len(x) // 2
+        return torch.cat([x[:half], self.attack(x[half:], y[half:])]), y
+
+
+STRATEGIES: dict[str, Callable[..., Strategy] | None] = {
+    "none": None,
+    "predicted labels": Strategy,
+    "true labels": partial(Strategy, labels="true"),
+    "predicted labels, training mode": partial(Strategy, model_mode="unchanged"),
+    "true labels, training mode": partial(Strategy, labels="true", model_mode="unchanged"),
+    "only what is right": partial(Friendly, labels="true"),
+    "friendly, three steps": partial(Friendly, labels="true", steps=3),
+    "ramp of p": partial(Ramp, labels="true"),
+    "feedback on p": partial(Feedback, labels="true"),
+    "own BatchNorm": partial(OwnStatistics, labels="true"),
+    "predicted labels, every image": partial(Strategy, p=1.0),
+    "predicted labels, every image, three steps": partial(Strategy, p=1.0, steps=3),
+    "true labels, every image, three steps": partial(Strategy, p=1.0, steps=3, labels="true"),
+}
+ON_RANDAUGMENT = ("none", "predicted labels", "true labels", "feedback on p", "own BatchNorm")
+
+
+@torch.no_grad()
+def predict(model: nn.Module, x: Tensor) -> Tensor:
+    """Predict classes in evaluation mode."""
+    model.eval()
+    classes = model(x).argmax(dim=1)
+    model.train()
+    return classes
+
+
+class Method(Augmentation):
+    """Crops, flips, perhaps RandAugment, then a strategy."""
+
+    def __init__(self, strategy: Strategy | None, *args: Any, **kwargs: Any) -> None:
+        super().__init__(LatentSchedule([(1, None)]), *args, **kwargs)
+        self.strategy = strategy
+
+    def begin(self, share: float) -> None:
+        """Begin an epoch."""
+        if self.strategy is not None:
+            self.strategy.begin(share)
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch, augmented."""
+        x, y = super().__call__(x, y)
+        return (x, y) if self.strategy is None else self.strategy(x, y)
+
+
+def make_method(name: str, pixels: str, channels: int, model: nn.Module, classes: int) -> Method:
+    """Put a strategy behind augmentation in pixels."""
+    build = STRATEGIES[name]
+    strategy = None if build is None else build(model, channels)
+    return Method(strategy, model, classes, pixels=pixels)
+
+
+def draw_table() -> str:
+    """Mean ± standard deviation of each strategy, a column for each set."""
+    rows = read_lines(RESULTS)
+    columns = list(dict.fromkeys((row["set"], row["pixels"]) for row in rows))
+    heads = [f"{name}, RandAugment" if pixels != "common" else name for name, pixels in columns]
+    lines = [f"| strategy | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for strategy in STRATEGIES:
+        cells = []
+        for column in columns:
+            own = [
+                row["accuracy"]
+                for row in rows
+                if (row["strategy"], row["set"], row["pixels"]) == (strategy, *column)
+            ]
+            several = f" ± {statistics.stdev(own):.1f} ({len(own)})" if own[1:] else ""
+            cells.append(f"{statistics.mean(own):.1f}{several}" if own else "")
+        lines.append(f"| {strategy} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is missing, or draw the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("images", type=Path, nargs="?")
+    parser.add_argument("--name", help="the name of the set, by default that of the folder")
+    parser.add_argument("--per-class", type=int, default=50)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--channels", type=int, default=3)
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--seeds", type=int, nargs="*", default=(0, 1, 2))
+    parser.add_argument("--only", nargs="*", default=list(STRATEGIES), help="these strategies")
+    parser.add_argument("--table", action="store_true", help="print the table, run nothing")
+    args = parser.parse_args()
+    if args.table:
+        print(draw_table())
+        return
+    if args.images is None:
+        parser.error("IMAGES is needed")
+    images = read_images(args.images, args.size, args.channels)
+    protocol = Protocol(
+        per_class=args.per_class,
+        epochs=args.epochs,
+        width=16,
+        precision="float32",
+        batch_size=64,
+        channels=args.channels,
+    )
+    name = args.name or args.images.name
+    methods = [(strategy, "common") for strategy in args.only]
+    methods += [(strategy, "randaugment") for strategy in args.only if strategy in ON_RANDAUGMENT]
+    for seed in args.seeds:
+        train, test = draw_images(images, args.per_class, seed)
+        for strategy, pixels in methods:
+            key = {"set": name, "pixels": pixels, "strategy": strategy, "seed": seed}
+            if any(key.items() <= row.items() for row in read_lines(RESULTS)):
+                continue
+            method = partial(make_method, strategy, pixels, args.channels)
+            found = run(method, train, test, protocol, seed=seed)
+            row = {
+                **key,
+                "per_class": args.per_class,
+                "epochs": args.epochs,
+                "accuracy": round(found["accuracy"], 2),
+                "loss": round(found["loss"], 4),
+                "train_accuracy": round(found["train_accuracy"], 2),
+                "seconds": round(found["cpu_seconds"], 1),
+            }
+            append_line(RESULTS, row, lock=LOCK)
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
