@@ -111,7 +111,7 @@ def train(
         minutes=read_minutes(output),
         licence=licence,
         eps=float(f"{found.eps:.2g}"),
-        problems=found.problems,
+        verdict=found.verdict,
         note=note,
         dataset=dataset,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +112,7 @@ def write_card(
     minutes: float,
     licence: str,
     eps: float = 0.25,
-    problems: Iterable[str],
+    verdict: str,
     note: str = "",
     dataset: str | None = None,
 ) -> dict[str, Any]:
@@ -133,7 +132,7 @@ def write_card(
         minutes: The time that training took.
         licence: The licence of the weights.
         eps: The suggested linf eps.
-        problems: The findings of `check_flow` that keep the flow from suiting the images.
+        verdict: What `check_flow` finds, its `verdict`.
         note: A paragraph on the training, such as caveats of the data.
         dataset: The name of the training data on the Hugging Face hub, for the card's metadata.
     """
@@ -155,7 +154,7 @@ def write_card(
         picture=PICTURE_NAME,
         sha256=compute_sha256(output / WEIGHTS_NAME),
         table="\n".join(write_rows(figures)),
-        verdict=word_verdict(problems),
+        verdict=verdict,
         command=command,
         training_data=training_data,
         origin=f"Fine-tuned from {fine_tuned_from}" if fine_tuned_from else "Trained",
@@ -174,14 +173,6 @@ def write_card(
     (output / CARD_NAME).write_bytes(text.encode("utf-8", "backslashreplace"))
     (output / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     return figures
-
-
-def word_verdict(problems: Iterable[str]) -> str:
-    """List the problems, a line each, or say that the flow suits the images."""
-    lines = [f"- {problem}" for problem in problems]
-    if not lines:
-        return "The flow suits these images."
-    return "\n".join(["The flow does not suit these images:", "", *lines])
 
 
 def save_samples(flow: Flow, size: tuple[int, int], eps: float, path: Path) -> None:
