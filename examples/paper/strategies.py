@@ -84,6 +84,10 @@ class Friendly(Strategy):
         half = len(x) // 2
         return torch.cat([x[:half], self.ascend(x[half:], y[half:])]), y
 
+    def weigh(self, logits: Tensor, y: Tensor) -> Tensor:
+        """How far each image goes, as a share of the step."""
+        return logits.argmax(dim=1) == y
+
     def ascend(self, x: Tensor, y: Tensor) -> Tensor:
         """Ascend the loss of each image until the model has it wrong."""
         latents = self.attack.encode(x)
@@ -95,12 +99,29 @@ class Friendly(Strategy):
             delta = delta.detach().requires_grad_(True)
             logits = self.model(latents.decode_with(delta)).double()
             (grad,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), delta)
-            right = (logits.argmax(dim=1) == y)[:, None, None, None]
+            share = self.weigh(logits.detach(), y).float()[:, None, None, None]
             moved = LF.ascent_step(delta.detach(), grad, alpha, eps, "l2")
-            delta = torch.where(right, moved, delta.detach())
+            delta = torch.lerp(delta.detach(), moved, share)
         self.model.train()
         with torch.no_grad():
             return latents.perturb(delta)
+
+
+class Sure(Friendly):
+    """An image is attacked once the model is sure of its class, by a softmax above 0.8."""
+
+    def weigh(self, logits: Tensor, y: Tensor) -> Tensor:
+        """All or nothing."""
+        return logits.softmax(dim=1).gather(1, y[:, None])[:, 0] > 0.8
+
+
+class Confident(Friendly):
+    """An image goes as far as the model is surer of its class than of any, of two at least."""
+
+    def weigh(self, logits: Tensor, y: Tensor) -> Tensor:
+        """From 0 at one half to 1."""
+        right = logits.softmax(dim=1).gather(1, y[:, None])[:, 0]
+        return (2 * right - 1).clamp(min=0)
 
 
 class OwnStatistics(Strategy):
@@ -125,15 +146,16 @@ STRATEGIES: dict[str, Callable[..., Strategy] | None] = {
     "predicted labels, training mode": partial(Strategy, model_mode="unchanged"),
     "true labels, training mode": partial(Strategy, labels="true", model_mode="unchanged"),
     "only what is right": partial(Friendly, labels="true"),
+    "only what it is sure of": partial(Sure, labels="true"),
+    "as far as it is sure": partial(Confident, labels="true"),
     "friendly, three steps": partial(Friendly, labels="true", steps=3),
     "ramp of p": partial(Ramp, labels="true"),
     "feedback on p": partial(Feedback, labels="true"),
     "own BatchNorm": partial(OwnStatistics, labels="true"),
     "predicted labels, every image": partial(Strategy, p=1.0),
-    "predicted labels, every image, three steps": partial(Strategy, p=1.0, steps=3),
     "true labels, every image, three steps": partial(Strategy, p=1.0, steps=3, labels="true"),
 }
-ON_RANDAUGMENT = ("none", "predicted labels", "true labels", "feedback on p", "own BatchNorm")
+ON_RANDAUGMENT = ("none", "predicted labels", "feedback on p", "only what it is sure of")
 
 
 @torch.no_grad()
