@@ -58,19 +58,33 @@ class Ramp(Strategy):
 
 
 class Feedback(Strategy):
-    """The share follows the accuracy on clean training images, as augmentation in StyleGAN2-ADA."""
+    """The share grows while the model has its clean training images right, as in StyleGAN2-ADA."""
 
-    def __init__(self, model: nn.Module, channels: int, **settings: Any) -> None:
+    def __init__(
+        self, model: nn.Module, channels: int, *, target: float = 0.8, **settings: Any
+    ) -> None:
         super().__init__(model, channels, p=0.0, **settings)
-        self.accuracy = 0.0
+        self.target, self.accuracy = target, 0.0
+
+    def adjust(self) -> None:
+        """Set the share."""
+        step = 0.02 if self.accuracy > self.target else -0.02
+        self.attack.p = min(0.5, max(0.0, self.attack.p + step))
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Attack a batch, after a look at how many of its images the model has right."""
         right = float((predict(self.model, x) == y).float().mean())
         self.accuracy = 0.9 * self.accuracy + 0.1 * right
-        step = 0.02 if self.accuracy > 0.8 else -0.02
-        self.attack.p = min(0.5, max(0.0, self.attack.p + step))
+        self.adjust()
         return super().__call__(x, y)
+
+
+class Following(Feedback):
+    """The share follows that accuracy at once: none at one half, half of each batch at 1."""
+
+    def adjust(self) -> None:
+        """Set the share."""
+        self.attack.p = max(0.0, self.accuracy - 0.5)
 
 
 class Friendly(Strategy):
@@ -151,11 +165,20 @@ STRATEGIES: dict[str, Callable[..., Strategy] | None] = {
     "friendly, three steps": partial(Friendly, labels="true", steps=3),
     "ramp of p": partial(Ramp, labels="true"),
     "feedback on p": partial(Feedback, labels="true"),
+    "feedback on p, predicted labels": Feedback,
+    "feedback on p, above 0.6": partial(Feedback, target=0.6, labels="true"),
+    "p follows accuracy": partial(Following, labels="true"),
     "own BatchNorm": partial(OwnStatistics, labels="true"),
     "predicted labels, every image": partial(Strategy, p=1.0),
     "true labels, every image, three steps": partial(Strategy, p=1.0, steps=3, labels="true"),
 }
-ON_RANDAUGMENT = ("none", "predicted labels", "feedback on p", "only what it is sure of")
+ON_RANDAUGMENT = (
+    "none",
+    "predicted labels",
+    "feedback on p",
+    "feedback on p, above 0.6",
+    "p follows accuracy",
+)
 
 
 @torch.no_grad()
