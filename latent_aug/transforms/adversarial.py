@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latent_aug.flows import Flow
-from latent_aug.images.conversion import advise_conversion, image_size, to_float, wrap_like
-from latent_aug.images.samples import (
-    LABEL_KEYS,
-    get_image_key,
-    replace_images,
-    select_entry,
-    select_rows,
-)
+from latent_aug.images.conversion import image_size, to_float, wrap_like
+from latent_aug.images.samples import get_image_key, replace_images, select_entry
 from latent_aug.transforms import functional as LF
-from latent_aug.transforms.classifier import (
-    check_targets,
-    count_classes,
-    is_multilabel,
-    mixes_samples,
-    refuse_several,
-    scale_up,
+from latent_aug.transforms.ascent import (
+    Loss,
+    Objective,
+    ascend,
+    refuse_several_predicted,
+    warn_of_steps,
+)
+from latent_aug.transforms.asking import Ask, Forward, build_ask
+from latent_aug.transforms.batch_checks import check_images, check_labels
+from latent_aug.transforms.classifier import mixes_samples, refuse_several
+from latent_aug.transforms.consistency import (
+    keep_statistics,
+    make_targets,
+    map_images,
+    measure_change,
 )
 from latent_aug.transforms.labels import prepare_labels, read_labels
 from latent_aug.transforms.latents import LatentTransform, find_layout, run_uncompiled
@@ -40,19 +40,13 @@ from latent_aug.utils.arguments import (
     require_choice,
     require_number,
     require_positive,
+    require_probability,
     require_range,
+    require_size,
 )
-
-Forward = Callable[[nn.Module, Any], Tensor]
-Loss = Callable[[Tensor, Any], Tensor]
-Ask = Callable[[nn.Module, Tensor], Tensor]  # from a model and images to logits
 
 USUAL_EPS = {"l2": 1.0, "linf": 0.018, "rms": 0.018}  # of one strength at 3 x 32 x 32
 USUAL_DIMENSIONS = 3 * 32 * 32
-
-PREDICTED = "labels='predicted' gives loss= the predicted classes (B,)"
-TRUE = "pass labels='true'"
-DETACHED = "the loss has no gradient to the images: the model, forward= or loss= detaches it"
 
 
 class LatentAdversarial(LatentTransform):
@@ -183,8 +177,8 @@ class LatentAdversarial(LatentTransform):
         if labels is None:
             labels = "predicted" if loss is None else "true"
         self.labels = require_choice("labels", labels, ("true", "predicted"))
-        if labels == "predicted" and is_multilabel(loss):
-            raise ValueError(f"{PREDICTED}, and this loss= takes several labels an image; {TRUE}")
+        if labels == "predicted":
+            refuse_several_predicted(loss)
         self._seen_labels: set[torch.device] = set()
         self.random_start = bool(random_start)
         self.model_mode = require_choice("model_mode", model_mode, ("eval", "unchanged"))
@@ -194,18 +188,7 @@ class LatentAdversarial(LatentTransform):
             usual="usual for an attack are 1 for 'l2' at 32x32, some hundredths for 'linf' and "
             "'rms'",
         )
-        if self.alpha[1] > 2 * self.eps[1] > 0:
-            warnings.warn(
-                f"alpha={self.alpha[1]:g} is more than twice eps={self.eps[1]:g}: every step leads "
-                "across the whole ball; alpha is usually half of eps, in the same norm",
-                stacklevel=2,
-            )
-        if 2 * self.alpha[1] * self.steps < self.eps[0]:
-            warnings.warn(
-                f"{self.steps} steps of alpha={self.alpha[1]:g} do not get half as far as "
-                f"eps={self.eps[0]:g}: alpha is usually half of eps",
-                stacklevel=2,
-            )
+        warn_of_steps(self.alpha, self.eps, self.steps)
         self.gradient = require_choice("gradient", gradient, ("auto", "fast", "lean"))
         if gradient != "auto" and not has_argument(self.flow.decode, "gradient"):
             raise ValueError(
@@ -231,6 +214,91 @@ class LatentAdversarial(LatentTransform):
         key, labels = get_image_key(batch), read_labels(batch, self.labels_getter)
         return replace_images(batch, key, self._replace(batch, key, labels))
 
+    @run_uncompiled
+    def __call__(self, images: Tensor, labels: Any = None) -> Tensor:
+        """Attack images (B, C, H, W) with labels (B,) or (B, K), and keep their dtype.
+
+        `mask` and `forward` get (images, labels) as the batch.
+        """
+        return self._replace((images, labels), 0, labels)
+
+    @run_uncompiled
+    def consistency(
+        self,
+        unlabelled: Any,
+        *,
+        threshold: float = 0.0,
+        temperature: float = 1.0,
+        entropy: float = 0.0,
+        perturb: Callable[[Tensor], Tensor] | None = None,
+        augment: Callable[[Tensor], Tensor] | None = None,
+        update_statistics: bool = True,
+    ) -> Tensor:
+        """Compute the loss of unlabelled images, to be added to that of labelled ones.
+
+        It is the divergence from the model's prediction at an image to its prediction at the
+        attacked image, KL(clean, attacked), averaged over the batch: virtual adversarial training
+        along the flow's images. The attack raises the same divergence. It begins at a random point
+        of the ball, as the divergence has no gradient at the centre.
+
+        The clean prediction is a constant. It is made in the mode of the attack, `model_mode`, and
+        leaves no trace. The last pass is an ordinary one through your model, wrapped as it is, in
+        the mode that it is in. Its gradient reaches the weights, and BatchNorm sees its batch.
+
+        Args:
+            unlabelled: Images (B, C, H, W), or a batch as for `step`, whose labels are ignored.
+            threshold: The least probability of the likeliest class with which an image counts, in
+                [0, 1]. The others count as a loss of 0.
+            temperature: Sharpens the clean prediction: its logits are divided by it. 0 leaves the
+                likeliest class alone.
+            entropy: The weight of the entropy of the prediction at the attacked image.
+            perturb: Perturbs images (B, C, H, W) in place of the attack, as a `LatentPerturb` does.
+            augment: Augments the images, in the form that the model takes, before they are
+                perturbed. The clean prediction is that of the images as they come.
+            update_statistics: Whether the last pass moves the running statistics of BatchNorm.
+                It always normalizes by those of its batch in training mode.
+
+        Returns:
+            The loss in nats, a scalar of at least float32.
+
+        Raises:
+            TypeError, ValueError: An argument or the batch is not as described. The attack has a
+                loss of its own, a conditional flow, or no random start.
+
+        Source: Miyato et al. 2018, there in pixels and with `entropy` 0 or 1. With ``perturb=lambda
+        images: images``, an `augment`, `threshold` 0.95 and `temperature` 0 it is FixMatch's loss
+        (Sohn et al. 2020).
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+            >>> attack = LatentAdversarial(model, p=1.0, flow="glow-fashionmnist")
+            >>> loss = attack.consistency(torch.rand(2, 1, 28, 28))
+            >>> loss.backward()
+            >>> loss.shape
+            torch.Size([])
+        """
+        threshold = require_probability("threshold", threshold)
+        temperature = require_size("temperature", temperature)
+        entropy = require_size("entropy", entropy)
+        self._check_consistency(attacks=perturb is None)
+        batch: Any = (unlabelled, None) if isinstance(unlabelled, Tensor) else unlabelled
+        key = get_image_key(batch)
+        check_images(batch[key], self.flow.channels)
+        images = batch[key].detach().as_subclass(Tensor)
+        clean = self._ask_without_trace(images, build_ask(self.forward, batch, key))
+        targets, counted = make_targets(clean, threshold=threshold, temperature=temperature)
+        if augment is not None:
+            images = map_images("augment", augment, images)
+        batch = replace_images(batch, key, images)
+        if perturb is None:
+            images = self._attack_share(batch, key, targets, predicted=False)
+        else:
+            images = map_images("perturb", perturb, images)
+        with nullcontext() if update_statistics else keep_statistics(self.model):
+            logits = build_ask(self.forward, batch, key)(self.model, images)
+        return measure_change(logits, targets, counted, entropy=entropy)
+
     def with_eps(self, eps: float) -> LatentAdversarial:
         """Copy the attack with this eps for every sample, and alpha in proportion.
 
@@ -241,90 +309,37 @@ class LatentAdversarial(LatentTransform):
         result.alpha = (share * self.alpha[0], share * self.alpha[1])
         return result
 
-    @run_uncompiled
-    def __call__(self, images: Tensor, labels: Any = None) -> Tensor:
-        """Attack images (B, C, H, W) with labels (B,) or (B, K), and keep their dtype.
-
-        `mask` and `forward` get (images, labels) as the batch.
-        """
-        return self._replace((images, labels), 0, labels)
-
     def _replace(self, batch: Any, key: Any, labels: Any) -> Tensor:
-        """Attack a random share p of the images of a batch."""
+        """Attack a random share p of the images of a batch, after a look at it."""
         given: Tensor = batch[key]
-        self._check(given, labels)
-        images = given.detach().as_subclass(Tensor)
+        check_images(given, self.flow.channels)
+        if self.loss is None and isinstance(labels, Tensor):
+            self._check_several(labels)
+        predicted = self.labels == "predicted"
+        if not predicted:
+            check_labels(labels, len(given), anything=self.loss is not None)
+        return wrap_like(self._attack_share(batch, key, labels, predicted=predicted), given)
+
+    def _attack_share(self, batch: Any, key: Any, labels: Any, *, predicted: bool) -> Tensor:
+        """Attack a random share p of the images of a batch, as plain tensors."""
+        images = batch[key].detach().as_subclass(Tensor)
         region = read_region(self.mask, batch, images)
         count = self._count_attacked(len(images))
         if not count:
-            result = images.clone()
-        elif count == len(images):
-            result = self._attack(images, labels, region, self._build_ask(batch, key))
-        else:
-            like = to_float(images.new_empty(0))
-            chosen = self._draws.sample_uniform((len(images),), like).argsort()[:count]
-            attacked = self._attack(
-                images[chosen].contiguous(memory_format=find_layout(images)),
-                select_entry(labels, chosen, len(images)),
-                take_rows(region, chosen),
-                self._build_ask(batch, key, chosen),
-            )
-            result = images.clone().index_copy_(0, chosen, attacked)
-        return wrap_like(result, given)
-
-    def _build_ask(self, batch: Any, key: Any, chosen: Tensor | None = None) -> Ask:
-        """Build the function that asks the model for the logits of attacked images.
-
-        Only `forward` is given a batch: this one with the images replaced, and without the rows
-        that are not `chosen`.
-        """
-        forward = self.forward
-        if forward is None:
-            return lambda model, images: check_logits(model(images))
-        part = batch if chosen is None else select_rows(batch, chosen, len(batch[key]))
-        return lambda model, images: check_logits(forward(model, replace_images(part, key, images)))
-
-    def _check(self, images: Tensor, labels: Tensor | None) -> None:
-        """Refuse images and labels that the attack cannot work on."""
-        if not isinstance(images, Tensor) or images.ndim != 4:
-            found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(
-                f"images must be a tensor (B, C, H, W), got {found}; call it as "
-                "attack(images, labels), or attack.step(batch) with (images, labels) or a mapping, "
-                "in the training step"
-            )
-        if not images.is_floating_point():
-            raise TypeError(
-                f"images must be floating point, as the model takes them, got {images.dtype}; "
-                f"{advise_conversion(images.dtype)}"
-            )
-        if images.shape[1] != self.flow.channels:
-            raise ValueError(
-                f"the flow maps images of {self.flow.channels} channels, got {images.shape[1]}, "
-                f"shape {tuple(images.shape)}; channels come before height and width; convert "
-                "them, or pass flow= one of as many: 'glow-fashionmnist' of 1, 'glow-photographs' "
-                "of 3"
-            )
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError("an attack needs gradients: call it outside torch.inference_mode()")
-        if self.loss is None and isinstance(labels, Tensor):
-            self._check_several(labels)
-        if self.labels == "predicted":
-            return
-        if labels is None:
-            raise ValueError(
-                "labels='true' needs labels: second in a tuple, or in a mapping under one of "
-                f"{LABEL_KEYS}; name them with labels_getter= otherwise, or call "
-                "attack(images, labels)"
-            )
-        if self.loss is not None and not isinstance(labels, Tensor):
-            return  # whatever it takes
-        if not isinstance(labels, Tensor) or labels.ndim < 1 or len(labels) != len(images):
-            found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
-            raise ValueError(
-                f"labels must be a tensor of {len(images)} entries, got {found}; if they are not "
-                "second in the batch, name labels_getter="
-            )
+            return images.clone()
+        if count == len(images):
+            ask = build_ask(self.forward, batch, key)
+            return self._attack(images, labels, region, ask, predicted=predicted)
+        like = to_float(images.new_empty(0))
+        chosen = self._draws.sample_uniform((len(images),), like).argsort()[:count]
+        attacked = self._attack(
+            images[chosen].contiguous(memory_format=find_layout(images)),
+            select_entry(labels, chosen, len(images)),
+            take_rows(region, chosen),
+            build_ask(self.forward, batch, key, chosen),
+            predicted=predicted,
+        )
+        return images.clone().index_copy_(0, chosen, attacked)
 
     def _check_several(self, labels: Tensor) -> None:
         """Refuse several labels an image, unless the predicted ones were asked for."""
@@ -349,7 +364,9 @@ class LatentAdversarial(LatentTransform):
             return min(2, count)  # BatchNorm may have no statistics of a single sample
         return int(share)
 
-    def _attack(self, images: Tensor, labels: Any, region: Tensor | None, ask: Ask) -> Tensor:
+    def _attack(
+        self, images: Tensor, labels: Any, region: Tensor | None, ask: Ask, *, predicted: bool
+    ) -> Tensor:
         """Attack every image of a batch, and keep its units, dtype and memory layout."""
         y = prepare_labels(self.flow, labels, len(images), to_float(images))
         latents = self.encode(images, y=y, region=region)
@@ -359,26 +376,48 @@ class LatentAdversarial(LatentTransform):
         eps = scale * self._draws.sample_between(*self.eps, len(z), z)
         alpha = scale * self._draws.sample_between(*self.alpha, len(z), z)
         delta = self._start(z, eps, mask)
-        beside = (self.loss, self.forward)
-        lent = lend(self.model, self.model_mode, beside=beside)
+        lent = lend(self.model, self.model_mode, beside=(self.loss, self.forward))
         with lent as model, torch.enable_grad():
             samples = None if mixes_samples(model) else len(z)
-            for number in range(self.steps):
-                delta.requires_grad_(True)
-                moved = latents.decode_with(delta)
-                if not moved.requires_grad:
-                    name = f"{type(self.flow).__name__}.decode"
-                    raise ValueError(f"{name} detaches: it has no gradient")
-                logits = ask(model, moved)
-                if number == 0 and self.labels == "predicted":
-                    labels = predict_classes(logits)
-                loss = self._loss(logits, labels, samples)
-                (grad,) = torch.autograd.grad(loss, delta, allow_unused=True)
-                if grad is None:
-                    raise ValueError(DETACHED)
-                delta = LF.ascent_step(delta.detach(), grad, alpha, eps, self.norm, mask=mask)
+            objective = Objective(self.loss, labels, predicted=predicted, samples=samples)
+            delta = ascend(
+                latents,
+                delta,
+                lambda moved: objective(ask(model, moved)),
+                steps=self.steps,
+                alpha=alpha,
+                eps=eps,
+                norm=self.norm,
+                mask=mask,
+            )
         with torch.no_grad():
             return latents.perturb(delta)
+
+    def _ask_without_trace(self, images: Tensor, ask: Ask) -> Tensor:
+        """Ask the model for logits, in the mode of the attack."""
+        # Under no_grad autocast would cache half-precision weights that have no gradient, and the
+        # pass with gradients would take those.
+        lent = lend(self.model, self.model_mode, beside=(self.forward,))
+        with lent as model, torch.enable_grad():
+            return ask(model, images).detach()
+
+    def _check_consistency(self, *, attacks: bool) -> None:
+        """Refuse settings with which unlabelled images have no loss, or none that can be raised."""
+        if self.loss is not None:
+            raise ValueError(
+                "consistency has a loss of its own, the divergence between two predictions of one "
+                "class an image: call it on a LatentAdversarial without loss="
+            )
+        if attacks and not self.random_start:
+            raise ValueError(
+                "consistency needs random_start=True: at the centre of the ball the divergence has "
+                "no gradient"
+            )
+        if attacks and self.flow.num_classes:
+            raise ValueError(
+                f"consistency needs a flow without classes, as unlabelled images have none, got a "
+                f"{type(self.flow).__name__} of {self.flow.num_classes}"
+            )
 
     def decode(self, z: Tensor, y: Tensor | None) -> Tensor:
         """Decode latents with the gradient that was asked for."""
@@ -392,61 +431,9 @@ class LatentAdversarial(LatentTransform):
         generator = self._draws.pick_generator(z.device)
         return LF.random_start(z, eps, self.norm, mask=mask, generator=generator)
 
-    def _loss(self, logits: Tensor, labels: Any, samples: int | None) -> Tensor:
-        """Compute the loss, summed over the samples, so that each one's gradient is its own.
-
-        Args:
-            logits: The model's output, in float32 or float64.
-            labels: The labels of the batch, or the predicted ones.
-            samples: The number of samples, if the model does not mix them, else None.
-        """
-        if self.loss is None and logits.device.type != "mps":
-            # In float32 a sample classified with a margin above 16 has a loss of exactly 0, and
-            # half of its gradient is lost. A fifth of a small training set can be like that.
-            logits = logits.double()
-        if logits.requires_grad:
-            each = logits.ndim > 0 and len(logits) == samples
-            logits.register_hook(partial(scale_up, each=each))
-        if self.loss is None:
-            loss = F.cross_entropy(logits, check_targets(logits, labels), reduction="sum")
-        else:
-            loss = self._call_loss(logits, labels)
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"loss must give a tensor, got {type(loss).__name__}")
-        if not loss.requires_grad:
-            raise ValueError(DETACHED)
-        return loss.sum()
-
-    def _call_loss(self, logits: Tensor, labels: Any) -> Tensor:
-        """Call the user's loss, and say what it was given where it fails on predicted classes."""
-        assert self.loss is not None
-        try:
-            return self.loss(logits, labels)
-        except (ValueError, RuntimeError, TypeError, IndexError) as error:
-            if self.labels != "predicted":
-                raise
-            raise ValueError(f"{PREDICTED}, and it fails: {error}; {TRUE}") from error
-
     def __repr__(self) -> str:
         described = self._describe("alpha", "steps")
         return f"LatentAdversarial({described}{', at 3x32x32' if self.fits_size else ''})"
-
-
-def predict_classes(logits: Tensor) -> Tensor:
-    """Return the class (B,) with the greatest logit of each sample."""
-    count_classes(logits, "labels='predicted' takes the largest; use labels='true'")
-    return logits.detach().argmax(dim=1)
-
-
-def check_logits(logits: Any) -> Tensor:
-    """Check what a model gave, and convert it to float32 at least."""
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"a tensor of logits is needed, got {type(logits).__name__}; pass a forward= that "
-            "takes them out, e.g. lambda model, batch: model(batch[0]).logits, or "
-            "model(**batch).logits for mappings"
-        )
-    return to_float(logits)
 
 
 def has_argument(function: Callable[..., Any], name: str) -> bool:

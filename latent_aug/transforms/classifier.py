@@ -70,6 +70,11 @@ def scale_up(grad: Tensor, each: bool) -> Tensor:
     return grad / torch.where(size > 0, size, 1) * 256
 
 
+def widen(logits: Tensor) -> Tensor:
+    """Convert logits to float64, except on MPS, which has none."""
+    return logits if logits.device.type == "mps" else logits.double()
+
+
 def count_classes(logits: Tensor, advice: str) -> int:
     """Count the classes of logits (B, K, ...): K.
 

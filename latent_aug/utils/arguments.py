@@ -45,6 +45,11 @@ def require_range(name: str, value: Any) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def require_size(name: str, value: Any) -> float:
+    """Accept a finite number of at least 0."""
+    return require_range(name, require_number(name, value))[0]
+
+
 def require_probability(name: str, value: Any) -> float:
     """Accept a number in [0, 1]."""
     if not 0 <= (number := require_number(name, value)) <= 1:
@@ -66,7 +71,7 @@ def require_distance(name: str, value: Any, norm: str | None) -> float | None:
     """
     if value is None:
         return None
-    found = require_range(name, require_number(name, value))[0]
+    found = require_size(name, value)
     if found > 1 and norm in ("linf", None):
         raise ValueError(
             f"{name} must be at most 1 with norm={norm!r}, as images lie in [0, 1], got {value!r}; "

@@ -1,0 +1,127 @@
+"""Consistency on unlabelled images: what a model pays where its prediction changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from latent_aug.transforms.classifier import count_classes, widen
+
+ONE_CLASS = (
+    "consistency compares distributions over classes; a sigmoid's logit z is the logits (0, z), "
+    "as torch.cat([torch.zeros_like(z), z], dim=1)"
+)
+
+
+def make_targets(
+    logits: Tensor, *, threshold: float = 0.0, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Turn the logits (B, K, ...) of clean images into the predictions that are to be kept.
+
+    Args:
+        logits: The model's output, in float32 or float64.
+        threshold: The least probability of the likeliest class with which a sample counts.
+        temperature: The logits are divided by it. 0 leaves the likeliest class alone.
+
+    Returns:
+        Probabilities (B, K, ...) in float64, on MPS in float32, and whether each sample counts
+        (B, ...).
+
+    Raises:
+        ValueError: There are fewer than two classes.
+
+    Source: the threshold is FixMatch's (Sohn et al. 2020), and with the temperature UDA's (Xie et
+    al. 2020). Both take the confidence before it is sharpened.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[0.8, 0.2], [0.9, 0.1]]).log()
+        >>> targets, counted = make_targets(logits, threshold=0.85, temperature=0.5)
+        >>> targets.round(decimals=2)
+        tensor([[0.9400, 0.0600],
+                [0.9900, 0.0100]], dtype=torch.float64)
+        >>> counted
+        tensor([False,  True])
+    """
+    count_classes(logits, ONE_CLASS)
+    logits = widen(logits.detach())
+    confidence, classes = logits.softmax(dim=1).max(dim=1, keepdim=True)
+    if temperature:
+        targets = (logits / temperature).softmax(dim=1)
+    else:
+        targets = torch.zeros_like(logits).scatter_(1, classes, 1.0)
+    return targets, confidence.squeeze(1) >= threshold
+
+
+def measure_change(
+    logits: Tensor, targets: Tensor, counted: Tensor, *, entropy: float = 0.0
+) -> Tensor:
+    """Compute the divergence from the targets to a prediction, averaged over all samples.
+
+    Args:
+        logits: The model's output (B, K, ...) at the perturbed images.
+        targets: Probabilities, as many.
+        counted: Which samples (B, ...) count. The others have a loss of 0, and are averaged over.
+        entropy: The weight of the prediction's entropy, which is added.
+
+    Returns:
+        The Kullback-Leibler divergence KL(targets, prediction), and the entropy, in nats: a scalar.
+
+    Source: Miyato et al. 2018, equation 5. Entropy: Grandvalet and Bengio 2004.
+
+    Example:
+        >>> import torch
+        >>> targets = torch.tensor([[0.5, 0.5]])
+        >>> measure_change(torch.tensor([[1.0, 1.0]]), targets, torch.tensor([True]))
+        tensor(0.)
+    """
+    likely = widen(logits).log_softmax(dim=1)
+    each = (torch.xlogy(targets, targets) - targets * likely).sum(dim=1)
+    if entropy:
+        each = each - entropy * (likely.exp() * likely).sum(dim=1)
+    return torch.where(counted, each, 0.0).mean().to(logits.dtype)
+
+
+@contextmanager
+def keep_statistics(model: nn.Module) -> Iterator[None]:
+    """Let BatchNorm use the statistics of a batch, and leave its running ones alone."""
+    tracking = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    training = [module for module in tracking if module.training]
+    for module in training:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.track_running_stats = True
+
+
+def map_images(name: str, function: Callable[[Tensor], Any], images: Tensor) -> Tensor:
+    """Call a user's function on images, and check what it gives.
+
+    Args:
+        name: The argument that the function is, for messages.
+        function: Takes images (B, C, H, W).
+        images: The images.
+
+    Raises:
+        TypeError: It is no function, or gives no tensor.
+        ValueError: It gives a tensor of another shape.
+    """
+    if not callable(function):
+        raise TypeError(f"{name} must be callable or None, got {function!r}")
+    with torch.no_grad():
+        result = function(images)
+    if not isinstance(result, Tensor):
+        raise TypeError(f"{name} must give a tensor of images, got {type(result).__name__}")
+    if result.shape != images.shape:
+        raise ValueError(
+            f"{name} must give images of the shape {tuple(images.shape)} of its own, got "
+            f"{tuple(result.shape)}"
+        )
+    return result.detach().as_subclass(Tensor).to(images)
