@@ -35,6 +35,7 @@ from latent_aug.transforms.labels import prepare_labels, read_labels
 from latent_aug.transforms.latents import LatentTransform, find_layout, run_uncompiled
 from latent_aug.transforms.lending import lend
 from latent_aug.transforms.regions import Levels, Mask, build_mask, read_region, take_rows
+from latent_aug.transforms.share import HIGHEST, AdaptiveShare, find_hits
 from latent_aug.utils.arguments import (
     Range,
     require_choice,
@@ -87,7 +88,9 @@ class LatentAdversarial(LatentTransform):
             batch. None is "predicted", and "true" with `loss`. It refuses labels (B, K) whose rows
             do not sum to 1, as those of several labels an image: they need a `loss`.
         normalize: v2.Normalize or (mean, std) that the images have been through already.
-        p: Share of each batch that is perturbed, drawn at random. The cost falls with it.
+        p: Share of each batch that is perturbed, drawn at random. The cost falls with it. None
+            follows the model: the share grows to one half while the model has four fifths of the
+            clean images right, and falls to nothing else. `share` tells where it stands.
         clip: Greatest distance from the original image, in [0, 1] units: per pixel for "linf",
             as l2 norm otherwise.
         random_start: Begin at a random point of the ball, not at its centre.
@@ -139,7 +142,7 @@ class LatentAdversarial(LatentTransform):
         loss: Loss | None = None,
         labels: str | None = None,
         normalize: Any = None,
-        p: float = 0.5,
+        p: float | None = None,
         clip: float | None = None,
         random_start: bool = True,
         model_mode: str = "eval",
@@ -160,7 +163,7 @@ class LatentAdversarial(LatentTransform):
             flow,
             eps=USUAL_EPS[known] if eps is None else eps,
             norm=known,
-            p=p,
+            p=HIGHEST if p is None else p,
             clip=clip,
             resolution=resolution,
             normalize=normalize,
@@ -170,6 +173,7 @@ class LatentAdversarial(LatentTransform):
             generator=generator,
         )
         self.fits_size = eps is None and norm == "l2"
+        self._adaptive = AdaptiveShare() if p is None else None
         self.model, self.loss, self.forward = model, loss, forward
         self.steps = require_positive("steps", steps)
         self.alpha = self._choose_alpha() if alpha is None else require_range("alpha", alpha)
@@ -195,6 +199,16 @@ class LatentAdversarial(LatentTransform):
                 f"{type(self.flow).__name__}.decode takes no gradient argument: leave "
                 f"gradient='auto', got {gradient!r}"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what it has seen, as the accuracy that `share` follows."""
+        seen = {"_adaptive": AdaptiveShare()} if self._adaptive is not None else {}
+        return super().__getstate__() | seen
+
+    @property
+    def share(self) -> float:
+        """The share of a batch that is attacked now: p, or what follows the model's accuracy."""
+        return self.p if self._adaptive is None else self._adaptive.value
 
     def _choose_alpha(self) -> tuple[float, float]:
         """Choose the step size: one step crosses the whole radius, several go half as far."""
@@ -292,7 +306,8 @@ class LatentAdversarial(LatentTransform):
             images = map_images("augment", augment, images)
         batch = replace_images(batch, key, images)
         if perturb is None:
-            images = self._attack_share(batch, key, targets, predicted=False)
+            share = self.p if self._adaptive is None else 1.0
+            images = self._attack_share(batch, key, targets, share=share, predicted=False)
         else:
             images = map_images("perturb", perturb, images)
         with nullcontext() if update_statistics else keep_statistics(self.model):
@@ -305,12 +320,13 @@ class LatentAdversarial(LatentTransform):
         The copy counts for itself, its p is 1, and it has no `generator`.
         """
         result = super().with_eps(require_number("eps", eps))
+        result._adaptive = None
         share = eps / self.eps[1] if self.eps[1] else 1.0
         result.alpha = (share * self.alpha[0], share * self.alpha[1])
         return result
 
     def _replace(self, batch: Any, key: Any, labels: Any) -> Tensor:
-        """Attack a random share p of the images of a batch, after a look at it."""
+        """Attack a random share of the images of a batch, after a look at it."""
         given: Tensor = batch[key]
         check_images(given, self.flow.channels)
         if self.loss is None and isinstance(labels, Tensor):
@@ -318,13 +334,28 @@ class LatentAdversarial(LatentTransform):
         predicted = self.labels == "predicted"
         if not predicted:
             check_labels(labels, len(given), anything=self.loss is not None)
-        return wrap_like(self._attack_share(batch, key, labels, predicted=predicted), given)
+        if self._adaptive is not None:
+            self._follow_accuracy(self._adaptive, batch, key, labels)
+        share = self.share
+        attacked = self._attack_share(batch, key, labels, share=share, predicted=predicted)
+        return wrap_like(attacked, given)
 
-    def _attack_share(self, batch: Any, key: Any, labels: Any, *, predicted: bool) -> Tensor:
-        """Attack a random share p of the images of a batch, as plain tensors."""
+    def _follow_accuracy(self, adaptive: AdaptiveShare, batch: Any, key: Any, labels: Any) -> None:
+        """See how many clean images the model has right, for the share that is attacked."""
+        images = batch[key].detach().as_subclass(Tensor)
+        chosen = adaptive.select_probed(len(images), images.device)
+        if len(chosen):
+            ask = build_ask(self.forward, batch, key, chosen)
+            logits = self._ask_without_trace(images[chosen], ask)
+            adaptive.update(find_hits(logits, select_entry(labels, chosen, len(images))))
+
+    def _attack_share(
+        self, batch: Any, key: Any, labels: Any, *, share: float, predicted: bool
+    ) -> Tensor:
+        """Attack a random share of the images of a batch, as plain tensors."""
         images = batch[key].detach().as_subclass(Tensor)
         region = read_region(self.mask, batch, images)
-        count = self._count_attacked(len(images))
+        count = self._count_attacked(share * len(images), len(images))
         if not count:
             return images.clone()
         if count == len(images):
@@ -351,18 +382,17 @@ class LatentAdversarial(LatentTransform):
             refuse_several(labels, unless=unless)
             self._seen_labels.add(place)
 
-    def _count_attacked(self, count: int) -> int:
-        """Count the samples that are attacked, a share p of `count`.
+    def _count_attacked(self, wanted: float, count: int) -> int:
+        """Count the samples that are attacked, `wanted` of `count`.
 
         A fraction of a sample is rounded at random, so that the share is right on average.
         """
-        share = self.p * count
-        if share != int(share):
+        if wanted != int(wanted):
             like = torch.empty((), dtype=torch.float32, device="cpu")
-            share += float(self._draws.sample_uniform((), like))
-        if int(share) == 1 and self.model_mode == "unchanged" and mixes_samples(self.model):
+            wanted += float(self._draws.sample_uniform((), like))
+        if int(wanted) == 1 and self.model_mode == "unchanged" and mixes_samples(self.model):
             return min(2, count)  # BatchNorm may have no statistics of a single sample
-        return int(share)
+        return int(wanted)
 
     def _attack(
         self, images: Tensor, labels: Any, region: Tensor | None, ask: Ask, *, predicted: bool
@@ -433,6 +463,8 @@ class LatentAdversarial(LatentTransform):
 
     def __repr__(self) -> str:
         described = self._describe("alpha", "steps")
+        follows = "" if self._adaptive is None else f", now {self.share:g}"
+        described = described.replace(f"p={self.p!r}", f"p=None{follows}") if follows else described
         return f"LatentAdversarial({described}{', at 3x32x32' if self.fits_size else ''})"
 
 

@@ -1,0 +1,94 @@
+"""The share of each batch that an attack takes: it follows the classifier."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latent_aug.transforms.classifier import IGNORED, count_classes, has_several
+
+HIGHEST = 0.5  # of each batch, as Stutz et al. 2019
+TARGET = 0.8  # accuracy on clean training images
+STEP = 0.02  # from 0 to HIGHEST in 25 batches
+MEMORY = 0.9  # decay of the running mean, a batch
+PROBED = 8  # one image in so many is looked at
+
+FOLLOWS = "by default the share of attacked images follows the model's accuracy"
+GIVE_P = "pass p=, the share of each batch to attack, such as p=0.5"
+
+
+class AdaptiveShare:
+    """A share that grows while a classifier has its clean training images right, and shrinks else.
+
+    So a classifier learns undisturbed at first, and one that does not learn is not attacked. One
+    that has its first batch right is attacked at once. Later an accelerator is read one batch late,
+    so that nothing waits for the current one.
+
+    Attributes:
+        value: The share, from 0 to `HIGHEST`. It begins at 0.
+        accuracy: The running mean of the accuracy, in [0, 1].
+        begun: Whether a batch was seen.
+
+    Source: adaptive augmentation in StyleGAN2-ADA (Karras et al. 2020).
+    """
+
+    def __init__(self) -> None:
+        self.value, self.accuracy = 0.0, 0.0
+        self.begun = False
+        self._latest: Tensor | None = None
+
+    def update(self, hits: Tensor) -> None:
+        """Take note of which images (n,) the classifier has right, as zeros and ones.
+
+        Example:
+            >>> import torch
+            >>> share = AdaptiveShare()
+            >>> for right in (0.5, 1.0, 1.0):
+            ...     share.update(torch.full((8,), right))
+            >>> share.value, round(share.accuracy, 3)
+            (0.0, 0.595)
+        """
+        before = hits if hits.is_cpu or not self.begun else self._latest
+        self._latest = hits
+        if before is None or not len(before):
+            return
+        right = float(before.mean())
+        if not self.begun:
+            self.begun, self.accuracy = True, right
+            self.value = HIGHEST if right > TARGET else 0.0
+            return
+        self.accuracy += (1 - MEMORY) * (right - self.accuracy)
+        moved = self.value + (STEP if self.accuracy > TARGET else -STEP)
+        self.value = round(min(HIGHEST, max(0.0, moved)), 6)
+
+    def select_probed(self, count: int, device: torch.device) -> Tensor:
+        """Select the images of a batch to look at: all of the first, then evenly spread ones."""
+        return torch.arange(0, count, PROBED if self.begun else 1, device=device)
+
+
+def find_hits(logits: Tensor, labels: Any) -> Tensor:
+    """Find which predictions are right, as zeros and ones. Ignored labels are left out.
+
+    Args:
+        logits: The logits (n, K), or (n, K, ...) with a class for each pixel.
+        labels: The classes (n,), or (n, ...), or probabilities of the logits' shape.
+
+    Raises:
+        ValueError: The model gives no classes, or the labels are none.
+    """
+    classes = count_classes(logits, GIVE_P)
+    shape = (len(logits), *logits.shape[2:])
+    whole = isinstance(labels, Tensor) and labels.shape == logits.shape
+    if whole and labels.is_cpu and has_several(labels):  # elsewhere a check is a sync
+        raise ValueError(f"{FOLLOWS}, which needs one class an image, got several; {GIVE_P}")
+    if not isinstance(labels, Tensor) or not (whole or labels.shape == shape):
+        found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(
+            f"{FOLLOWS}, which needs class labels (B,) or probabilities of {classes} classes, got "
+            f"{found}; {GIVE_P}"
+        )
+    right = (labels.argmax(dim=1) if whole else labels).to(logits.device)
+    hits = logits.detach().argmax(dim=1) == right
+    return hits[right != IGNORED].float()
