@@ -419,9 +419,10 @@ class TestSeveralLabels:
             attack.step((self.images, labels))
         with pytest.raises(ValueError, match="pass loss="):
             LatentAdversarial(model, flow=Identity(), labels="true").step((self.images, labels))
-        LatentAdversarial(model, flow=Identity(), labels="predicted").step((self.images, labels))
+        predicted = LatentAdversarial(model, flow=Identity(), labels="predicted", p=0.5)
+        predicted.step((self.images, labels))
         loss = nn.BCEWithLogitsLoss() if labels.is_floating_point() else F.multilabel_margin_loss
-        LatentAdversarial(model, flow=Identity(), loss=loss).step(
+        LatentAdversarial(model, flow=Identity(), loss=loss, p=0.5).step(
             (self.images, labels.float() if labels.is_floating_point() else labels.long())
         )
 
@@ -442,7 +443,7 @@ class TestSeveralLabels:
         assert not has_several(torch.rand(4, 8, 8).mul(20).long())
 
     def test_predicted_classes_do_not_suit_a_loss_of_several(self, model):
-        options = {"flow": Identity(), "labels": "predicted"}
+        options = {"flow": Identity(), "labels": "predicted", "p": 0.5}
         for loss in (nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits):
             with pytest.raises(ValueError, match=r"labels='predicted' .*; pass labels='true'"):
                 LatentAdversarial(model, loss=loss, **options)

@@ -21,7 +21,7 @@ def transform(eps):
 
 def hook():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4))
-    return LatentAdversarial(model, eps=0.01, alpha=0.01, norm="linf", flow=Identity())
+    return LatentAdversarial(model, eps=0.01, alpha=0.01, norm="linf", p=0.5, flow=Identity())
 
 
 def test_each_has_its_epochs_and_the_last_stays():
