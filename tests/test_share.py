@@ -141,8 +141,15 @@ class TestHits:
 
     def test_of_nothing_change_nothing(self):
         share = AdaptiveShare()
-        share.update(torch.empty(0))
+        share.update(torch.empty(0), 2)
         assert not share.begun
+
+    @pytest.mark.parametrize(("classes", "accuracy"), [(2, 0.8), (10, 0.64), (100, 0.604)])
+    def test_count_from_chance(self, classes, accuracy):
+        for right, value in ((accuracy - 0.001, 0.0), (accuracy + 0.001, HIGHEST)):
+            share = AdaptiveShare()
+            share.update(torch.tensor([right]), classes)
+            assert share.value == value
 
     def test_on_an_accelerator_are_read_one_batch_late(self):
         class Elsewhere(torch.Tensor):
@@ -150,5 +157,5 @@ class TestHits:
 
         share = AdaptiveShare()
         for right in (0.0, 1.0, 0.0):
-            share.update(torch.full((4,), right).as_subclass(Elsewhere))
-        assert share.accuracy == pytest.approx(0.1)
+            share.update(torch.full((4,), right).as_subclass(Elsewhere), 2)
+        assert share.skill == pytest.approx(-0.8)

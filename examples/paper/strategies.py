@@ -155,15 +155,17 @@ class OwnStatistics(Strategy):
 
 STRATEGIES: dict[str, Callable[..., Strategy] | None] = {
     "none": None,
-    "predicted labels": Strategy,
-    "true labels": partial(Strategy, labels="true"),
-    "predicted labels, training mode": partial(Strategy, model_mode="unchanged"),
-    "true labels, training mode": partial(Strategy, labels="true", model_mode="unchanged"),
+    "the default: feedback on p from chance, predicted labels": Strategy,
+    "feedback on p from chance, true labels": partial(Strategy, labels="true"),
+    "predicted labels": partial(Strategy, p=0.5),
+    "true labels": partial(Strategy, p=0.5, labels="true"),
+    "predicted labels, training mode": partial(Strategy, p=0.5, model_mode="unchanged"),
+    "true labels, training mode": partial(Strategy, p=0.5, labels="true", model_mode="unchanged"),
     "only what is right": partial(Friendly, labels="true"),
     "only what it is sure of": partial(Sure, labels="true"),
     "as far as it is sure": partial(Confident, labels="true"),
     "friendly, three steps": partial(Friendly, labels="true", steps=3),
-    "ramp of p": partial(Ramp, labels="true"),
+    "ramp of p": partial(Ramp, p=0.0, labels="true"),
     "feedback on p": partial(Feedback, labels="true"),
     "feedback on p, predicted labels": Feedback,
     "feedback on p, above 0.6": partial(Feedback, target=0.6, labels="true"),
@@ -174,6 +176,8 @@ STRATEGIES: dict[str, Callable[..., Strategy] | None] = {
 }
 ON_RANDAUGMENT = (
     "none",
+    "the default: feedback on p from chance, predicted labels",
+    "feedback on p from chance, true labels",
     "predicted labels",
     "feedback on p",
     "feedback on p, above 0.6",

@@ -89,8 +89,8 @@ class LatentAdversarial(LatentTransform):
             do not sum to 1, as those of several labels an image: they need a `loss`.
         normalize: v2.Normalize or (mean, std) that the images have been through already.
         p: Share of each batch that is perturbed, drawn at random. The cost falls with it. None
-            follows the model: the share grows to one half while the model has four fifths of the
-            clean images right, and falls to nothing else. `share` tells where it stands.
+            follows the model, which needs class labels: the share grows to one half while the model
+            has most clean images right, and falls to nothing else. `share` tells where it stands.
         clip: Greatest distance from the original image, in [0, 1] units: per pixel for "linf",
             as l2 norm otherwise.
         random_start: Begin at a random point of the ball, not at its centre.
@@ -253,7 +253,8 @@ class LatentAdversarial(LatentTransform):
         It is the divergence from the model's prediction at an image to its prediction at the
         attacked image, KL(clean, attacked), averaged over the batch: virtual adversarial training
         along the flow's images. The attack raises the same divergence. It begins at a random point
-        of the ball, as the divergence has no gradient at the centre.
+        of the ball, as the divergence has no gradient at the centre. Every image is attacked, or
+        the share `p` if you gave one.
 
         The clean prediction is a constant. It is made in the mode of the attack, `model_mode`, and
         leaves no trace. The last pass is an ordinary one through your model, wrapped as it is, in
@@ -347,7 +348,8 @@ class LatentAdversarial(LatentTransform):
         if len(chosen):
             ask = build_ask(self.forward, batch, key, chosen)
             logits = self._ask_without_trace(images[chosen], ask)
-            adaptive.update(find_hits(logits, select_entry(labels, chosen, len(images))))
+            hits = find_hits(logits, select_entry(labels, chosen, len(images)))
+            adaptive.update(hits, logits.shape[1])
 
     def _attack_share(
         self, batch: Any, key: Any, labels: Any, *, share: float, predicted: bool

@@ -10,7 +10,7 @@ from torch import Tensor
 from latent_aug.transforms.classifier import IGNORED, count_classes, has_several
 
 HIGHEST = 0.5  # of each batch, as Stutz et al. 2019
-TARGET = 0.8  # accuracy on clean training images
+TARGET = 0.6  # skill on clean training images: 0 is chance, 1 is all right
 STEP = 0.02  # from 0 to HIGHEST in 25 batches
 MEMORY = 0.9  # decay of the running mean, a batch
 PROBED = 8  # one image in so many is looked at
@@ -22,45 +22,47 @@ GIVE_P = "pass p=, the share of each batch to attack, such as p=0.5"
 class AdaptiveShare:
     """A share that grows while a classifier has its clean training images right, and shrinks else.
 
-    So a classifier learns undisturbed at first, and one that does not learn is not attacked. One
-    that has its first batch right is attacked at once. Later an accelerator is read one batch late,
-    so that nothing waits for the current one.
+    Right are enough if their share is `TARGET` of the way from chance to 1: 0.8 of two classes,
+    0.64 of ten. So a classifier learns undisturbed at first, and one that does not learn is not
+    attacked. One that has its first batch right is attacked at once. Later an accelerator is read
+    one batch late, so that nothing waits for the current one.
 
     Attributes:
         value: The share, from 0 to `HIGHEST`. It begins at 0.
-        accuracy: The running mean of the accuracy, in [0, 1].
+        skill: The running mean of the accuracy, from 0 at chance to 1.
         begun: Whether a batch was seen.
 
-    Source: adaptive augmentation in StyleGAN2-ADA (Karras et al. 2020).
+    Source: adaptive augmentation in StyleGAN2-ADA (Karras et al. 2020), with its target and, for
+    two classes, its measure.
     """
 
     def __init__(self) -> None:
-        self.value, self.accuracy = 0.0, 0.0
+        self.value, self.skill = 0.0, 0.0
         self.begun = False
         self._latest: Tensor | None = None
 
-    def update(self, hits: Tensor) -> None:
+    def update(self, hits: Tensor, classes: int) -> None:
         """Take note of which images (n,) the classifier has right, as zeros and ones.
 
         Example:
             >>> import torch
             >>> share = AdaptiveShare()
-            >>> for right in (0.5, 1.0, 1.0):
-            ...     share.update(torch.full((8,), right))
-            >>> share.value, round(share.accuracy, 3)
+            >>> for right in (0.75, 1.0, 1.0):
+            ...     share.update(torch.full((8,), right), classes=2)
+            >>> share.value, round(share.skill, 3)
             (0.0, 0.595)
         """
         before = hits if hits.is_cpu or not self.begun else self._latest
         self._latest = hits
         if before is None or not len(before):
             return
-        right = float(before.mean())
+        skill = (classes * float(before.mean()) - 1) / (classes - 1)
         if not self.begun:
-            self.begun, self.accuracy = True, right
-            self.value = HIGHEST if right > TARGET else 0.0
+            self.begun, self.skill = True, skill
+            self.value = HIGHEST if skill > TARGET else 0.0
             return
-        self.accuracy += (1 - MEMORY) * (right - self.accuracy)
-        moved = self.value + (STEP if self.accuracy > TARGET else -STEP)
+        self.skill += (1 - MEMORY) * (skill - self.skill)
+        moved = self.value + (STEP if self.skill > TARGET else -STEP)
         self.value = round(min(HIGHEST, max(0.0, moved)), 6)
 
     def select_probed(self, count: int, device: torch.device) -> Tensor:
