@@ -1,6 +1,7 @@
 """The documentation: its Python runs, its commands exist, its tables are good, and all links."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -27,6 +28,7 @@ def commands(page):
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("latent-aug")]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile asks for it
 @pytest.mark.parametrize(("page", "block"), BLOCKS)
 def test_the_code_runs(page, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -109,8 +111,20 @@ def test_the_table_of_the_flows_choice_is_that_of_the_results(monkeypatch):
         assert set(filter(None, drawn)) <= set(text)
 
 
+def test_the_reference_is_that_of_the_docstrings():
+    """Else run .ci/reference.py."""
+    script = runpy.run_path(str(ROOT / ".ci" / "reference.py"))
+    assert script["PAGE"].read_text(encoding="utf-8") == script["write_page"]()
+
+
+def test_every_link_into_the_reference_has_its_anchor():
+    text = (ROOT / "docs" / "api.md").read_text()
+    links = {a for page in PAGES for a in re.findall(r"api\.md#([\w.]+)", page.read_text())}
+    assert len(links) > 2
+    assert links <= set(re.findall(r'<a id="([\w.]+)">', text))
+
+
 def test_the_site_builds_without_a_warning(tmp_path):
-    pytest.importorskip("mkdocstrings")
     pytest.importorskip("material")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", ROOT / ".ci/mkdocs.yml"]
     done = subprocess.run(
