@@ -126,6 +126,22 @@ def test_the_attack_goes_step_by_step(client):
     assert losses[-1] > losses[0] + 0.5
 
 
+def test_a_copy_changes_the_picture_and_the_code(client):
+    client.predict("glow-photographs", api_name="/open")
+    by_copy = sources(client.predict(0.3, "linf", "all", "everywhere", api_name="/show"))
+    assert "resolution=32" in client.predict(0.3, "linf", "all", "everywhere", api_name="/code")
+    client.predict("none", api_name="/encode")
+    whole = sources(client.predict(0.3, "linf", "all", "everywhere", api_name="/show"))
+    assert whole[0] == by_copy[0]
+    assert whole[1] != by_copy[1]
+    code = client.predict(0.3, "linf", "all", "everywhere", api_name="/code")
+    assert "eps=0.3," in code
+    assert "resolution" not in code
+    attack = client.predict(0.1, 0.05, 3, "linf", "all", "everywhere", api_name="/attack_code")
+    assert "LatentAdversarial(" in attack
+    assert "steps=3," in attack
+
+
 def test_errors_are_messages(client, broken):
     from gradio_client import handle_file
     from gradio_client.exceptions import AppError
@@ -236,7 +252,11 @@ def test_in_a_browser(address, browser, broken, photograph):
     assert after[0] == before[0]
     assert len(after) == 3
 
-    find("#examples .grid-container button")[6].click()
+    find("#copy-random")[0].click()
+    script = "return document.querySelector('.cm-content')?.textContent || ''"
+    until(lambda: "resolution=32" in browser.execute_script(script))
+
+    find("#examples .grid-container button")[1].click()
     before = until(lambda: (now := shown()) and now[0] != before[0] and now)
 
     find("#upload input[type=file]")[0].send_keys(str(broken))

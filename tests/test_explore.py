@@ -147,12 +147,44 @@ def test_the_classifier_is_for_grey_images():
 
 def test_examples_and_samples():
     images, labels = explore.make_examples(random_glow())
-    assert images.shape == (12, 3, 32, 32)
-    assert labels == [None] * 12
+    assert images.shape == (2, 3, 128, 128)
+    assert labels == [None] * 2
+    said = explore.PHOTOGRAPHS[0].with_name("photographs.txt").read_text().splitlines()
+    for path, line in zip(explore.PHOTOGRAPHS, said, strict=True):
+        assert path.stat().st_size < 30_000
+        assert re.match(rf"{path.name}: .*(public domain|CC0)", line)
     drawn = explore.draw_samples(random_glow(1), count=2, temperatures=[0.0, 1.0])
     assert drawn.shape == (2, 2, 1, 28, 28)
     assert torch.equal(drawn[0, 0], drawn[0, 1])
     assert not torch.equal(drawn[1, 0], drawn[1, 1])
+
+
+def test_a_photograph_moves_by_a_copy():
+    images, _ = explore.make_examples(random_glow())
+    transform = LatentPerturb(0.25, resolution=32, generator=torch.Generator().manual_seed(0))
+    subject = explore.make_subject("glow-photographs", images[1:], resolution=32)
+    moved = explore.perturb_subject(subject, Settings())
+    torch.testing.assert_close(moved.x, transform(images[1:]))
+    whole = explore.make_subject("glow-photographs", images[1:])
+    assert not torch.equal(explore.perturb_subject(whole, Settings()).x, moved.x)
+
+
+@pytest.mark.parametrize("where", ["everywhere", "inside", "outside"])
+def test_the_code_does_what_is_shown(where, shirt):
+    settings = Settings(0.3, "rms", level=1, where=where, box=(0, 0.25, 0.5, 1))
+    names = {"image": shirt.x}
+    torch.manual_seed(0)
+    exec(explore.write_code(shirt, settings), names)
+    torch.testing.assert_close(names["image"], explore.perturb_subject(shirt, settings).x)
+
+
+def test_the_code_of_an_attack_does_what_is_shown(shirt):
+    model = explore.load_clothes().classifier
+    names = {"model": model, "batch": (shirt.x, torch.tensor([shirt.label]))}
+    torch.manual_seed(0)
+    exec(explore.write_code(shirt, Settings(0.1), alpha=0.05, steps=2), names)
+    *_, last = explore.attack_subject(shirt, Settings(0.1), alpha=0.05, steps=2)
+    torch.testing.assert_close(names["batch"][0], last.x)
 
 
 def test_flows_of_classes_are_refused(monkeypatch):

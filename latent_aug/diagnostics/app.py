@@ -30,6 +30,7 @@ AMPLIFY = 4
 STRIP = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the slider's range
 START = {"linf": 0.25, "rms": 0.25, "l2": 10.0}
 ATTACK = {"linf": (0.1, 0.05), "rms": (0.02, 0.01), "l2": (1.0, 0.5)}  # eps and alpha
+COPY = "code => { navigator.clipboard.writeText(code) }"
 BOX = {"left": 0.25, "top": 0.25, "right": 0.75, "bottom": 0.75}
 DELETE = (60, 600)  # uploads: look every minute, delete after ten
 LIVE: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"}
@@ -156,26 +157,56 @@ def list_levels(flow: str) -> list[str]:
     return ["all", *(f"{level}{ends.get(level, '')}" for level in range(count))]
 
 
-def open_flow(flow: str) -> tuple[Any, ...]:
+def read_resolution(choice: str) -> int | None:
+    """Read the resolution from the value of its control."""
+    return None if choice == "none" else int(choice)
+
+
+def encode_again(subject: ex.Subject | None, resolution: str) -> Any:
+    """Encode the same image by another copy."""
+    if subject is None:
+        return gr.skip()
+    return ex.make_subject(subject.flow, subject.x, subject.label, read_resolution(resolution))
+
+
+def open_flow(flow: str, resolution: str) -> tuple[Any, ...]:
     """Open a flow: its examples, the first of them, and its levels."""
     images, labels = ex.make_examples(ex.get_flow(flow))
     items = [to_pil_image(from_float(x, torch.uint8)) for x in images]
-    subject = ex.make_subject(flow, images[:1], labels[0])
+    subject = ex.make_subject(flow, images[:1], labels[0], read_resolution(resolution))
     gallery = gr.Gallery(items, selected_index=None)
     return gallery, subject, gr.Radio(choices=list_levels(flow), value="all")
 
 
-def choose(flow: str, event: gr.SelectData) -> ex.Subject:
+def choose(flow: str, resolution: str, event: gr.SelectData) -> ex.Subject:
     """Choose the example that was clicked."""
     images, labels = ex.make_examples(ex.get_flow(flow))
-    return ex.make_subject(flow, images[event.index][None], labels[event.index])
+    x, label = images[event.index][None], labels[event.index]
+    return ex.make_subject(flow, x, label, read_resolution(resolution))
 
 
-def upload(flow: str, path: str | None, side: float) -> Any:
+def upload(flow: str, path: str | None, side: float, resolution: str) -> Any:
     """Read the file of the user, if there is one."""
     if path is None:
         return gr.skip()
-    return ex.make_subject(flow, ex.read_upload(path, ex.get_flow(flow).channels, int(side)))
+    x = ex.read_upload(path, ex.get_flow(flow).channels, int(side))
+    return ex.make_subject(flow, x, resolution=read_resolution(resolution))
+
+
+def write_random(subject: ex.Subject | None, *controls: Any) -> str:
+    """Write the random perturbation as code."""
+    if subject is None:
+        raise ValueError("choose an image first")
+    return ex.write_code(subject, read_settings(*controls))
+
+
+def write_attack(
+    subject: ex.Subject | None, eps: float, alpha: float, steps: float, *controls: Any
+) -> str:
+    """Write the attack as code."""
+    if subject is None:
+        raise ValueError("choose an image first")
+    return ex.write_code(subject, read_settings(eps, *controls), alpha=alpha, steps=int(steps))
 
 
 def make_page(flows: Sequence[str]) -> gr.Blocks:
@@ -187,7 +218,7 @@ def make_page(flows: Sequence[str]) -> gr.Blocks:
         subject = gr.State(None)
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                flow, gallery, file, side = make_choices(flows)
+                flow, gallery, file, side, resolution = make_choices(flows)
             with gr.Column(scale=3, min_width=320):
                 with gr.Row():
                     norm = gr.Radio(list(ex.GREATEST_EPS), value="linf", label="norm")
@@ -203,8 +234,10 @@ def make_page(flows: Sequence[str]) -> gr.Blocks:
                 with gr.Tab("random"):
                     eps = gr.Slider(0, 1, 0.25, step=0.01, label="eps", elem_id="eps")
                     three, row = gr.HTML(elem_id="three"), gr.HTML(elem_id="strip")
+                    copy = make_copy("copy-random")
                 with gr.Tab("adversarial"):
                     size, alpha, steps, go, path, verdict = make_attack()
+                    copy_attack = make_copy("copy-attack")
                 with gr.Tab("samples"):
                     drawn = gr.HTML(elem_id="samples")
 
@@ -216,15 +249,24 @@ def make_page(flows: Sequence[str]) -> gr.Blocks:
         gr.on(others, show_errors(show_strip), [subject, *controls], row, api_name="strip", **LIVE)
         opened = [gallery, subject, level]
         begin = [app.load, flow.change]
-        gr.on(begin, show_errors(open_flow), flow, opened, api_name="open", **LIVE)
+        gr.on(begin, show_errors(open_flow), [flow, resolution], opened, api_name="open", **LIVE)
         begin = [app.load, flow.change, seed.change]
         gr.on(begin, show_errors(show_samples), [flow, seed], drawn, api_name="samples", **LIVE)
         given = [file.upload, side.release]
-        gr.on(given, show_errors(upload), [flow, file, side], subject, api_name="upload", **LIVE)
-        gallery.select(show_errors(choose), flow, subject, api_visibility="private")
+        uploaded = [flow, file, side, resolution]
+        gr.on(given, show_errors(upload), uploaded, subject, api_name="upload", **LIVE)
+        gallery.select(show_errors(choose), [flow, resolution], subject, api_visibility="private")
+        again = [subject, resolution]
+        resolution.change(show_errors(encode_again), again, subject, api_name="encode")
         norm.change(rescale, norm, [eps, size, alpha], api_visibility="private")
         attacked = [subject, size, alpha, steps, norm, level, *region]
         go.click(show_attack, attacked, [path, verdict], api_name="attack")
+        for (button, code), write, given, name in (
+            (copy, write_random, [subject, *controls], "code"),
+            (copy_attack, write_attack, attacked, "attack_code"),
+        ):
+            written = button.click(show_errors(write), given, code, api_name=name)
+            written.then(None, code, None, js=COPY)
     return app
 
 
@@ -240,8 +282,20 @@ def make_choices(flows: Sequence[str]) -> tuple[Any, ...]:
         file_types=["image"],
         elem_id="upload",
     )
-    side = gr.Slider(*ex.SIDES, 32, step=4, label="cropped and resized to this side")
-    return flow, gallery, file, side
+    side = gr.Slider(*ex.SIDES, ex.SIDES[1], step=4, label="cropped and resized to this side")
+    resolution = gr.Radio(
+        ["32", "64", "none"],
+        value="32",
+        label="resolution",
+        info="The flow perturbs a copy of this many pixels. The difference is added.",
+        elem_id="resolution",
+    )
+    return flow, gallery, file, side, resolution
+
+
+def make_copy(name: str) -> tuple[gr.Button, gr.Code]:
+    """Make the button that copies the settings as code, and the code."""
+    return gr.Button("copy as code", elem_id=name), gr.Code(language="python", label="copied")
 
 
 def make_attack() -> tuple[Any, ...]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from latent_aug.transforms.functional import Norm
 from latent_aug.transforms.random import LatentPerturb
 
 CLOTHES = Path(__file__).parent / "clothes.safetensors"  # by examples/train_clothes_classifier.py
+PHOTOGRAPHS = tuple(Path(__file__).parent / f"{name}.jpg" for name in ("astronaut", "chelsea"))
 CLASSES = (
     *("T-shirt", "trouser", "pullover", "dress", "coat"),
     *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
@@ -64,12 +66,14 @@ class Subject:
         x: The image (1, C, H, W) in [0, 1].
         z: The latents, by `LatentPerturb.to_latents`.
         label: The class of clothes, if it is known.
+        resolution: The shorter side of the copy that was encoded, or None for the image itself.
     """
 
     flow: str
     x: Tensor
     z: Tensor
     label: int | None = None
+    resolution: int | None = None
 
 
 @dataclass(frozen=True)
@@ -143,11 +147,11 @@ def get_flow(name: str) -> Flow:
 
 
 def make_examples(flow: Flow) -> tuple[Tensor, list[int | None]]:
-    """Make images (N, C, H, W) to begin with, and their labels: clothes, or samples of the flow."""
+    """Make images (N, C, H, W) to begin with, and their labels: clothes, or photographs."""
     if flow.channels == 1:
         clothes = load_clothes()
         return clothes.images, [*clothes.labels.tolist()]
-    images = draw_samples(flow, count=12, temperatures=[0.7])[0]
+    images = torch.cat([read_upload(path, flow.channels, SIDES[1]) for path in PHOTOGRAPHS])
     return images, [None] * len(images)
 
 
@@ -190,26 +194,34 @@ def read_upload(path: str | Path, channels: int, side: int) -> Tensor:
     return pixels[None] / 255
 
 
-def make_subject(flow: str, x: Tensor, label: int | None = None) -> Subject:
+def make_subject(
+    flow: str, x: Tensor, label: int | None = None, resolution: int | None = None
+) -> Subject:
     """Encode an image once. Moving a slider then costs one decode.
 
     Raises:
         ValueError: The flow does not map images of this size.
     """
-    return Subject(flow, x, LatentPerturb(flow=flow).to_latents(x), label)
+    z = LatentPerturb(flow=flow, resolution=resolution).to_latents(x)
+    return Subject(flow, x, z, label, resolution)
 
 
 def build_box_mask(x: Tensor, settings: Settings) -> Tensor | None:
     """Build the mask (H, W) of an image (1, C, H, W): ones where it may move. None for all."""
     if settings.where == "everywhere":
         return None
+    inside = torch.zeros(x.shape[-2:], dtype=torch.uint8)
+    inside[find_box(x, settings)] = 1
+    return inside if settings.where == "inside" else 1 - inside
+
+
+def find_box(x: Tensor, settings: Settings) -> tuple[slice, slice]:
+    """Find the rows and columns of an image (1, C, H, W) that are in the box."""
     height, width = x.shape[-2:]
     left, right = sorted((settings.box[0], settings.box[2]))
     top, bottom = sorted((settings.box[1], settings.box[3]))
-    inside = torch.zeros(height, width, dtype=torch.uint8)
     rows = slice(round(top * height), round(bottom * height))
-    inside[rows, round(left * width) : round(right * width)] = 1
-    return inside if settings.where == "inside" else 1 - inside
+    return rows, slice(round(left * width), round(right * width))
 
 
 def perturb_subject(subject: Subject, settings: Settings) -> Moved:
@@ -218,6 +230,7 @@ def perturb_subject(subject: Subject, settings: Settings) -> Moved:
         settings.eps,
         norm=settings.norm,
         flow=subject.flow,
+        resolution=subject.resolution,
         mask=build_box_mask(subject.x, settings),
         levels=settings.level,
         generator=torch.Generator().manual_seed(settings.seed),
@@ -253,6 +266,7 @@ def attack_subject(
             steps=number,
             norm=settings.norm,
             flow=subject.flow,
+            resolution=subject.resolution,
             labels="true",
             p=1.0,
             mask=build_box_mask(subject.x, settings),
@@ -268,3 +282,42 @@ def ask_classifier(model: nn.Module, number: int, x: Tensor, label: int) -> Atta
     logits = model(x).double()
     loss = F.cross_entropy(logits, torch.tensor([label])).item()
     return AttackStep(number, x, loss, logits.softmax(dim=1)[0])
+
+
+def write_code(
+    subject: Subject, settings: Settings, *, alpha: float = 0.0, steps: int | None = None
+) -> str:
+    """Write the settings as Python: an attack where steps are given, else random noise.
+
+    The seed is left out, as a training draws anew for each image.
+    """
+    arguments: dict[str, Any] = {
+        "eps": round(settings.eps, 4),
+        "norm": settings.norm,
+        "flow": subject.flow,
+    }
+    if subject.resolution is not None:
+        arguments["resolution"] = subject.resolution
+    if settings.level is not None:
+        arguments["levels"] = settings.level
+    if steps is not None:
+        arguments |= {"alpha": round(alpha, 4), "steps": steps, "labels": "true", "p": 1.0}
+    call = "".join(
+        f"    {name}={json.dumps(value) if isinstance(value, str) else value},\n"
+        for name, value in arguments.items()
+    )
+    lines = []
+    if settings.where != "everywhere":
+        (rows, columns), inside = find_box(subject.x, settings), settings.where == "inside"
+        height, width = subject.x.shape[-2:]
+        box = f"{rows.start}:{rows.stop}, {columns.start}:{columns.stop}"
+        lines = [f"mask = torch.{'zeros' if inside else 'ones'}({height}, {width})"]
+        lines += [f"mask[{box}] = {int(inside)}"]
+        call += "    mask=mask,\n"
+    if steps is None:
+        lines += [f"perturb = LatentPerturb(\n{call})", "image = perturb(image)"]
+    else:
+        lines += [f"attack = LatentAdversarial(\n    model,\n{call})", "batch = attack.step(batch)"]
+    name = "LatentPerturb" if steps is None else "LatentAdversarial"
+    torch_too = "import torch\n" if settings.where != "everywhere" else ""
+    return f"{torch_too}from latent_aug import {name}\n\n" + "\n".join(lines) + "\n"
