@@ -48,6 +48,16 @@ def test_the_quickstart_runs(tmp_path):
     assert picture.stat().st_size > 1000
 
 
+def test_the_example_of_unlabelled_images_runs():
+    script = str(EXAMPLES / "unlabelled.py")
+    short = ["--epochs", "1", "--seeds", "1"]
+    done = subprocess.run(
+        [sys.executable, script, *short], check=True, capture_output=True, text=True
+    )
+    assert "labelled images alone" in done.stdout
+    assert "with consistency" in done.stdout
+
+
 def test_the_quickstart_s_images_are_few_and_balanced(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import quickstart

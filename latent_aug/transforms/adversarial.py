@@ -427,8 +427,8 @@ class LatentAdversarial(LatentTransform):
 
     def _ask_without_trace(self, images: Tensor, ask: Ask) -> Tensor:
         """Ask the model for logits, in the mode of the attack."""
-        # Under no_grad autocast would cache half-precision weights that have no gradient, and the
-        # pass with gradients would take those.
+        # Under no_grad autocast could cache half-precision weights that have no gradient, and the
+        # pass with gradients would then take those.
         lent = lend(self.model, self.model_mode, beside=(self.forward,))
         with lent as model, torch.enable_grad():
             return ask(model, images).detach()
