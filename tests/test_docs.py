@@ -49,6 +49,26 @@ def test_every_link_to_a_file_leads_somewhere(page):
         assert (page.parent / link).exists(), link
 
 
+def read_sentences(text):
+    """The sentences of a page, without code, tables, headings and addresses of links."""
+    text = re.sub(r"```.*?```|<!--.*?-->", "\n\n", text, flags=re.DOTALL)
+    text = re.sub(r"`[^`]*`", "code", text)
+    lines = [line for line in text.split("\n") if not line.startswith(("|", "    ", "<", "#"))]
+    text = re.sub(r"^ *([-*]|\d+\.) ", r"\n\n", "\n".join(lines), flags=re.MULTILINE)
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
+    return [s for part in paragraphs for s in re.split(r"(?<=[.!?:])\*{0,2} (?=\S)", part)]
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name != "api.md"], ids=lambda page: page.name
+)
+def test_sentences_are_short(page):
+    for sentence in read_sentences(page.read_text()):
+        assert ";" not in sentence, sentence
+        assert len(sentence.split()) <= 30, sentence
+
+
 def test_the_readme_is_read_in_minutes():
     words = (ROOT / "README.md").read_text().split()
     assert len(words) <= 900
