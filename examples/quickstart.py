@@ -4,20 +4,25 @@
 
 Trains the CNN of the paper's Table 4 without augmentation, with LatentPerturb and with
 LatentAdversarial, three seeds each, prints a table of test accuracies and draws originals, their
-perturbed versions and the difference. Runs on a CPU, without a network, in a few minutes. The
-images and the flow ship with the repository.
+perturbed versions and the difference. Runs on a CPU, without a network, and first says how long it
+will take. The images and the flow ship with the repository.
 """
 
 import argparse
+import multiprocessing
+import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torchvision.datasets import FashionMNIST
-from torchvision.utils import save_image
+from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from latent_aug import LatentAdversarial, LatentPerturb, load_flow
@@ -80,7 +85,6 @@ def train_classifier(
     *,
     seed: int,
     epochs: int,
-    on_epoch: Callable[[], object] = lambda: None,
 ) -> nn.Module:
     """An ordinary training loop; only the line with `augment` is ours."""
     torch.manual_seed(seed)
@@ -97,7 +101,6 @@ def train_classifier(
             loss.backward()
             optimizer.step()
             schedule.step()
-        on_epoch()
     return model.eval()
 
 
@@ -107,14 +110,39 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * (model(images).argmax(dim=1) == labels).float().mean().item()
 
 
+def run(name: str, seed: int, epochs: int) -> tuple[float, float, nn.Module]:
+    """Train once. Give the test accuracy, the seconds and the classifier."""
+    torch.set_num_threads(1)  # on layers this small threads mostly wait for each other
+    images, labels = (t[:TRAIN_IMAGES] for t in load_images(train=True))
+    started = time.perf_counter()
+    model = train_classifier(images, labels, METHODS[name], seed=seed, epochs=epochs)
+    seconds = time.perf_counter() - started
+    return accuracy(model, *load_images(train=False)), seconds, model
+
+
+def estimate_minutes(seeds: int, epochs: int, processes: int) -> float:
+    """Measure one epoch of each method, and say how long all runs will take."""
+    for name in METHODS:
+        run(name, 0, 1)  # warms up
+    return seeds * epochs * sum(run(name, 0, 1)[1] for name in METHODS) / processes / 60
+
+
 def draw(model: nn.Module, images: Tensor, labels: Tensor, path: Path) -> None:
     """Originals, random and adversarial versions, and four times the differences in grey."""
     random = random_latent(model)((images, labels))[0]
     adversarial = adversarial_latent(model, p=1.0)((images, labels))[0]
     differences = [(other - images) * 4 + 0.5 for other in (random, adversarial)]
+    change = "its change, 4 times"
+    names = ["originals", "LatentPerturb", change, "LatentAdversarial", change]
     rows = [images, random, differences[0], adversarial, differences[1]]
     large = torch.cat(rows).clamp(0, 1).repeat_interleave(3, 2).repeat_interleave(3, 3)
-    save_image(large, path, nrow=len(images), padding=2)
+    grid = to_pil_image(make_grid(large, nrow=len(images), padding=2))
+    margin, height = 120, grid.height // len(rows)
+    picture = Image.new("RGB", (grid.width + margin, grid.height), "white")
+    picture.paste(grid, (margin, 0))
+    for i, name in enumerate(names):
+        ImageDraw.Draw(picture).text((5, i * height + height // 2 - 5), name, fill="black")
+    picture.save(path)
 
 
 def main() -> None:
@@ -128,32 +156,31 @@ def main() -> None:
     args = parser.parse_args()
     if args.seeds < 1 or not args.picture.absolute().parent.is_dir():
         parser.error("--seeds must be at least 1, and the folder of --picture be there")
-    images, labels = (t[:TRAIN_IMAGES] for t in load_images(train=True))
+    runs = [(name, seed) for seed in range(args.seeds) for name in reversed(METHODS)]
+    processes = min(len(runs), os.cpu_count() or 1, 4)
+    minutes = estimate_minutes(args.seeds, args.epochs, processes)
+    print(f"This takes about {minutes:.1f} minutes, with the machine as busy as it is now.")
+
+    results = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context) as pool:
+        futures = {pool.submit(run, *own, args.epochs): own for own in runs}
+        for future in tqdm(as_completed(futures), total=len(runs), unit="run"):
+            results[futures[future]] = future.result()
     test_images, test_labels = load_images(train=False)
 
-    rows = []
-    with tqdm(total=len(METHODS) * args.seeds * args.epochs, unit="epoch") as bar:
-        for name, method in METHODS.items():
-            bar.set_description(f"{name:17}")
-            started, results = time.perf_counter(), []
-            for seed in range(args.seeds):
-                model = train_classifier(
-                    images, labels, method, seed=seed, epochs=args.epochs, on_epoch=bar.update
-                )
-                results.append(accuracy(model, test_images, test_labels))
-            seconds = (time.perf_counter() - started) / args.seeds
-            rows.append((name, torch.tensor(results), seconds))
-
-    print(f"\nTest accuracy (%) on {len(test_images)} images, trained on {len(images)},")
+    print(f"\nTest accuracy (%) on {len(test_images)} images, trained on {TRAIN_IMAGES},")
     print(f"{args.epochs} epochs, {args.seeds} seeds\n")
     print(f"{'':18} {'mean ± std':>12}   {'seeds':24} s a run")
-    for name, results, seconds in rows:
-        spread = results.std().item() if len(results) > 1 else 0.0
-        each = " ".join(f"{r:.1f}" for r in results.tolist())
-        print(f"{name:18} {results.mean():6.1f} ± {spread:3.1f}   {each:24} {seconds:6.0f}")
+    for name in METHODS:
+        found, seconds, _ = zip(*(results[name, seed] for seed in range(args.seeds)), strict=True)
+        accuracies = torch.tensor(found)
+        spread = accuracies.std().item() if args.seeds > 1 else 0.0
+        each, mean = " ".join(f"{r:.1f}" for r in found), accuracies.mean()
+        print(f"{name:18} {mean:6.1f} ± {spread:3.1f}   {each:24} {sum(seconds) / args.seeds:6.0f}")
+    model = results["LatentAdversarial", args.seeds - 1][2]
     draw(model, test_images[:10], test_labels[:10], args.picture)
-    print(f"\n{args.picture}: originals; LatentPerturb and its change (4 times);")
-    print("LatentAdversarial and its change.")
+    print(f"\n{args.picture} shows what both do to ten test images.")
 
 
 if __name__ == "__main__":
