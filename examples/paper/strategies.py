@@ -155,8 +155,7 @@ class OwnStatistics(Strategy):
 
 STRATEGIES: dict[str, Callable[..., Strategy] | None] = {
     "none": None,
-    "the default: feedback on p from chance, predicted labels": Strategy,
-    "feedback on p from chance, true labels": partial(Strategy, labels="true"),
+    "the default": Strategy,
     "predicted labels": partial(Strategy, p=0.5),
     "true labels": partial(Strategy, p=0.5, labels="true"),
     "predicted labels, training mode": partial(Strategy, p=0.5, model_mode="unchanged"),
@@ -166,9 +165,8 @@ STRATEGIES: dict[str, Callable[..., Strategy] | None] = {
     "as far as it is sure": partial(Confident, labels="true"),
     "friendly, three steps": partial(Friendly, labels="true", steps=3),
     "ramp of p": partial(Ramp, p=0.0, labels="true"),
-    "feedback on p": partial(Feedback, labels="true"),
-    "feedback on p, predicted labels": Feedback,
-    "feedback on p, above 0.6": partial(Feedback, target=0.6, labels="true"),
+    "feedback on p, slower, above 0.8": partial(Feedback, labels="true"),
+    "feedback on p, slower, above 0.6": partial(Feedback, target=0.6, labels="true"),
     "p follows accuracy": partial(Following, labels="true"),
     "own BatchNorm": partial(OwnStatistics, labels="true"),
     "predicted labels, every image": partial(Strategy, p=1.0),
@@ -176,12 +174,8 @@ STRATEGIES: dict[str, Callable[..., Strategy] | None] = {
 }
 ON_RANDAUGMENT = (
     "none",
-    "the default: feedback on p from chance, predicted labels",
-    "feedback on p from chance, true labels",
+    "the default",
     "predicted labels",
-    "feedback on p",
-    "feedback on p, above 0.6",
-    "p follows accuracy",
 )
 
 

@@ -11,8 +11,8 @@ from latent_aug.transforms.classifier import IGNORED, count_classes, has_several
 
 HIGHEST = 0.5  # of each batch, as Stutz et al. 2019
 TARGET = 0.6  # skill on clean training images: 0 is chance, 1 is all right
-STEP = 0.02  # from 0 to HIGHEST in 25 batches
-MEMORY = 0.9  # decay of the running mean, a batch
+STEP = 0.05  # from 0 to HIGHEST in ten batches
+MEMORY = 0.8  # decay of the running mean, a batch
 PROBED = 8  # one image in so many is looked at
 
 FOLLOWS = "by default the share of attacked images follows the model's accuracy"
@@ -50,7 +50,7 @@ class AdaptiveShare:
             >>> for right in (0.75, 1.0, 1.0):
             ...     share.update(torch.full((8,), right), classes=2)
             >>> share.value, round(share.skill, 3)
-            (0.0, 0.595)
+            (0.05, 0.68)
         """
         before = hits if hits.is_cpu or not self.begun else self._latest
         self._latest = hits
