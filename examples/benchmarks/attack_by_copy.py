@@ -42,7 +42,8 @@ def main() -> None:
     images = images.to(args.device, memory_format=layout)
     labels = torch.arange(args.batch, device=args.device) % 10
     half = images[: args.batch // 2].clone().requires_grad_(True)
-    attack = LatentAdversarial(model, resolution=32, flow=flow)
+    # By default an untrained classifier would be attacked on no image at all.
+    attack = LatentAdversarial(model, resolution=32, p=0.5, flow=flow)
     perturb = LatentPerturb(resolution=32, flow=flow)
 
     def timed(work: Callable[[], object]) -> float:

@@ -4,9 +4,9 @@
 
 Times the bundled CIFAR-10 flow on random 8-bit images of 32 and 64 pixels (the cost does not
 depend on what is in them, and samples that fall back cost the same), medians. "worker" is one PIL
-image at a time on one thread, as in each DataLoader worker; "batch" is 64 images on all threads;
-"bfloat16" has coupling networks of that precision. The attack is on ResNet-18 for small images,
-3 steps. Imports and first calls are timed in fresh processes, which take turns.
+image at a time on one thread, as in each DataLoader worker; "batch" is 64 images on all threads,
+or on one; "bfloat16" has coupling networks of that precision. The attack is on ResNet-18 for small
+images, 3 steps. Imports and first calls are timed in fresh processes, which take turns.
 """
 
 import copy
@@ -63,10 +63,12 @@ def costs(side: int) -> dict[str, float]:
     x, y = batch / 255, torch.zeros(64, dtype=torch.long)
     torch.set_num_threads(1)
     worker = milliseconds(lambda: [transform(photo) for photo in photos], 8)
+    alone = milliseconds(lambda: transform(batch), 64)
     torch.set_num_threads(threads)
     return {
         "side": side,
         "perturb_worker_ms": worker,
+        "perturb_batch_one_thread_ms": alone,
         "perturb_batch_ms": milliseconds(lambda: transform(batch), 64),
         "perturb_batch_bfloat16_ms": milliseconds(lambda: faster(batch), 64),
         "attack_batch_ms": milliseconds(lambda: attack(x, y), 64),
