@@ -6,7 +6,8 @@
 IMAGES holds a folder of images for each class, which are read at 32 pixels. For each seed a ResNet
 of 16 channels is trained on another draw of so many images a class, and tested on up to 5,000 of
 the others. Beside crop and flip alone stand RandAugment and, for each flow, `LatentPerturb` and
-`LatentAdversarial` at their defaults. What was run before is not run again.
+`LatentAdversarial` at their defaults, the attack on half of each batch. What was run before is not
+run again.
 """
 
 import argparse
