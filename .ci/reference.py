@@ -22,7 +22,7 @@ itself: `latent-aug --help`.
 
 ## Transforms
 - LatentPerturb: noise make_params transform to_latents from_latents fallbacks flow with_eps
-- LatentAdversarial: step __call__ consistency fallbacks flow with_eps
+- LatentAdversarial: step __call__ consistency share fallbacks flow with_eps
 - LatentSchedule: epoch current set_epoch step fallbacks
 ## Data
 - LatentCollate: __call__

@@ -107,8 +107,9 @@ class LatentPerturb(LatentTransform, v2.Transform):
     Example:
         >>> import torch
         >>> from torchvision.transforms import v2
-        >>> augment = v2.Compose([v2.RandomCrop(28, padding=2),
-        ...                       LatentPerturb(eps=0.25, flow="glow-fashionmnist")])
+        >>> augment = v2.Compose(
+        ...     [v2.RandomCrop(28, padding=2), LatentPerturb(eps=0.25, flow="glow-fashionmnist")]
+        ... )
         >>> image = torch.randint(256, (1, 28, 28), dtype=torch.uint8)
         >>> augment(image).dtype, augment(image).shape
         (torch.uint8, torch.Size([1, 28, 28]))
