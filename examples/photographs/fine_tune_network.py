@@ -1,8 +1,8 @@
 """What latent perturbations bring to a pretrained network on few photographs: docs/pretrained.md.
 
     pip install -e '.[photographs]'
-    python examples/photographs/fine_tune.py PHOTOS [--per-class 10] [--methods METHOD ...]
-    python examples/photographs/fine_tune.py --table
+    python examples/photographs/fine_tune_network.py PHOTOS [--per-class 10] [--methods METHOD ...]
+    python examples/photographs/fine_tune_network.py --table
 
 PHOTOS holds train/ and test/, each with a folder of photographs for each class. For each seed
 EfficientNet-Lite0 is fine-tuned on another draw of so many images a class of train/. It is tested
