@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from latent_aug import LatentAdversarial, LatentCollate, LatentLoader, LatentPerturb
 
 RANKS, STEPS = 2, 3
-OPTIONS = {"eval": {}, "unchanged": {"model_mode": "unchanged", "p": 0.5}}
+OPTIONS = {"eval": {"p": 0.5}, "unchanged": {"model_mode": "unchanged", "p": 0.5}}
 
 
 def batches(rank):
@@ -110,7 +110,9 @@ def draws():
     perturb, images = LatentPerturb(0.2, flow=Identity()), torch.full((12, 3, 8, 8), 0.5)
     data = TensorDataset(images, torch.arange(12))
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
-    attack = LatentAdversarial(model, flow=Identity(), steps=1, alpha=0.0, eps=0.1, norm="linf")
+    attack = LatentAdversarial(
+        model, flow=Identity(), steps=1, p=0.5, alpha=0.0, eps=0.1, norm="linf"
+    )
     workers = DataLoader(
         data,
         2,

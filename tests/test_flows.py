@@ -73,7 +73,7 @@ def test_a_flow_of_one_s_own_does_not_see_the_user_s_autocast(model):
     x, y, flow = 0.3 + 0.4 * torch.rand(2, 3, 8, 8), torch.tensor([0, 1]), Turned()
     with torch.autocast("cpu", torch.bfloat16):
         assert (flow.decode(flow.encode(x)) - x).abs().max() > 1e-3  # alone it does
-        attack = LatentAdversarial(model, eps=1e-5, alpha=1e-5, steps=1, flow=flow)
+        attack = LatentAdversarial(model, eps=1e-5, alpha=1e-5, steps=1, p=0.5, flow=flow)
         for same in (
             LatentPerturb(0.0, flow=flow)(x),
             attack(x, y),
@@ -448,7 +448,7 @@ def test_moved_in_inference_mode_it_still_serves_outside(batch):
     flow = random_glow()
     with torch.inference_mode():
         flow.double()
-    moved = LatentAdversarial(convolutional_classifier(), flow=flow, steps=1)(images, labels)
+    moved = LatentAdversarial(convolutional_classifier(), flow=flow, steps=1, p=0.5)(images, labels)
     assert not torch.equal(moved, images)
 
 

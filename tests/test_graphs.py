@@ -170,7 +170,7 @@ def test_not_on_a_cpu():
 
 def test_attack(flow, model, batch):
     images, labels = batch
-    settings = {"steps": 3, "generator": torch.Generator()}
+    settings = {"steps": 3, "p": 0.5, "generator": torch.Generator()}
 
     def attacked(flow):
         settings["generator"].manual_seed(0)
