@@ -77,8 +77,9 @@ def measure_change(
     Example:
         >>> import torch
         >>> targets = torch.tensor([[0.5, 0.5]])
-        >>> measure_change(torch.tensor([[1.0, 1.0]]), targets, torch.tensor([True]))
-        tensor(0.)
+        >>> logits = torch.tensor([[0.9, 0.1]]).log()
+        >>> measure_change(logits, targets, torch.tensor([True]))
+        tensor(0.5108)
     """
     likely = widen(logits).log_softmax(dim=1)
     each = (torch.xlogy(targets, targets) - targets * likely).sum(dim=1)
