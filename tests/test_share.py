@@ -83,6 +83,8 @@ class TestShare:
         before = attack_often(attack, 1)
         assert "p=None, now 0.5" in repr(attack)
         assert before == [HIGHEST]
+        clipped = LatentAdversarial(Answers(1.0), flow=Identity(), norm="linf", clip=0.5)
+        assert "clip=0.5" in repr(clipped)
         assert copy.copy(attack).share == 0.0
         assert "_adaptive" in pickle.loads(pickle.dumps(attack.__getstate__().keys() - {"model"}))
         assert attack.with_eps(1.0).share == 1.0
@@ -106,23 +108,21 @@ class TestShare:
         with pytest.raises(ValueError, match=r"follows the model's accuracy.*got NoneType.*p=0.5"):
             attack(torch.rand(2, 3, 8, 8))
 
-    def test_needs_classes(self):
+    @pytest.mark.parametrize(
+        ("logits", "message"),
+        [
+            (1, r"at least 2 classes.*p=0.5"),
+            (3, r"one class an image, got several.*p=0.5"),
+        ],
+    )
+    def test_needs_one_class_an_image(self, logits, message):
         attack = LatentAdversarial(
-            nn.Sequential(nn.Flatten(), nn.Linear(192, 1)),
+            nn.Sequential(nn.Flatten(), nn.Linear(192, logits)),
             flow=Identity(),
             loss=nn.functional.binary_cross_entropy_with_logits,
         )
-        with pytest.raises(ValueError, match=r"at least 2 classes.*p=0.5"):
-            attack(torch.rand(2, 3, 8, 8), torch.ones(2, 1))
-
-    def test_refuses_several_labels_an_image(self):
-        attack = LatentAdversarial(
-            nn.Sequential(nn.Flatten(), nn.Linear(192, 3)),
-            flow=Identity(),
-            loss=nn.functional.binary_cross_entropy_with_logits,
-        )
-        with pytest.raises(ValueError, match=r"one class an image, got several.*p=0.5"):
-            attack(torch.rand(2, 3, 8, 8), torch.ones(2, 3))
+        with pytest.raises(ValueError, match=message):
+            attack(torch.rand(2, 3, 8, 8), torch.ones(2, logits))
 
 
 class TestHits:

@@ -465,9 +465,10 @@ class LatentAdversarial(LatentTransform):
 
     def __repr__(self) -> str:
         described = self._describe("alpha", "steps")
-        follows = "" if self._adaptive is None else f", now {self.share:g}"
-        described = described.replace(f"p={self.p!r}", f"p=None{follows}") if follows else described
         return f"LatentAdversarial({described}{', at 3x32x32' if self.fits_size else ''})"
+
+    def _word_share(self) -> str:
+        return super()._word_share() if self._adaptive is None else f"None, now {self.share:g}"
 
 
 def has_argument(function: Callable[..., Any], name: str) -> bool:

@@ -290,10 +290,15 @@ class LatentTransform:
         values = {name: v[0] if is_point(v) else v for name, v in values.items()}
         values["flow"] = loaded[0] if loaded else type(self.flow).__name__
         values |= {name: getattr(self, name) for name in ("p", "clip", "levels", "resolution")}
-        shown = {name: v for name, v in values.items() if v is not None or name == "norm"}
+        shown = {name: repr(v) for name, v in values.items() if v is not None or name == "norm"}
+        shown["p"] = self._word_share()
         given = {"normalize": self.normalizes, "mask": self.mask is not None}
         long = [f"{name}=..." for name, there in given.items() if there]
-        return ", ".join([*(f"{name}={value!r}" for name, value in shown.items()), *long])
+        return ", ".join([*(f"{name}={value}" for name, value in shown.items()), *long])
+
+    def _word_share(self) -> str:
+        """Say which share of the samples is perturbed, for `print`."""
+        return repr(self.p)
 
 
 def find_layout(images: Tensor) -> torch.memory_format:
