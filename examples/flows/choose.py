@@ -15,7 +15,6 @@ tables of checkpoints/README.md from what `judge` has left.
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -41,7 +40,7 @@ from latent_aug.images.datasets import UInt8Images, open_images
 sys.path.append(str(Path(__file__).parents[1] / "paper"))  # the same classifier as the tables'
 from methods import Augmentation, Method
 from protocol import Images, Protocol, labelled, read_images, run
-from records import append_line, read_lines
+from records import append_line, format_spread, read_lines
 
 RESULTS = Path(__file__).parents[1] / "results" / "flow_choices.jsonl"
 TIMED_STEPS = 30
@@ -149,10 +148,7 @@ def table() -> str:
 
 def of_seeds(found: dict[str, Any] | None) -> str:
     """Mean ± standard deviation; nothing where no classifier was trained."""
-    if found is None:
-        return ""
-    values = found["accuracy"]
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+    return "" if found is None else format_spread(found["accuracy"])
 
 
 def main() -> None:

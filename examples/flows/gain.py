@@ -11,15 +11,14 @@ run again.
 """
 
 import argparse
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "paper"))  # the same classifier as the tables'
 from methods import make_method
-from protocol import Protocol, draw_images, read_images, run
-from records import append_line, read_lines
+from protocol import Protocol, draw_images, read_images, round_figures, run
+from records import append_line, format_spread, read_lines
 
 RESULTS = Path(__file__).parents[1] / "results" / "gain.jsonl"
 FLOWS = ("glow-cifar10-small", "glow-photographs")
@@ -49,8 +48,7 @@ def draw_table() -> str:
         cells = []
         for name in sets:
             own = [r["accuracy"] for r in rows if (r["set"], r["method"]) == (name, method)]
-            several = f"{statistics.mean(own):.1f} ± {statistics.stdev(own):.1f}" if own[1:] else ""
-            cells.append(several)
+            cells.append(format_spread(own) if own[1:] else "")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -88,10 +86,7 @@ def main() -> None:
                 "seed": seed,
                 "per_class": args.per_class,
                 "epochs": args.epochs,
-                "accuracy": round(found["accuracy"], 2),
-                "loss": round(found["loss"], 4),
-                "train_accuracy": round(found["train_accuracy"], 2),
-                "seconds": round(found["cpu_seconds"], 1),
+                **round_figures(found),
             }
             append_line(RESULTS, row, lock=LOCK)
             print(row, flush=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-from records import RECIPES, RESULTS, read_lines, read_recipes
+from records import RECIPES, RESULTS, format_spread, read_lines, read_recipes
 
 ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "docs" / "pictures"
@@ -80,12 +80,6 @@ def list_accuracies(runs: list[dict[str, Any]]) -> list[float]:
 def measure_deviation(values: list[float]) -> float:
     """The standard deviation, 0 of one value."""
     return statistics.stdev(values) if len(values) > 1 else 0
-
-
-def format_spread(values: list[float], digits: int = 1) -> str:
-    """Mean ± standard deviation, or the one value."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def measure_time(runs: list[dict[str, Any]]) -> tuple[float | None, str]:

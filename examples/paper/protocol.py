@@ -253,6 +253,16 @@ def run(
     }
 
 
+def round_figures(found: dict[str, float]) -> dict[str, float]:
+    """What a line of results keeps of a run, rounded."""
+    return {
+        "accuracy": round(found["accuracy"], 2),
+        "loss": round(found["loss"], 4),
+        "train_accuracy": round(found["train_accuracy"], 2),
+        "seconds": round(found["cpu_seconds"], 1),
+    }
+
+
 def save_state(path: Path, parts: dict[str, Any], at: dict[str, Any]) -> None:
     """Keep all that the next step depends on; what was kept before stays until this is whole.
 

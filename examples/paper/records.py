@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,12 @@ def is_entry(line: bytes) -> bool:
     except ValueError:
         return False
     return True
+
+
+def format_spread(values: list[float], digits: int = 1) -> str:
+    """Mean ± standard deviation, or the one value."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def append_line(path: Path, entry: dict[str, Any], *, lock: Path) -> None:

@@ -10,7 +10,6 @@ again.
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -20,8 +19,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from methods import Augmentation
-from protocol import Protocol, draw_images, read_images, run
-from records import append_line, read_lines
+from protocol import Protocol, draw_images, read_images, round_figures, run
+from records import append_line, format_spread, read_lines
 from torch import Tensor, nn
 
 from latent_aug import LatentAdversarial, LatentSchedule
@@ -227,8 +226,8 @@ def draw_table() -> str:
                 for row in rows
                 if (row["strategy"], row["set"], row["pixels"]) == (strategy, *column)
             ]
-            several = f" ± {statistics.stdev(own):.1f} ({len(own)})" if own[1:] else ""
-            cells.append(f"{statistics.mean(own):.1f}{several}" if own else "")
+            seeds = f" ({len(own)})" if own[1:] else ""
+            cells.append(format_spread(own) + seeds if own else "")
         lines.append(f"| {strategy} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -275,10 +274,7 @@ def main() -> None:
                 **key,
                 "per_class": args.per_class,
                 "epochs": args.epochs,
-                "accuracy": round(found["accuracy"], 2),
-                "loss": round(found["loss"], 4),
-                "train_accuracy": round(found["train_accuracy"], 2),
-                "seconds": round(found["cpu_seconds"], 1),
+                **round_figures(found),
             }
             append_line(RESULTS, row, lock=LOCK)
             print(row, flush=True)

@@ -12,7 +12,6 @@ test images. What was run before is not run again.
 
 import argparse
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from methods import PEERS, Pixels, crop_and_flip, to_unit
 from networks import small_resnet
 from protocol import Images, Protocol, Standardized, evaluate, labelled, read_images
-from records import append_line, read_lines
+from records import append_line, format_spread, read_lines
 from torch import Tensor, nn
 
 from latent_aug import LatentAdversarial, LatentPerturb
@@ -149,8 +148,8 @@ def draw_table() -> str:
         cells = []
         for column in columns:
             found = [r["accuracy"] for r in own if (r["labels"], r["budget"]) == column]
-            spread = f" ± {statistics.stdev(found):.1f} ({len(found)})" if found[1:] else ""
-            cells.append(f"{statistics.mean(found):.1f}{spread}" if found else "")
+            seeds = f" ({len(found)})" if found[1:] else ""
+            cells.append(format_spread(found) + seeds if found else "")
         steps = ", ".join(str(row["steps"]) for row in own)
         lines.append(f"| {name} | {' | '.join(cells)} | {steps} |")
     return "\n".join(lines)

@@ -11,7 +11,6 @@ JSON a run goes to `RESULTS`. What was run before is not run again.
 """
 
 import argparse
-import statistics
 import sys
 import time
 from functools import lru_cache
@@ -28,7 +27,7 @@ from torchvision.transforms import v2
 from latent_aug import LatentAdversarial, LatentPerturb
 
 sys.path.append(str(Path(__file__).parents[1] / "paper"))
-from records import append_line, read_lines
+from records import append_line, format_spread, read_lines
 
 RESULTS = Path(__file__).parents[1] / "results" / "photographs.jsonl"
 LOCK = Path(__file__).parents[2] / "runs" / "photographs.lock"
@@ -156,9 +155,7 @@ def draw_table() -> str:
         own = [row for row in rows if tuple(row[k] for k in kinds) == kind]
         cells = [*map(str, kind), str(len(own))]
         for name, digits in (("accuracy", 1), ("loss", 3), ("minutes", 2)):
-            values = [row[name] for row in own]
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if values[1:] else ""
-            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
+            cells.append(format_spread([row[name] for row in own], digits))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
