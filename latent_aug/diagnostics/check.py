@@ -168,10 +168,10 @@ def check_flow(
     Args:
         flow: A `Flow`, or a name or path for `load_flow`. A flow of classes takes them as its
             training does, from `targets` or (image, class) samples.
-        images: Your images, or tuples that begin with one: PIL, uint8, or float in [0, 1]; or the
-            path of a folder or tar of them. Sides that do not divide by the flow's multiple are
-            padded as the transforms do: the figures are of the padded images, the suggested eps is
-            of what is left after cropping back.
+        images: Your images, or tuples that begin with one, or the path of a folder or tar of
+            them. Images are PIL, uint8, or float in [0, 1]. Sides that do not divide by the flow's
+            multiple are padded as the transforms do. The figures are of the padded images, the
+            suggested eps is of what is left after cropping back.
         norm: Of the eps to suggest: "linf", "l2" or "rms".
         grey_levels: Mean absolute change of a pixel, of 255, that the suggested eps aims at.
         classifier: Your trained model; the suggested eps then also flips no more than `flips` of
@@ -189,8 +189,8 @@ def check_flow(
         Figures, a suggested eps, findings and a grade; print it to read it.
 
     Raises:
-        ValueError: The images have other channels than the flow, or another size than the one that
-            it maps; there is no flow of that name; or an argument is out of range.
+        ValueError: The images have other channels than the flow, or a size that it does not map.
+            There is no flow of that name. An argument is out of range.
         TypeError: The classifier does not return logits.
         FileNotFoundError: No such images, or a directory that holds no flow.
 

@@ -42,14 +42,16 @@ def measure_flow(
         progress: Show a progress bar.
 
     Returns:
-        JSON-ready figures, None where they are not finite: `images`, `bits_per_dim` (None, too,
-        for a flow without `log_prob`),
-        `round_trip_max_error` ([0, 1] units), `uint8_identical` (images that come back byte for
-        byte), `latent_mean` and `latent_std` (a level, finest first) and for each setting in
-        `perturbations` the `fallbacks` (share of samples that come back unchanged), `mean_change`
-        (grey levels of 255), `saturated` (share of all pixel values that leave [0, 1] by more
-        than one grey level) and `smoothness` (how the changes of neighbouring pixels correlate:
-        0 where the change is noise, pixel by pixel).
+        Figures that are ready for JSON, None where they are not finite.
+
+        `images` is their number. `bits_per_dim` is None, too, for a flow without `log_prob`.
+        `round_trip_max_error` is in units of [0, 1]. `uint8_identical` counts the images that come
+        back byte for byte. `latent_mean` and `latent_std` have an entry a level, finest first.
+
+        `perturbations` has an entry a setting. Its `fallbacks` is the share of samples that come
+        back unchanged, its `mean_change` is in grey levels of 255. Its `saturated` is the share of
+        pixel values that leave [0, 1] by more than one grey level. Its `smoothness` is how the
+        changes of neighbouring pixels correlate: 0 where each pixel changes by noise of its own.
     """
     device = flow.device
     generator = torch.Generator(device).manual_seed(seed)
