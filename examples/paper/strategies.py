@@ -205,11 +205,13 @@ class Method(Augmentation):
         return (x, y) if self.strategy is None else self.strategy(x, y)
 
 
-def make_method(name: str, pixels: str, channels: int, model: nn.Module, classes: int) -> Method:
+def make_method(
+    name: str, pixels: str, channels: int, flip: bool, model: nn.Module, classes: int
+) -> Method:
     """Put a strategy behind augmentation in pixels."""
     build = STRATEGIES[name]
     strategy = None if build is None else build(model, channels)
-    return Method(strategy, model, classes, pixels=pixels)
+    return Method(strategy, model, classes, pixels=pixels, flip=flip)
 
 
 def draw_table() -> str:
@@ -242,6 +244,8 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=3)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="*", default=(0, 1, 2))
+    parser.add_argument("--no-flip", action="store_true", help="mirror no images, as of digits")
+    parser.add_argument("--pixels", nargs="*", default=("common", "randaugment"))
     parser.add_argument("--only", nargs="*", default=list(STRATEGIES), help="these strategies")
     parser.add_argument("--table", action="store_true", help="print the table, run nothing")
     args = parser.parse_args()
@@ -262,13 +266,14 @@ def main() -> None:
     name = args.name or args.images.name
     methods = [(strategy, "common") for strategy in args.only]
     methods += [(strategy, "randaugment") for strategy in args.only if strategy in ON_RANDAUGMENT]
+    methods = [method for method in methods if method[1] in args.pixels]
     for seed in args.seeds:
         train, test = draw_images(images, args.per_class, seed)
         for strategy, pixels in methods:
             key = {"set": name, "pixels": pixels, "strategy": strategy, "seed": seed}
             if any(key.items() <= row.items() for row in read_lines(RESULTS)):
                 continue
-            method = partial(make_method, strategy, pixels, args.channels)
+            method = partial(make_method, strategy, pixels, args.channels, not args.no_flip)
             found = run(method, train, test, protocol, seed=seed)
             row = {
                 **key,
