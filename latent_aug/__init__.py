@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from latent_aug.export import AugmentConfig, augment_images
     from latent_aug.training import TrainConfig, train_flow
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AugmentConfig",
