@@ -7,6 +7,7 @@ once here, by the operators that torch.compile emits.
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import torch
@@ -17,12 +18,8 @@ from torch.autograd import forward_ad
 REORDERED_PIXELS = 1024
 """With fewer pixels, calling the operator for reordered weights costs more than it saves."""
 
-
-ONEDNN_PIXELS = 128
-"""From so many pixels and a wide kernel on, a 1x1 convolution is faster in oneDNN. torch does not
-take it for few images on one thread."""
-
-ONEDNN_CHANNELS = 64
+REORDERED_PATCH = 256, 576
+"""So many pixels and values under the kernel are enough, too."""
 
 
 class Conv(NamedTuple):
@@ -82,16 +79,13 @@ def convolve(x: Tensor, conv: Conv, *, relu: bool = False) -> Tensor:
     weight, bias, reordered = conv
     pad = weight.shape[2] // 2
     if reordered is not None and is_untracked(x, weight):
-        pixels = x.shape[0] * x.shape[2] * x.shape[3]
-        if pixels >= REORDERED_PIXELS:
+        size = x.shape[0] * x.shape[2] * x.shape[3], weight[0].numel()
+        if size[0] >= REORDERED_PIXELS or (pad and min(map(operator.ge, size, REORDERED_PATCH))):
             then = "relu" if relu else "none"
-            result: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            result: Tensor = torch.ops.mkldnn._convolution_pointwise.default(
                 x, *reordered, [pad, pad], [1, 1], [1, 1], 1, then, [], ""
             )
             return result
-        if pad == 0 and pixels >= ONEDNN_PIXELS and weight.shape[1] >= ONEDNN_CHANNELS:
-            out = torch.mkldnn_convolution(x, weight, bias, (0, 0), (1, 1), (1, 1), 1)
-            return F.relu_(out) if relu else out
     out = F.conv2d(x, weight, bias, padding=pad)
     return F.relu_(out) if relu else out
 

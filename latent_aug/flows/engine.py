@@ -279,14 +279,13 @@ def decode_in_place(
 
 def extract_shift(out: Tensor, step: Step, like: Tensor) -> Tensor:
     """Take the shift from the network's outputs, in the dtype of `like`."""
-    return out[:, : step.half].to(like.dtype, memory_format=torch.channels_last)
+    return out[:, : step.half].to(like.dtype)
 
 
 def extract_log_scale(out: Tensor, step: Step, like: Tensor, sign: int = 1) -> Tensor:
     """Compute log-scale times `sign` from the network's outputs, in the dtype of `like`."""
-    raw = out[:, step.half : 2 * step.half]
-    raw = raw.to(like.dtype, copy=True, memory_format=torch.channels_last)
-    return raw.sigmoid_().mul_(sign * 2 * step.bound).sub_(sign * step.bound)
+    raw = out[:, step.half : 2 * step.half].to(like.dtype)
+    return raw.sigmoid().mul_(sign * 2 * step.bound).sub_(sign * step.bound)
 
 
 def shrink_hidden(hidden: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from latent_aug.transforms import functional as LF
 from latent_aug.transforms.labels import prepare_labels, read_labels
 from latent_aug.transforms.latents import LatentTransform, run_uncompiled
 from latent_aug.transforms.regions import Levels, Mask, build_mask, read_region, take_rows
+from latent_aug.transforms.single_images import advise_batches
 from latent_aug.utils.arguments import Range, require_choice
 
 MASK_MODES = ("1", "L", "P", "I", "F")  # what the modes of PIL masks begin with
@@ -266,7 +267,9 @@ class LatentPerturb(LatentTransform, v2.Transform):
         images, restore = to_batch(inpt, self.flow.channels)
         if not images.numel():
             return inpt
-        return restore(self._apply_draw(images, params["draws"][find_kind(images, inpt)]))
+        draw = params["draws"][find_kind(images, inpt)]
+        advise_batches(inpt, draw.noise)
+        return restore(self._apply_draw(images, draw))
 
     def to_latents(self, x: Tensor, labels: Any = None) -> Tensor:
         """Encode images (B, C, H, W), float in [0, 1], padded to a size that the flow maps.
