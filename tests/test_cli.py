@@ -41,7 +41,7 @@ def test_train_writes_a_flow_and_its_card(folder, tmp_path):
     assert (flow.channels, flow.steps, flow.hidden) == (1, 1, 8)
     card = (output / "README.md").read_text()
     assert "24 of 24 images come back byte for byte" in card
-    assert "40 images seen" in card
+    assert "It saw 40 images" in card
     figures = json.loads((output / "figures.json").read_text())
     assert figures["images"] == 24
     assert f"{figures['bits_per_dim']:.3f} bits per dimension" in card
@@ -125,7 +125,7 @@ def test_a_flow_of_classes(folder, tmp_path):
     flow = load_flow(output)
     assert (flow.num_classes, flow.size, flow.hidden, len(flow.couplings)) == (2, (8, 8), 8, 2)
     card = (output / "README.md").read_text()
-    assert "class-conditional flow (Table 3): 2 fully connected couplings" in card
+    assert "class-conditional flow (Table 3). It has 2 fully connected couplings" in card
     assert "24 of 24 images come back byte for byte" in card
     assert (output / "preview.png").stat().st_size > 0
     drawn = call("preview", output, folder, "--picture", tmp_path / "drawn.png")

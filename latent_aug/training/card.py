@@ -52,13 +52,14 @@ augment = LatentPerturb(eps={eps:g}, flow="{name}")
 
 ## The flow
 
-{architecture} SHA-256 of `{weights}`: `{sha256}`.
+{architecture}
+
+SHA-256 of `{weights}`: `{sha256}`.
 
 ## Training
 
-{origin} by maximum likelihood on {training_data}:
-{images_seen:,} images seen, {minutes:.0f} minutes.
-Made by
+{origin} by maximum likelihood on {training_data}.
+It saw {images_seen:,} images in {minutes:.0f} minutes. The command was
 
 ```
 {command}
@@ -71,32 +72,35 @@ with torch {torch} and torchvision {torchvision}. Licence of the weights: {licen
 On {images:,} images, {measured_on}:
 
 - {bits_per_dim:.3f} bits per dimension.
-- Round trip in float32: greatest error {round_trip_max_error:.1e}, on pixels in [0, 1];
-  {uint8_identical:,} of {images:,} images come back byte for byte as uint8.
-- Standard deviation of the latents, finest level first: {latent_std}. The prior's is 1; encoding
-  images at the middle of their bins, without dequantization noise, lowers it.
+- The greatest error of a round trip in float32 is {round_trip_max_error:.1e}, on pixels in [0, 1].
+- {uint8_identical:,} of {images:,} images come back byte for byte as uint8.
+- The standard deviation of the latents, finest level first, is {latent_std}.
+  The prior's is 1. Encoding images at the middle of their bins, without dequantization noise,
+  lowers it.
 
-Random perturbations (*fall back*: images that the flow cannot perturb and returns unchanged;
-*out of range*: pixel values that leave [0, 1] by more than one grey level):
+The table shows what random perturbations change. Images that *fall back* cannot be perturbed by the
+flow and come back unchanged. Values *out of range* leave [0, 1] by more than one grey level.
 
 {table}
 
 {verdict}
 
-Suggested: eps {eps:g} with the linf norm; `latent-aug check` finds one for your images.
+Suggested: eps {eps:g} with the linf norm. `latent-aug check` finds one for your images.
 
 ![Samples of the flow, perturbed, and samples at several temperatures]({picture})
 """
 
 GLOW = """\
-{channels} channel(s), {levels} levels of {steps} steps, coupling networks of {hidden} channels,
-log-scales bounded by {log_scale_bound:g}: {parameters:,} parameters. Height and width must divide
-by {multiple} (the transforms pad and crop)."""
+It maps images of {channels} channel(s) by {levels} levels of {steps} steps. Its coupling networks
+have {hidden} channels, and log-scales are bounded by {log_scale_bound:g}. It has {parameters:,}
+parameters. Height and width must divide by {multiple}. The transforms pad and crop to that."""
 DENSE = """\
-The paper's class-conditional flow (Table 3): {steps} fully connected couplings whose networks have
-a hidden layer of {hidden}, log-scales clamped to {clamp:g}, each followed by a fixed permutation:
-{parameters:,} parameters. Images are {channels} x {height} x {width}, of {num_classes} classes, and
-it needs their classes: call a transform with (image, class) samples, see `labels_getter`."""
+This is the paper's class-conditional flow (Table 3). It has {steps} fully connected couplings, each
+followed by a fixed permutation. Their networks have a hidden layer of {hidden}, and log-scales are
+clamped to {clamp:g}. It has {parameters:,} parameters.
+
+Images are {channels} x {height} x {width}, of {num_classes} classes. The flow needs the classes, so
+call a transform with (image, class) samples, see `labels_getter`."""
 
 
 def write_card(
