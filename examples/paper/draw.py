@@ -202,8 +202,8 @@ def draw_section(recipe: str) -> list[str]:
         lines += [
             "",
             f"Trained on {some['train_images']:,} images for {some['protocol']['epochs']} epochs, "
-            f"evaluated on {some['evaluated_on']}; {describe_device(some)}, "
-            f"{some['protocol']['precision']}. {describe_draws(says)}",
+            f"evaluated on {some['evaluated_on']}. The runs were on {describe_device(some)}, "
+            f"in {some['protocol']['precision']}. {describe_draws(says)}",
             "",
             *draw_table(
                 runs,
