@@ -271,6 +271,13 @@ def test_clip_limits_the_change(model, batch, glow, norm):
     assert (size > 0.01).all()
 
 
+def test_normalized_batches_are_refused_also_while_nothing_is_attacked(model, batch, glow):
+    attack = LatentAdversarial(model, flow=glow, p=0.0)
+    attack(*batch)
+    with pytest.raises(ValueError, match=r"images must lie in \[0, 1\]"):
+        attack((batch[0] - 0.5) / 0.05, batch[1])
+
+
 def test_normalized_batches_are_attacked_as_their_originals(model, batch, glow):
     class OnNormalized(nn.Module):
         def __init__(self):

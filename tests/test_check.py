@@ -1,5 +1,6 @@
 """Whether a flow suits images, and which eps does."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -112,6 +113,22 @@ def test_mostly_black_images_are_a_remark(usual):
     assert found.problems == ()
     assert "30.0% of all pixel values" in found.remarks[0]
     assert f"- {found.remarks[0]}" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("side", "size", "wanted"),
+    [
+        (72, None, "the images are 72x72: .* resolution=32 in the transform"),
+        (40, 28, "resized to 28 pixels: pass resolution=28"),
+        (28, 28, None),
+        (64, None, None),
+    ],
+)
+def test_large_images_are_to_be_perturbed_by_a_copy(side, size, wanted):
+    found = check_flow("glow-fashionmnist", smooth(4, side), size=size)
+    said = [text for text in found.remarks if "resolution=" in text]
+    assert len(said) == (wanted is not None)
+    assert wanted is None or re.search(wanted, said[0])
 
 
 def test_what_no_eps_can_do_is_said():

@@ -18,6 +18,14 @@ def test_learning_rate_rises_stays_and_falls():
     assert rates[99] == pytest.approx(1 / 40)
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(5, 1), (500, 50), (6000, 200)])
+def test_a_short_training_warms_up_for_a_tenth_of_it(steps, warmup):
+    c = TrainConfig(output="x", steps=steps, decay=0.0, lr=1.0)
+    rates = [compute_learning_rate(step, c) for step in range(steps)]
+    assert rates[warmup - 1 :] == [1.0] * (steps - warmup + 1)
+    assert all(rate < 1 for rate in rates[: warmup - 1])
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -26,6 +34,7 @@ def test_learning_rate_rises_stays_and_falls():
         {"lr": math.nan},
         {"decay": 1.5},
         {"seed": -1},
+        {"warmup": -1},
         {"ema": 2},
         {"crop": -1},
         {"noise": 25},

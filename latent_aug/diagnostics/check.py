@@ -6,7 +6,7 @@ import copy
 import math
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from latent_aug.images.datasets import (
     pair_with_classes,
     read_images,
     spread_indices,
+    to_uint8,
 )
 from latent_aug.transforms import functional as LF
 from latent_aug.transforms.random import LatentPerturb
@@ -38,6 +39,7 @@ GREY_LEVELS = 10.0
 """Mean change of a pixel that a suggested eps aims at; linf 0.25 makes about that on CIFAR-10."""
 
 CALIBRATED_ON = 200  # images
+LARGE = 64  # pixels a side, above which a copy is advised
 FEW = 100  # images below which figures are rough
 LOWEST, HIGHEST = 1e-3, 1e3  # eps
 TUNING_STEPS, TUNING_BATCH = 1000, 64  # of the advised fine-tuning
@@ -244,6 +246,7 @@ def check_flow(
         text = f"no eps flips {flips:.0%} or less of the predictions"
         findings.append(Finding(text, "not usable"))
     suits = choose_grade(findings) == "suits"
+    findings += advise_copy(pixels, loaded)
     return FlowCheck(
         figures,
         norm,
@@ -310,6 +313,26 @@ def pad_images(pixels: Tensor, flow: Flow) -> Tensor:
         return pixels
     parts = [fit_to_flow(part.float() / 255, flow) for part in pixels.split(CHUNK)]
     return torch.cat([from_float(part, torch.uint8) for part in parts])
+
+
+def advise_copy(images: UInt8Images, flow: Flow) -> Iterator[Finding]:
+    """Remark how large images are perturbed by a copy of the size that was looked at."""
+    height, width = images.shape[1:]
+    if flow.size is not None:
+        return
+    if images.size is None and min(height, width) > LARGE:
+        text = (
+            f"the images are {height}x{width}: a flow that was trained on small ones perturbs them "
+            "by a copy, with resolution=32 in the transform; look at that with size=32, or "
+            "--size 32"
+        )
+        yield Finding(text, "suits")
+    elif images.size and min(to_uint8(images.read(0), images.channels).shape[1:]) > images.size:
+        text = (
+            f"the images were resized to {images.size} pixels: pass resolution={images.size} to "
+            "the transform, as it gets them in full"
+        )
+        yield Finding(text, "suits")
 
 
 def word_remedy(flow: Flow, images: UInt8Images) -> str:

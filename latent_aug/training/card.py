@@ -47,7 +47,7 @@ Generalization](https://arxiv.org/abs/2108.07958).
 ```python
 from latent_aug import LatentPerturb
 
-augment = LatentPerturb(eps={eps:g}, flow="{name}")
+augment = LatentPerturb(eps={eps:g}, flow="{name}"{copy})
 ```
 
 ## The flow
@@ -168,6 +168,7 @@ def write_card(
         licence=licence,
         quoted_licence=json.dumps(licence),
         eps=eps,
+        copy=f", resolution={images.size}" if images.size else "",
         note=f"\n{note}\n" if note else "",
         datasets=f"datasets: [{json.dumps(dataset)}]\n" if dataset else "",
         torch=torch.__version__,

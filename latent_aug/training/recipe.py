@@ -24,7 +24,7 @@ from latent_aug.utils.arguments import (
 )
 
 COUNTS = ("steps", "batch_size", "validation_images", "accumulate")
-NATURAL = ("warmup", "crop", "workers", "seed")
+NATURAL = ("crop", "workers", "seed")
 POSITIVE = ("lr", "clip_norm", "timeout_minutes")
 ELSEWHERE = (  # settings that do not decide the result
     "output",
@@ -45,7 +45,8 @@ class TrainConfig:
         steps: The number of optimizer steps.
         batch_size: The number of images a step, in all processes together.
         lr: The learning rate of Adam, above 0.
-        warmup: The number of steps over which the learning rate rises from 0.
+        warmup: The number of steps over which the learning rate rises from 0. None is a tenth of
+            all steps, and 200 at most.
         decay: The share of the steps, in [0, 1], over which the learning rate falls to 0 at last.
         clip_norm: The greatest norm of the gradient of the bits/dim, above 0.
         ema: The decay, in [0, 1], of the moving average of the weights. The average is what is
@@ -81,7 +82,7 @@ class TrainConfig:
     steps: int = 6000
     batch_size: int = 64
     lr: float = 1e-3
-    warmup: int = 200
+    warmup: int | None = None
     decay: float = 0.4
     clip_norm: float = 50.0
     ema: float = 0.998
@@ -102,6 +103,8 @@ class TrainConfig:
         require_fields(self, require_natural, *NATURAL)
         if self.size is not None:
             require_fields(self, require_positive, "size")
+        if self.warmup is not None:
+            require_fields(self, require_natural, "warmup")
         require_fields(self, require_number, *POSITIVE, "checkpoint_minutes")
         require_fields(self, require_probability, "decay", "ema", "noise")
         for name in POSITIVE:
@@ -136,7 +139,8 @@ def compute_learning_rate(step: int, config: TrainConfig) -> float:
 
     It rises linearly over the warm-up, and falls linearly over the last `decay` of the steps.
     """
-    rising = (step + 1) / max(config.warmup, 1)
+    warmup = min(200, config.steps // 10) if config.warmup is None else config.warmup
+    rising = (step + 1) / max(warmup, 1)
     falling = (config.steps - step) / max(config.decay * config.steps, 1)
     return config.lr * min(1.0, rising, falling)
 

@@ -359,6 +359,7 @@ class LatentAdversarial(LatentTransform):
         region = read_region(self.mask, batch, images)
         count = self._count_attacked(share * len(images), len(images))
         if not count:
+            self._to_unit_range(to_float(images))  # the wrong range is to be seen at once
             return images.clone()
         if count == len(images):
             ask = build_ask(self.forward, batch, key)
