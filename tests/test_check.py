@@ -119,7 +119,7 @@ def test_mostly_black_images_are_a_remark(usual):
     ("side", "size", "wanted"),
     [
         (72, None, "the images are 72x72: .* resolution=32 in the transform"),
-        (40, 28, "resized to 28 pixels: pass resolution=28"),
+        (40, 28, "resized to 28 pixels for this: .* give it resolution=28"),
         (28, 28, None),
         (64, None, None),
     ],

@@ -1,5 +1,6 @@
 """The command line."""
 
+import importlib
 import json
 import shutil
 import sys
@@ -17,8 +18,9 @@ from typer.testing import CliRunner
 from latent_aug import AugmentConfig, TrainConfig, check_flow, load_flow
 from latent_aug.cli import app
 from latent_aug.cli.options import read_descriptions
-from latent_aug.images.datasets import EncodedImages
+from latent_aug.images.datasets import EncodedImages, open_images, read_images
 
+train_module = importlib.import_module("latent_aug.cli.train")  # its name is that of the command
 SMALL = ["--channels", "1", "--levels", "1", "-K", "1", "-H", "8", "--steps", "5"]
 
 
@@ -170,10 +172,25 @@ def test_init_fine_tunes(folder, trained, tmp_path):
     before, after = (next(load_flow(d).parameters()) for d in (trained[0], tmp_path / "b"))
     assert torch.allclose(after, before, atol=1e-4)
     assert not torch.equal(after, before)
-    assert "Fine-tuned from" in (tmp_path / "b" / "README.md").read_text()
-    result = run(*again, "-K", 3)
-    assert result.exit_code == 1
-    assert "--init brings its own" in result.output
+    assert f"bits/dim of {trained[0]} to " in result.output
+    assert "resolution=" not in result.output
+
+
+def test_a_fine_tuning_that_worsens_the_flow_says_so(folder, trained, monkeypatch):
+    figures = iter([3.0, 3.5, 3.0, 2.5])
+    monkeypatch.setattr(train_module, "measure_bits_per_dim", lambda *_, **__: next(figures))
+    flow = load_flow(trained[0])
+    images = read_images(flow, open_images(folder), 8)
+    worse, better = (train_module.compare_with_start(flow, flow, images, "a") for _ in range(2))
+    assert worse.startswith("fine-tuning: from 3.000 bits/dim of a to 3.500, on 24 of them: that")
+    assert better == "fine-tuning: from 3.000 bits/dim of a to 2.500, on 24 of them"
+
+
+def test_images_that_were_made_smaller_are_perturbed_by_a_copy(folder, tmp_path):
+    result = run(folder, "--output", tmp_path / "b", *SMALL, "--size", 8)
+    assert result.exit_code == 0, result.output
+    assert ", and resolution=8 for larger images" in result.output
+    assert "resolution=8)" in (tmp_path / "b" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

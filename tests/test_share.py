@@ -134,6 +134,7 @@ class TestHits:
     def test_leave_ignored_labels_out(self):
         logits = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
         assert find_hits(logits, torch.tensor([-100, 1])).tolist() == [1.0]
+        assert find_hits(logits, torch.tensor([255, 1])).tolist() == [1.0]  # void in masks
 
     def test_are_those_of_pixels_where_each_has_a_class(self):
         logits = torch.rand(2, 3, 4, 4)

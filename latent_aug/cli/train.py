@@ -32,8 +32,10 @@ from latent_aug.images.datasets import (
 from latent_aug.training.card import write_card
 from latent_aug.training.processes import Processes
 from latent_aug.training.recipe import TrainConfig
-from latent_aug.training.report import read_minutes
+from latent_aug.training.report import measure_bits_per_dim, read_minutes
 from latent_aug.training.train import train_flow
+
+COMPARED = 500  # images on which a flow is measured before and after fine-tuning
 
 
 @add_options(TrainConfig)
@@ -114,14 +116,29 @@ def train(
         verdict=found.verdict,
         note=note,
         dataset=dataset,
+        size=config.size,
     )
     whose = "images" if validation else "training images"
     bits = card["bits_per_dim"]
     density = "no bits/dim" if bits is None else f"{bits:.3f} bits/dim"
     echo(f"{output}: {density} on {card['images']} {whose}")
+    if init is not None and bits is not None:
+        echo(compare_with_start(flow, trained, measured, init))
     if found.eps < HIGHEST:  # else no eps changes the images by as much as is asked
-        echo(found.suggestion)
+        larger = f", and resolution={config.size} for larger images" if config.size else ""
+        echo(f"{found.suggestion}{larger}")
     echo(found.verdict)
+
+
+def compare_with_start(start: Flow, trained: Flow, images: UInt8Images, name: str) -> str:
+    """Say whether fine-tuning brought the flow nearer to these images."""
+    count = min(COMPARED, len(images))
+    start.to(trained.device)
+    before, after = (measure_bits_per_dim(f, images, count, seed=0) for f in (start, trained))
+    line = f"fine-tuning: from {before:.3f} bits/dim of {name} to {after:.3f}, on {count} of them"
+    if after < before:
+        return line
+    return f"{line}: that is no better; take more steps or a smaller lr (--steps, --lr)"
 
 
 def read_spread(flow: Flow, dataset: Any, size: int | None, most: int) -> UInt8Images:

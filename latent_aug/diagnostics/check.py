@@ -329,8 +329,8 @@ def advise_copy(images: UInt8Images, flow: Flow) -> Iterator[Finding]:
         yield Finding(text, "suits")
     elif images.size and min(to_uint8(images.read(0), images.channels).shape[1:]) > images.size:
         text = (
-            f"the images were resized to {images.size} pixels: pass resolution={images.size} to "
-            "the transform, as it gets them in full"
+            f"the images were resized to {images.size} pixels for this: where the transform gets "
+            f"them larger, give it resolution={images.size}"
         )
         yield Finding(text, "suits")
 

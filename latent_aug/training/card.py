@@ -119,6 +119,7 @@ def write_card(
     verdict: str,
     note: str = "",
     dataset: str | None = None,
+    size: int | None = None,
 ) -> dict[str, Any]:
     """Measure a flow that was saved in `output`, write its card there, and return the figures.
 
@@ -139,6 +140,7 @@ def write_card(
         verdict: What `check_flow` finds, its `verdict`.
         note: A paragraph on the training, such as caveats of the data.
         dataset: The name of the training data on the Hugging Face hub, for the card's metadata.
+        size: The side that images were resized to. Larger ones are perturbed by such a copy.
     """
     figures = measure_flow(flow, images, progress=True)
     height, width = images[0].shape[1:]
@@ -168,7 +170,7 @@ def write_card(
         licence=licence,
         quoted_licence=json.dumps(licence),
         eps=eps,
-        copy=f", resolution={images.size}" if images.size else "",
+        copy=f", resolution={size}" if size else "",
         note=f"\n{note}\n" if note else "",
         datasets=f"datasets: [{json.dumps(dataset)}]\n" if dataset else "",
         torch=torch.__version__,

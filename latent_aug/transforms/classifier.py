@@ -160,6 +160,7 @@ def check_targets(logits: Tensor, labels: Tensor) -> Tensor:
         if len(wrong):
             raise ValueError(
                 f"labels must lie in 0 to {classes - 1}, the model's classes, got {int(wrong[0])}; "
-                "if they are not second in the batch, name labels_getter="
+                "if they are not second in the batch, name labels_getter=; what is to be left out, "
+                "as 255 is in masks, is -100 here"
             )
     return labels

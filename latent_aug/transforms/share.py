@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latent_aug.transforms.classifier import IGNORED, count_classes, has_several
+from latent_aug.transforms.classifier import count_classes, has_several
 
 HIGHEST = 0.5  # of each batch, as Stutz et al. 2019
 TARGET = 0.6  # skill on clean training images: 0 is chance, 1 is all right
@@ -71,7 +71,7 @@ class AdaptiveShare:
 
 
 def find_hits(logits: Tensor, labels: Any) -> Tensor:
-    """Find which predictions are right, as zeros and ones. Ignored labels are left out.
+    """Find which predictions are right, as zeros and ones. Labels of no class are left out.
 
     Args:
         logits: The logits (n, K), or (n, K, ...) with a class for each pixel.
@@ -93,4 +93,4 @@ def find_hits(logits: Tensor, labels: Any) -> Tensor:
         )
     right = (labels.argmax(dim=1) if whole else labels).to(logits.device)
     hits = logits.detach().argmax(dim=1) == right
-    return hits[right != IGNORED].float()
+    return hits[(right >= 0) & (right < classes)].float()  # ignored ones are -100, void ones 255
