@@ -467,7 +467,7 @@ def test_accuracy_is_drawn_against_images(tmp_path, monkeypatch):
             file.write(json.dumps(entry) + "\n")
     assert "figure2.png" in draw.draw_curve("figure2")[-1]
     lines = {options["label"]: (points, options["yerr"]) for points, options in drawn}
-    assert lines.keys() == {"standard"}
+    assert lines.keys() == {"standard", "no augmentation"}  # the README's own plot, too
     (sizes, means), errors = lines["standard"]
     assert (sizes, means) == ([600, 2400], [71.0, 80.0])
     assert errors == pytest.approx([2**0.5, 0])

@@ -42,6 +42,11 @@ CURVES = {  # of each picture: title, what is on the other axis, recipes from li
         ["figure2-600", "figure2-2400", "figure2-6000", "figure2-50000"],
     ),
 }
+OURS = {  # of Figure 2, by their names in the README
+    "standard": "no augmentation",
+    "Randomized-LA, Glow": "LatentPerturb",
+    "Adversarial-LA l2 1.0, Glow": "LatentAdversarial",
+}
 HEAD = """\
 # Results
 
@@ -235,6 +240,17 @@ def draw_curve(name: str) -> list[str]:
     }
     if not found:
         return []
+    path = PICTURES / f"{name}.png"
+    draw_lines(found, axis, path)
+    if name == "figure2":
+        ours = {ours: found[method] for method, ours in OURS.items() if method in found}
+        draw_lines(ours, axis, PICTURES / "labels.png")
+    text = "Of the runs below, of one seed or several: a point without a bar is one run's."
+    return [f"\n## {title}\n", text, "", f"![{title}]({path.relative_to(ROOT)})"]
+
+
+def draw_lines(found: dict[str, dict[Any, list[float]]], axis: str, path: Path) -> None:
+    """Mean and standard deviation of each method's accuracies, by images or minutes."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for method, points in found.items():
@@ -243,10 +259,7 @@ def draw_curve(name: str) -> list[str]:
         axes.errorbar(list(points), means, yerr=errors, fmt="o-", capsize=2, label=method)
     label_axes(axis, axes, sorted({place for points in found.values() for place in points}))
     axes.legend(fontsize=7)
-    path = PICTURES / f"{name}.png"
     figure.savefig(path, dpi=120)
-    text = "Of the runs below, of one seed or several: a point without a bar is one run's."
-    return [f"\n## {title}\n", text, "", f"![{title}]({path.relative_to(ROOT)})"]
 
 
 def sort_key(name: str) -> tuple[bool, str, int]:
