@@ -9,11 +9,20 @@ from conftest import Identity
 from torch import nn
 
 from latent_aug import LatentAdversarial
-from latent_aug.transforms.share import HIGHEST, STEP, AdaptiveShare, find_hits
+from latent_aug.transforms.share import HIGHEST, AdaptiveShare, count_right
+
+
+def make_labels(count):
+    """Two classes in turn, also of every eighth image."""
+    places = torch.arange(count)
+    return (places + places // 8) % 2
 
 
 class Answers(nn.Module):
-    """A model that has the share `right` of each batch right, its first images, if labels are 0."""
+    """A model that has the share `right` of each batch right, its first images.
+
+    The labels are those of `make_labels`.
+    """
 
     def __init__(self, right: float) -> None:
         super().__init__()
@@ -25,14 +34,15 @@ class Answers(nn.Module):
 
     def forward(self, images):
         means = self.norm(images).mean(dim=(1, 2, 3))
-        wrong = torch.arange(len(images)) >= self.right * len(images)
-        return torch.stack([0.01 * means - 5.0 * wrong, -0.01 * means], dim=1)
+        places = torch.arange(len(images))
+        answers = make_labels(len(images)) ^ (places >= self.right * len(images)).long()
+        return 5.0 * nn.functional.one_hot(answers, 2) + 0.01 * means[:, None]
 
 
 def attack_often(attack, times, count=8):
     shares = []
     for _ in range(times):
-        attack(torch.rand(count, 3, 8, 8), torch.zeros(count, dtype=torch.long))
+        attack(torch.rand(count, 3, 8, 8), make_labels(count))
         shares.append(attack.share)
     return shares
 
@@ -41,9 +51,9 @@ class TestShare:
     def test_stays_at_nothing_while_the_model_learns(self):
         model = Answers(0.5)
         attack = LatentAdversarial(model, flow=Identity())
-        images = torch.rand(8, 3, 8, 8)
-        assert attack_often(attack, 5) == [0.0] * 5
-        assert torch.equal(attack(images, torch.zeros(8, dtype=torch.long)), images)
+        images = torch.rand(64, 3, 8, 8)
+        assert attack_often(attack, 5, count=64) == [0.0] * 5
+        assert torch.equal(attack(images, make_labels(64)), images)
 
     def test_looks_at_all_of_the_first_batch_and_at_an_eighth_of_the_next(self):
         model = Answers(0.5)
@@ -54,22 +64,21 @@ class TestShare:
         model = Answers(1.0)
         attack = LatentAdversarial(model, flow=Identity())
         images = torch.rand(8, 3, 8, 8)
-        attacked = attack(images, torch.zeros(8, dtype=torch.long))
+        attacked = attack(images, make_labels(8))
         assert (attacked != images).flatten(1).any(dim=1).sum() == 4
         assert attack.share == HIGHEST
 
-    def test_grows_and_falls_by_a_step_a_batch(self):
-        model = Answers(0.0)
+    def test_follows_the_mean_accuracy_up_and_down(self):
+        model = Answers(0.5)
         attack = LatentAdversarial(model, flow=Identity())
-        attack_often(attack, 1)
+        attack_often(attack, 1, count=64)
         model.right = 1.0
-        shares = attack_often(attack, 60)
-        rising = [share for share in shares if 0 < share < HIGHEST]
-        assert shares[6] == 0.0  # the mean of the accuracy takes eight batches to reach 0.8
-        assert rising == pytest.approx([STEP * (i + 1) for i in range(9)])
-        assert shares[-1] == HIGHEST
+        rising = attack_often(attack, 40, count=64)
+        assert rising == sorted(rising)
+        assert rising[0] == pytest.approx(1 - 0.5 / 0.55)
+        assert 0.4 < rising[-1] < HIGHEST
         model.right = 0.0
-        assert attack_often(attack, 60)[-1] == 0.0
+        assert attack_often(attack, 40, count=64)[-1] == 0.0
 
     def test_is_p_where_it_was_given(self):
         model = Answers(0.0)
@@ -125,38 +134,51 @@ class TestShare:
             attack(torch.rand(2, 3, 8, 8), torch.ones(2, logits))
 
 
-class TestHits:
+class TestCounts:
     def test_compare_classes_and_probabilities(self):
         logits = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
-        assert find_hits(logits, torch.tensor([0, 0])).tolist() == [1.0, 0.0]
-        assert find_hits(logits, torch.tensor([[0.4, 0.6], [0.1, 0.9]])).tolist() == [0.0, 1.0]
+        assert count_right(logits, torch.tensor([0, 0])).tolist() == [1, 2, 0]
+        assert count_right(logits, torch.tensor([[0.4, 0.6], [0.1, 0.9]])).tolist() == [1, 0, 2]
 
-    def test_leave_ignored_labels_out(self):
+    def test_leave_labels_of_no_class_out(self):
         logits = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
-        assert find_hits(logits, torch.tensor([-100, 1])).tolist() == [1.0]
-        assert find_hits(logits, torch.tensor([255, 1])).tolist() == [1.0]  # void in masks
+        for label in (-100, 255):  # the latter is void in masks
+            assert count_right(logits, torch.tensor([label, 1])).tolist() == [1, 0, 1]
 
     def test_are_those_of_pixels_where_each_has_a_class(self):
         logits = torch.rand(2, 3, 4, 4)
-        assert find_hits(logits, logits.argmax(dim=1)).mean() == 1.0
+        right, *counts = count_right(logits, logits.argmax(dim=1)).tolist()
+        assert right == sum(counts) == 32
 
     def test_of_nothing_change_nothing(self):
         share = AdaptiveShare()
-        share.update(torch.empty(0), 2)
+        share.update(torch.zeros(3))
         assert not share.begun
 
-    @pytest.mark.parametrize(("classes", "accuracy"), [(2, 0.8), (10, 0.64), (100, 0.604)])
-    def test_count_from_chance(self, classes, accuracy):
-        for right, value in ((accuracy - 0.001, 0.0), (accuracy + 0.001, HIGHEST)):
-            share = AdaptiveShare()
-            share.update(torch.tensor([right]), classes)
-            assert share.value == value
+    @pytest.mark.parametrize(
+        ("accuracy", "counts", "value"),
+        [
+            (0.5, (10, 10), 0.0),
+            (0.4, (10, 10), 0.0),
+            (0.75, (10, 10), 1 / 3),
+            (1.0, (10, 10), 0.5),
+            (0.125, (2,) * 10, 0.2),
+            (0.2, (2,) * 10, 0.5),
+            (0.9, (2,) * 10, 0.5),
+            (0.9, (18, 2), 0.0),  # naming the first class each time has as many right
+            (1.0, (16, 4), 0.2),
+        ],
+    )
+    def test_leave_the_rest_of_the_batch_above_chance(self, accuracy, counts, value):
+        share = AdaptiveShare()
+        share.update(torch.tensor([accuracy * sum(counts), *counts]))
+        assert share.value == pytest.approx(value, abs=1e-6)
 
     def test_on_an_accelerator_are_read_one_batch_late(self):
         class Elsewhere(torch.Tensor):
             is_cpu = False
 
         share = AdaptiveShare()
-        for right in (0.0, 1.0, 0.0):
-            share.update(torch.full((4,), right).as_subclass(Elsewhere), 2)
-        assert share.skill == pytest.approx(-0.6)
+        for right in (0.0, 4.0, 0.0):
+            share.update(torch.tensor([right, 2.0, 2.0]).as_subclass(Elsewhere))
+        assert share.accuracy == pytest.approx(0.1)

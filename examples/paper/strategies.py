@@ -57,33 +57,72 @@ class Ramp(Strategy):
 
 
 class Feedback(Strategy):
-    """The share grows while the model has its clean training images right, as in StyleGAN2-ADA."""
+    """The share grows while the model has its clean training images right, as in StyleGAN2-ADA.
+
+    Right are enough if their share is `target` of the way from chance to 1, by a running mean.
+    """
+
+    memory = 0.8
 
     def __init__(
-        self, model: nn.Module, channels: int, *, target: float = 0.8, **settings: Any
+        self, model: nn.Module, channels: int, *, target: float = 0.6, **settings: Any
     ) -> None:
         super().__init__(model, channels, p=0.0, **settings)
         self.target, self.accuracy = target, 0.0
 
+    def measure_skill(self) -> float:
+        """The mean accuracy, counted from chance."""
+        classes = self.model.network[-1].out_features
+        return (classes * self.accuracy - 1) / (classes - 1)
+
     def adjust(self) -> None:
         """Set the share."""
-        step = 0.02 if self.accuracy > self.target else -0.02
+        step = 0.05 if self.measure_skill() > self.target else -0.05
         self.attack.p = min(0.5, max(0.0, self.attack.p + step))
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Attack a batch, after a look at how many of its images the model has right."""
         right = float((predict(self.model, x) == y).float().mean())
-        self.accuracy = 0.9 * self.accuracy + 0.1 * right
+        self.accuracy = self.memory * self.accuracy + (1 - self.memory) * right
         self.adjust()
         return super().__call__(x, y)
 
 
 class Following(Feedback):
-    """The share follows that accuracy at once: none at one half, half of each batch at 1."""
+    """The share is some power of that skill, up to `most` where all is right."""
+
+    memory = 0.9
+
+    def __init__(
+        self,
+        model: nn.Module,
+        channels: int,
+        *,
+        power: float = 1.0,
+        most: float = 0.5,
+        **settings: Any,
+    ) -> None:
+        super().__init__(model, channels, **settings)
+        self.power, self.most = power, most
 
     def adjust(self) -> None:
         """Set the share."""
-        self.attack.p = max(0.0, self.accuracy - 0.5)
+        self.attack.p = self.most * max(0.0, self.measure_skill()) ** self.power
+
+
+class Patient(Strategy):
+    """Feedback, and half of each batch after some steps, whatever the model has learned."""
+
+    def __init__(
+        self, model: nn.Module, channels: int, *, patience: int = 100, **settings: Any
+    ) -> None:
+        super().__init__(model, channels, p=0.5, **settings)
+        self.early, self.left = Feedback(model, channels, **settings), patience
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Attack a batch."""
+        self.left -= 1
+        return self.early(x, y) if self.left >= 0 else super().__call__(x, y)
 
 
 class Friendly(Strategy):
@@ -164,9 +203,14 @@ STRATEGIES: dict[str, Callable[..., Strategy] | None] = {
     "as far as it is sure": partial(Confident, labels="true"),
     "friendly, three steps": partial(Friendly, labels="true", steps=3),
     "ramp of p": partial(Ramp, p=0.0, labels="true"),
-    "feedback on p, slower, above 0.8": partial(Feedback, labels="true"),
-    "feedback on p, slower, above 0.6": partial(Feedback, target=0.6, labels="true"),
-    "p follows accuracy": partial(Following, labels="true"),
+    "feedback on p above 0.6": Feedback,
+    "feedback on p above 0.8": partial(Feedback, target=0.8),
+    "feedback on p above 0.6, half of a batch from step 50": partial(Patient, patience=50),
+    "feedback on p above 0.6, half of a batch from step 100": Patient,
+    "p is half of skill": Following,
+    "p is half of skill squared": partial(Following, power=2.0),
+    "p is half of the root of skill": partial(Following, power=0.5),
+    "p is skill": partial(Following, most=1.0),
     "own BatchNorm": partial(OwnStatistics, labels="true"),
     "predicted labels, every image": partial(Strategy, p=1.0),
     "true labels, every image, three steps": partial(Strategy, p=1.0, steps=3, labels="true"),
@@ -241,6 +285,7 @@ def main() -> None:
     parser.add_argument("--name", help="the name of the set, by default that of the folder")
     parser.add_argument("--per-class", type=int, default=50)
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--channels", type=int, default=3)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="*", default=(0, 1, 2))
@@ -260,7 +305,7 @@ def main() -> None:
         epochs=args.epochs,
         width=16,
         precision="float32",
-        batch_size=64,
+        batch_size=args.batch_size,
         channels=args.channels,
     )
     name = args.name or args.images.name

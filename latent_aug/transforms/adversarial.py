@@ -35,7 +35,7 @@ from latent_aug.transforms.labels import prepare_labels, read_labels
 from latent_aug.transforms.latents import LatentTransform, find_layout, run_uncompiled
 from latent_aug.transforms.lending import lend
 from latent_aug.transforms.regions import Levels, Mask, build_mask, read_region, take_rows
-from latent_aug.transforms.share import HIGHEST, AdaptiveShare, find_hits
+from latent_aug.transforms.share import HIGHEST, AdaptiveShare, count_right
 from latent_aug.utils.arguments import (
     Range,
     require_choice,
@@ -89,8 +89,9 @@ class LatentAdversarial(LatentTransform):
             do not sum to 1, as those of several labels an image: they need a `loss`.
         normalize: v2.Normalize or (mean, std) that the images have been through already.
         p: Share of each batch that is perturbed, drawn at random. The cost falls with it. None
-            follows the model, which needs class labels: the share grows to one half while the model
-            has most clean images right, and falls to nothing else. `share` tells where it stands.
+            follows the model, which needs class labels: the share grows to one half as the model
+            gets clean images right, and is nothing while it is at chance. `share` tells where it
+            stands.
         clip: Greatest distance from the original image, in [0, 1] units: per pixel for "linf",
             as l2 norm otherwise.
         random_start: Begin at a random point of the ball, not at its centre.
@@ -348,8 +349,7 @@ class LatentAdversarial(LatentTransform):
         if len(chosen):
             ask = build_ask(self.forward, batch, key, chosen)
             logits = self._ask_without_trace(images[chosen], ask)
-            hits = find_hits(logits, select_entry(labels, chosen, len(images)))
-            adaptive.update(hits, logits.shape[1])
+            adaptive.update(count_right(logits, select_entry(labels, chosen, len(images))))
 
     def _attack_share(
         self, batch: Any, key: Any, labels: Any, *, share: float, predicted: bool

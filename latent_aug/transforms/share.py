@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -10,9 +11,7 @@ from torch import Tensor
 from latent_aug.transforms.classifier import count_classes, has_several
 
 HIGHEST = 0.5  # of each batch, as Stutz et al. 2019
-TARGET = 0.6  # skill on clean training images: 0 is chance, 1 is all right
-STEP = 0.05  # from 0 to HIGHEST in ten batches
-MEMORY = 0.8  # decay of the running mean, a batch
+MEMORY = 0.9  # decay of the running mean, a batch
 PROBED = 8  # one image in so many is looked at
 
 FOLLOWS = "by default the share of attacked images follows the model's accuracy"
@@ -20,58 +19,67 @@ GIVE_P = "pass p=, the share of each batch to attack, such as p=0.5"
 
 
 class AdaptiveShare:
-    """A share that grows while a classifier has its clean training images right, and shrinks else.
+    """A share that leaves enough of each batch alone for a classifier to learn from.
 
-    Right are enough if their share is `TARGET` of the way from chance to 1: 0.8 of two classes,
-    0.64 of ten. So a classifier learns undisturbed at first, and one that does not learn is not
-    attacked. One that has its first batch right is attacked at once. Later an accelerator is read
-    one batch late, so that nothing waits for the current one.
+    Attacked images count as wrong here. The share is the largest, up to `HIGHEST`, with which the
+    classifier still has more of a batch right than by naming the most frequent class each time.
+    At chance it is 0. A classifier of ten classes is attacked on half of each batch once it has a
+    fifth right, one of two classes on a third once it has three quarters right.
+
+    Accuracy is that on clean training images, a running mean over batches. Later than the first
+    batch an accelerator is read one batch late, so that nothing waits for the current one.
 
     Attributes:
         value: The share, from 0 to `HIGHEST`. It begins at 0.
-        skill: The running mean of the accuracy, from 0 at chance to 1.
+        accuracy: The running mean of the accuracy.
         begun: Whether a batch was seen.
 
-    Source: adaptive augmentation in StyleGAN2-ADA (Karras et al. 2020), with its target and, for
-    two classes, its measure.
+    Source: our own. That an augmentation follows a measure on the training images is in
+    StyleGAN2-ADA (Karras et al. 2020).
     """
 
     def __init__(self) -> None:
-        self.value, self.skill = 0.0, 0.0
+        self.value, self.accuracy = 0.0, 0.0
         self.begun = False
+        self._counts: list[float] = []  # of each class so far
         self._latest: Tensor | None = None
 
-    def update(self, hits: Tensor, classes: int) -> None:
-        """Take note of which images (n,) the classifier has right, as zeros and ones.
+    def update(self, tally: Tensor) -> None:
+        """Take note of what the classifier has right.
+
+        Args:
+            tally: From `count_right`.
 
         Example:
             >>> import torch
             >>> share = AdaptiveShare()
-            >>> for right in (0.75, 1.0, 1.0):
-            ...     share.update(torch.full((8,), right), classes=2)
-            >>> share.value, round(share.skill, 3)
-            (0.05, 0.68)
+            >>> share.update(torch.tensor([3.0, 2.0, 2.0]))  # right, and labels of two classes
+            >>> share.accuracy, round(share.value, 3)
+            (0.75, 0.333)
         """
-        before = hits if hits.is_cpu or not self.begun else self._latest
-        self._latest = hits
-        if before is None or not len(before):
+        before = tally if tally.is_cpu or not self.begun else self._latest
+        self._latest = tally
+        if before is None:
             return
-        skill = (classes * float(before.mean()) - 1) / (classes - 1)
-        if not self.begun:
-            self.begun, self.skill = True, skill
-            self.value = HIGHEST if skill > TARGET else 0.0
+        right, *counts = before.tolist()
+        if not sum(counts):
             return
-        self.skill += (1 - MEMORY) * (skill - self.skill)
-        moved = self.value + (STEP if self.skill > TARGET else -STEP)
-        self.value = round(min(HIGHEST, max(0.0, moved)), 6)
+        memory = MEMORY if self.begun else 0.0
+        self.begun = True
+        self.accuracy = memory * self.accuracy + (1 - memory) * right / sum(counts)
+        self._counts = [a + b for a, b in zip_longest(self._counts, counts, fillvalue=0.0)]
+        chance = max(self._counts) / sum(self._counts)
+        self.value = min(HIGHEST, max(0.0, 1 - chance / max(self.accuracy, chance)))
 
     def select_probed(self, count: int, device: torch.device) -> Tensor:
         """Select the images of a batch to look at: all of the first, then evenly spread ones."""
         return torch.arange(0, count, PROBED if self.begun else 1, device=device)
 
 
-def find_hits(logits: Tensor, labels: Any) -> Tensor:
-    """Find which predictions are right, as zeros and ones. Labels of no class are left out.
+def count_right(logits: Tensor, labels: Any) -> Tensor:
+    """Count what a classifier has right, and the labels of each class: (1 + K,).
+
+    Labels of no class are left out, as -100 or 255 is in masks. An accelerator is not waited for.
 
     Args:
         logits: The logits (n, K), or (n, K, ...) with a class for each pixel.
@@ -79,6 +87,11 @@ def find_hits(logits: Tensor, labels: Any) -> Tensor:
 
     Raises:
         ValueError: The model gives no classes, or the labels are none.
+
+    Example:
+        >>> import torch
+        >>> count_right(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 0]))
+        tensor([1., 2., 0.])
     """
     classes = count_classes(logits, GIVE_P)
     shape = (len(logits), *logits.shape[2:])
@@ -92,5 +105,8 @@ def find_hits(logits: Tensor, labels: Any) -> Tensor:
             f"{found}; {GIVE_P}"
         )
     right = (labels.argmax(dim=1) if whole else labels).to(logits.device)
-    hits = logits.detach().argmax(dim=1) == right
-    return hits[(right >= 0) & (right < classes)].float()  # ignored ones are -100, void ones 255
+    counted = ((right >= 0) & (right < classes)).flatten().float()
+    hits = (logits.detach().argmax(dim=1) == right).flatten() * counted
+    counts = torch.zeros(classes, device=logits.device)
+    counts.index_add_(0, right.flatten().long().clamp(0, classes - 1), counted)
+    return torch.cat([hits.sum()[None], counts])
