@@ -75,7 +75,8 @@ class TestShare:
         model.right = 1.0
         rising = attack_often(attack, 40, count=64)
         assert rising == sorted(rising)
-        assert rising[0] == pytest.approx(1 - 0.5 / 0.55)
+        assert 0 < rising[5] < rising[10]
+        assert rising[0] == 0.0  # the mean is 0.55, with an error of 0.06
         assert 0.4 < rising[-1] < HIGHEST
         model.right = 0.0
         assert attack_often(attack, 40, count=64)[-1] == 0.0
@@ -158,15 +159,15 @@ class TestCounts:
     @pytest.mark.parametrize(
         ("accuracy", "counts", "value"),
         [
-            (0.5, (10, 10), 0.0),
-            (0.4, (10, 10), 0.0),
-            (0.75, (10, 10), 1 / 3),
-            (1.0, (10, 10), 0.5),
-            (0.125, (2,) * 10, 0.2),
-            (0.2, (2,) * 10, 0.5),
-            (0.9, (2,) * 10, 0.5),
-            (0.9, (18, 2), 0.0),  # naming the first class each time has as many right
-            (1.0, (16, 4), 0.2),
+            (0.5, (50, 50), 0.0),
+            (0.4, (50, 50), 0.0),
+            (0.58, (50, 50), 0.0),  # perhaps by chance
+            (0.8, (50, 50), 1 - 0.5 / 0.72),  # an error of 0.04, twice
+            (1.0, (50, 50), 0.5),
+            (0.2, (10,) * 10, 1 - 0.1 / 0.12),
+            (0.5, (10,) * 10, 0.5),
+            (0.9, (90, 10), 0.0),  # naming the first class each time has as many right
+            (1.0, (80, 20), 0.2),
         ],
     )
     def test_leave_the_rest_of_the_batch_above_chance(self, accuracy, counts, value):

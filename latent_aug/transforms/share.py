@@ -12,6 +12,7 @@ from latent_aug.transforms.classifier import count_classes, has_several
 
 HIGHEST = 0.5  # of each batch, as Stutz et al. 2019
 MEMORY = 0.9  # decay of the running mean, a batch
+DOUBT = 2.0  # standard errors below that mean: few images are looked at
 PROBED = 8  # one image in so many is looked at
 
 FOLLOWS = "by default the share of attacked images follows the model's accuracy"
@@ -23,15 +24,17 @@ class AdaptiveShare:
 
     Attacked images count as wrong here. The share is the largest, up to `HIGHEST`, with which the
     classifier still has more of a batch right than by naming the most frequent class each time.
-    At chance it is 0. A classifier of ten classes is attacked on half of each batch once it has a
-    fifth right, one of two classes on a third once it has three quarters right.
+    At chance it is 0. A classifier of ten classes is attacked on half of each batch once it surely
+    has a fifth right, one of two classes on a third once it surely has three quarters right.
 
-    Accuracy is that on clean training images, a running mean over batches. Later than the first
-    batch an accelerator is read one batch late, so that nothing waits for the current one.
+    Accuracy is that on clean training images, a running mean over batches, less two standard errors
+    of it. Later than the first batch an accelerator is read one batch late, so that nothing waits
+    for the current one.
 
     Attributes:
         value: The share, from 0 to `HIGHEST`. It begins at 0.
         accuracy: The running mean of the accuracy.
+        variance: The variance of that mean, in units of that of a single image.
         begun: Whether a batch was seen.
 
     Source: our own. That an augmentation follows a measure on the training images is in
@@ -39,7 +42,7 @@ class AdaptiveShare:
     """
 
     def __init__(self) -> None:
-        self.value, self.accuracy = 0.0, 0.0
+        self.value, self.accuracy, self.variance = 0.0, 0.0, 0.0
         self.begun = False
         self._counts: list[float] = []  # of each class so far
         self._latest: Tensor | None = None
@@ -53,9 +56,9 @@ class AdaptiveShare:
         Example:
             >>> import torch
             >>> share = AdaptiveShare()
-            >>> share.update(torch.tensor([3.0, 2.0, 2.0]))  # right, and labels of two classes
+            >>> share.update(torch.tensor([300.0, 200.0, 200.0]))  # right, labels of two classes
             >>> share.accuracy, round(share.value, 3)
-            (0.75, 0.333)
+            (0.75, 0.292)
         """
         before = tally if tally.is_cpu or not self.begun else self._latest
         self._latest = tally
@@ -67,9 +70,12 @@ class AdaptiveShare:
         memory = MEMORY if self.begun else 0.0
         self.begun = True
         self.accuracy = memory * self.accuracy + (1 - memory) * right / sum(counts)
+        self.variance = memory**2 * self.variance + (1 - memory) ** 2 / sum(counts)
         self._counts = [a + b for a, b in zip_longest(self._counts, counts, fillvalue=0.0)]
         chance = max(self._counts) / sum(self._counts)
-        self.value = min(HIGHEST, max(0.0, 1 - chance / max(self.accuracy, chance)))
+        error = (self.accuracy * (1 - self.accuracy) * self.variance) ** 0.5
+        sure = max(chance, self.accuracy - DOUBT * error)
+        self.value = min(HIGHEST, 1 - chance / sure)
 
     def select_probed(self, count: int, device: torch.device) -> Tensor:
         """Select the images of a batch to look at: all of the first, then evenly spread ones."""
