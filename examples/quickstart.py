@@ -148,7 +148,7 @@ def draw(model: nn.Module, images: Tensor, labels: Tensor, path: Path) -> None:
 def main() -> None:
     """Train, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=60, help="of each run (default: 60)")
+    parser.add_argument("--epochs", type=int, default=45, help="of each run (default: 45)")
     parser.add_argument("--seeds", type=int, default=3, help="runs a method (default: 3)")
     parser.add_argument(
         "--picture", type=Path, default=Path("quickstart.png"), help="where to draw"

@@ -51,18 +51,18 @@ class FlowCheck:
     """The result of `check_flow`.
 
     Attributes:
-        figures: The result of `measure_flow`; with a classifier each perturbation has its
+        figures: The result of `measure_flow`. With a classifier each perturbation has its
             `flipped`, the share of predictions that change.
         norm: The norm of the suggested eps.
         eps: The suggested eps.
-        by_change: The eps that changes pixels by the asked number of grey levels on average;
-            `HIGHEST` if none does.
+        by_change: The eps that changes pixels by the asked number of grey levels on average,
+            or `HIGHEST` if none does.
         by_flips: The greatest eps that flips no more than the asked share of the classifier's
-            predictions, `LOWEST` if there is none; None without a classifier.
+            predictions, `LOWEST` if there is none. None without a classifier.
         findings: What the figures show, each with the best grade that it allows.
         remedy: The way to a flow that suits: for a flow of the package the command that fine-tunes
             it.
-        minutes: An estimate of the time that the remedy takes on this machine; None where the flow
+        minutes: An estimate of the time that the remedy takes on this machine. None where the flow
             suits, or cannot be trained here.
     """
 
@@ -176,19 +176,19 @@ def check_flow(
             suggested eps is of what is left after cropping back.
         norm: Of the eps to suggest: "linf", "l2" or "rms".
         grey_levels: Mean absolute change of a pixel, of 255, that the suggested eps aims at.
-        classifier: Your trained model; the suggested eps then also flips no more than `flips` of
+        classifier: Your trained model. The suggested eps then also flips no more than `flips` of
             its predictions.
         flips: Greatest share of predictions that may flip.
-        normalize: v2.Normalize or (mean, std) that the classifier's inputs go through; the images
+        normalize: v2.Normalize or (mean, std) that the classifier's inputs go through. The images
             come without it, in [0, 1].
         size: Resize and crop the images to this side.
-        count: At most this many images, spread over the data set, are looked at; eps and
+        count: At most this many images, spread over the data set, are looked at. Eps and
             flips are found on up to 200 of them.
         seed: Of dequantization noise and perturbations.
         progress: Show a progress bar.
 
     Returns:
-        Figures, a suggested eps, findings and a grade; print it to read it.
+        Figures, a suggested eps, findings and a grade. Print it to read it.
 
     Raises:
         ValueError: The images have other channels than the flow, or a size that it does not map.
@@ -196,7 +196,7 @@ def check_flow(
         TypeError: The classifier does not return logits.
         FileNotFoundError: No such images, or a directory that holds no flow.
 
-    Source: bits/dim as in Kingma & Dhariwal 2018; the paper chooses eps by validation accuracy.
+    Source: bits/dim as in Kingma & Dhariwal 2018. The paper chooses eps by validation accuracy.
 
     Example:
         >>> import torch

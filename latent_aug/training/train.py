@@ -95,7 +95,7 @@ def train_flow(
             processes do not see the same images, or a batch has fewer images than there are
             processes.
 
-    Source: the paper's A.2; Kingma & Dhariwal 2018; Theis et al. 2016 for the dequantization.
+    Source: the paper's A.2, Kingma & Dhariwal 2018, Theis et al. 2016 for the dequantization.
 
     Example:
         >>> import tempfile, torch

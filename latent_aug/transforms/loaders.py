@@ -87,7 +87,7 @@ class LatentCollate:
 class LatentLoader:
     """A data loader whose batches are perturbed in the main process, on the device.
 
-    The workers load and decode images; here the batch goes to the device and through the flow.
+    The workers load and decode images. Here the batch goes to the device and through the flow.
     On a GPU that happens one batch ahead on a stream of its own, while the training step runs.
     Give the loader ``pin_memory=True`` then. On a CPU it happens when the batch is asked for, as a
     thread beside the training step would take the cores that the step is using.

@@ -23,7 +23,7 @@ class AdaptiveShare:
     """A share that leaves enough of each batch alone for a classifier to learn from.
 
     Attacked images count as wrong here. The share is the largest, up to `HIGHEST`, with which the
-    classifier still has more of a batch right than by naming the most frequent class each time.
+    classifier still has more of a batch right than by guessing classes as often as they come.
     At chance it is 0. A classifier of ten classes is attacked on half of each batch once it surely
     has a fifth right, one of two classes on a third once it surely has three quarters right.
 
@@ -58,7 +58,7 @@ class AdaptiveShare:
             >>> share = AdaptiveShare()
             >>> share.update(torch.tensor([300.0, 200.0, 200.0]))  # right, labels of two classes
             >>> share.accuracy, round(share.value, 3)
-            (0.75, 0.292)
+            (0.75, 0.294)
         """
         before = tally if tally.is_cpu or not self.begun else self._latest
         self._latest = tally
@@ -72,10 +72,12 @@ class AdaptiveShare:
         self.accuracy = memory * self.accuracy + (1 - memory) * right / sum(counts)
         self.variance = memory**2 * self.variance + (1 - memory) ** 2 / sum(counts)
         self._counts = [a + b for a, b in zip_longest(self._counts, counts, fillvalue=0.0)]
-        chance = max(self._counts) / sum(self._counts)
+        total = sum(self._counts)
+        pairs = sum(count * (count - 1) for count in self._counts)  # of labels that are alike
+        chance = pairs / max(1.0, total * (total - 1))
         error = (self.accuracy * (1 - self.accuracy) * self.variance) ** 0.5
         sure = max(chance, self.accuracy - DOUBT * error)
-        self.value = min(HIGHEST, 1 - chance / sure)
+        self.value = min(HIGHEST, 1 - chance / sure) if sure else 0.0
 
     def select_probed(self, count: int, device: torch.device) -> Tensor:
         """Select the images of a batch to look at: all of the first, then evenly spread ones."""
