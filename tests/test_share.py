@@ -60,13 +60,13 @@ class TestShare:
         attack_often(LatentAdversarial(model, flow=Identity()), 3, count=24)
         assert model.sizes() == [24, 3, 3]
 
-    def test_is_the_highest_at_once_for_a_model_that_knows_its_first_batch(self):
+    def test_is_there_at_once_for_a_model_that_knows_its_first_batch(self):
         model = Answers(1.0)
         attack = LatentAdversarial(model, flow=Identity())
-        images = torch.rand(8, 3, 8, 8)
-        attacked = attack(images, make_labels(8))
-        assert (attacked != images).flatten(1).any(dim=1).sum() == 4
-        assert attack.share == HIGHEST
+        images = torch.rand(64, 3, 8, 8)
+        attacked = attack(images, make_labels(64))
+        assert attack.share == pytest.approx(HIGHEST * (1 - 31 / 63))
+        assert (attacked != images).flatten(1).any(dim=1).sum() in (16, 17)
 
     def test_follows_the_mean_accuracy_up_and_down(self):
         model = Answers(0.5)
@@ -77,7 +77,7 @@ class TestShare:
         assert rising == sorted(rising)
         assert 0 < rising[5] < rising[10]
         assert rising[0] == 0.0  # the mean is 0.55, with an error of 0.06
-        assert 0.4 < rising[-1] < HIGHEST
+        assert 0.23 < rising[-1] < HIGHEST / 2 + 0.01
         model.right = 0.0
         assert attack_often(attack, 40, count=64)[-1] == 0.0
 
@@ -90,9 +90,9 @@ class TestShare:
 
     def test_begins_anew_in_a_copy(self):
         attack = LatentAdversarial(Answers(1.0), flow=Identity())
-        before = attack_often(attack, 1)
-        assert "p=None, now 0.5" in repr(attack)
-        assert before == [HIGHEST]
+        (before,) = attack_often(attack, 1)
+        assert before > 0
+        assert f"p=None, now {before:g}" in repr(attack)
         clipped = LatentAdversarial(Answers(1.0), flow=Identity(), norm="linf", clip=0.5)
         assert "clip=0.5" in repr(clipped)
         assert copy.copy(attack).share == 0.0
@@ -162,20 +162,20 @@ class TestCounts:
             (0.5, (50, 50), 0.0),
             (0.4, (50, 50), 0.0),
             (0.58, (50, 50), 0.0),  # perhaps by chance
-            (0.8, (5000, 5000), 1 - 0.5 / 0.792),  # an error of 0.004, twice
-            (1.0, (50, 50), 0.5),
-            (0.2, (1000,) * 10, 1 - 0.1 / 0.192),
-            (0.5, (10,) * 10, 0.5),
-            (0.1, (2,) * 50, 1 - (1 / 99) / 0.04),
+            (0.8, (5000, 5000), 0.5 * (1 - 0.5 / 0.792)),  # an error of 0.004, twice
+            (1.0, (5000, 5000), 0.25),
+            (0.2, (1000,) * 10, 0.5 * (1 - 0.1 / 0.192)),
+            (1.0, (1000,) * 10, 0.45),
+            (0.1, (2,) * 50, 0.5 * (1 - (1 / 99) / 0.04)),
             (0.82, (900, 100), 0.0),  # as many as by guessing the first class nine times of ten
-            (1.0, (800, 200), 0.32),
+            (1.0, (800, 200), 0.16),
             (0.0, (1, 1), 0.0),
         ],
     )
     def test_leave_the_rest_of_the_batch_above_chance(self, accuracy, counts, value):
         share = AdaptiveShare()
         share.update(torch.tensor([accuracy * sum(counts), *counts]))
-        assert share.value == pytest.approx(min(value, HIGHEST), abs=1e-3)
+        assert share.value == pytest.approx(value, abs=2e-3)
 
     def test_on_an_accelerator_are_read_one_batch_late(self):
         class Elsewhere(torch.Tensor):

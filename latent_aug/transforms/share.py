@@ -20,12 +20,12 @@ GIVE_P = "pass p=, the share of each batch to attack, such as p=0.5"
 
 
 class AdaptiveShare:
-    """A share that leaves enough of each batch alone for a classifier to learn from.
+    """A share that grows as a classifier gets its clean training images right.
 
-    Attacked images count as wrong here. The share is the largest, up to `HIGHEST`, with which the
-    classifier still has more of a batch right than by guessing classes as often as they come.
-    At chance it is 0. A classifier of ten classes is attacked on half of each batch once it surely
-    has a fifth right, one of two classes on a third once it surely has three quarters right.
+    It is 0 at chance and `HIGHEST` at most: ``HIGHEST * (1 - chance / accuracy)``. Chance is what
+    guessing classes gets, as often as they come. So many classes are attacked soon: a classifier of
+    ten on a quarter of each batch once it has a fifth right, and hardly learned two on little. With
+    twice that share, and attacked images counted as wrong, the rest of a batch would be at chance.
 
     Accuracy is that on clean training images, a running mean over batches, less two standard errors
     of it. Later than the first batch an accelerator is read one batch late, so that nothing waits
@@ -58,7 +58,7 @@ class AdaptiveShare:
             >>> share = AdaptiveShare()
             >>> share.update(torch.tensor([300.0, 200.0, 200.0]))  # right, labels of two classes
             >>> share.accuracy, round(share.value, 3)
-            (0.75, 0.294)
+            (0.75, 0.147)
         """
         before = tally if tally.is_cpu or not self.begun else self._latest
         self._latest = tally
@@ -77,7 +77,7 @@ class AdaptiveShare:
         chance = pairs / max(1.0, total * (total - 1))
         error = (self.accuracy * (1 - self.accuracy) * self.variance) ** 0.5
         sure = max(chance, self.accuracy - DOUBT * error)
-        self.value = min(HIGHEST, 1 - chance / sure) if sure else 0.0
+        self.value = HIGHEST * (1 - chance / sure) if sure else 0.0
 
     def select_probed(self, count: int, device: torch.device) -> Tensor:
         """Select the images of a batch to look at: all of the first, then evenly spread ones."""
