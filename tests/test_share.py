@@ -177,6 +177,13 @@ class TestCounts:
         share.update(torch.tensor([accuracy * sum(counts), *counts]))
         assert share.value == pytest.approx(value, abs=2e-3)
 
+    def test_that_are_all_right_stay_so_whatever_rounds(self):
+        share = AdaptiveShare()
+        for _ in range(300):
+            share.update(torch.tensor([6.0, 3.0, 3.0]))
+            assert 0 < share.value < HIGHEST
+        assert share.accuracy == pytest.approx(1)
+
     def test_on_an_accelerator_are_read_one_batch_late(self):
         class Elsewhere(torch.Tensor):
             is_cpu = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import zip_longest
 from typing import Any
 
@@ -22,10 +23,10 @@ GIVE_P = "pass p=, the share of each batch to attack, such as p=0.5"
 class AdaptiveShare:
     """A share that grows as a classifier gets its clean training images right.
 
-    It is 0 at chance and `HIGHEST` at most: ``HIGHEST * (1 - chance / accuracy)``. Chance is what
-    guessing classes gets, as often as they come. So many classes are attacked soon: a classifier of
-    ten on a quarter of each batch once it has a fifth right, and hardly learned two on little. With
-    twice that share, and attacked images counted as wrong, the rest of a batch would be at chance.
+    It is ``HIGHEST * (1 - chance / accuracy)``. Chance is what guessing classes gets, as often as
+    they come. A classifier of ten classes is attacked on a quarter of each batch once it has a
+    fifth right, one of two classes never on more than a quarter. With twice that share the images
+    left alone would have as many right as chance has in a whole batch.
 
     Accuracy is that on clean training images, a running mean over batches, less two standard errors
     of it. Later than the first batch an accelerator is read one batch late, so that nothing waits
@@ -75,7 +76,8 @@ class AdaptiveShare:
         total = sum(self._counts)
         pairs = sum(count * (count - 1) for count in self._counts)  # of labels that are alike
         chance = pairs / max(1.0, total * (total - 1))
-        error = (self.accuracy * (1 - self.accuracy) * self.variance) ** 0.5
+        spread = max(0.0, self.accuracy * (1 - self.accuracy))  # rounding may lead below 0
+        error = math.sqrt(spread * self.variance)
         sure = max(chance, self.accuracy - DOUBT * error)
         self.value = HIGHEST * (1 - chance / sure) if sure else 0.0
 
