@@ -15,19 +15,13 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from contestants import cifar_resnet
 from measurements import keep_measurement
 from torch import nn
-from torchvision.models import resnet18
-from torchvision.models.resnet import BasicBlock, ResNet
 
 from latent_aug import LatentAdversarial, load_flow
 
 ATTACKED = 32
-
-
-def small() -> nn.Module:
-    """A ResNet-10."""
-    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)
 
 
 def take_turns(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -82,9 +76,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     rows = []
-    for name, build in (("ResNet-10", small), ("ResNet-18", lambda: resnet18(num_classes=10))):
+    for name, blocks in (("ResNet-10", (1, 1, 1, 1)), ("ResNet-18", (2, 2, 2, 2))):
         for steps in (1, 3):
-            found = measure(build(), steps, args.rounds)
+            found = measure(cifar_resnet(blocks), steps, args.rounds)
             row = {"classifier": name, "steps": steps, "threads": torch.get_num_threads()}
             rows.append(row | {key: round(value, 2) for key, value in found.items()})
             print(rows[-1], flush=True)

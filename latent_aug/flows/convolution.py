@@ -7,7 +7,6 @@ once here, by the operators that torch.compile emits.
 
 from __future__ import annotations
 
-import operator
 from typing import NamedTuple
 
 import torch
@@ -18,8 +17,8 @@ from torch.autograd import forward_ad
 REORDERED_PIXELS = 1024
 """With fewer pixels, calling the operator for reordered weights costs more than it saves."""
 
-REORDERED_PATCH = 256, 576
-"""So many pixels and values under the kernel are enough, too."""
+REORDERED_IMAGE, REORDERED_PATCH = 256, 576
+"""For kernels wider than a pixel so many pixels, with so many values under it, are enough."""
 
 
 class Conv(NamedTuple):
@@ -79,8 +78,9 @@ def convolve(x: Tensor, conv: Conv, *, relu: bool = False) -> Tensor:
     weight, bias, reordered = conv
     pad = weight.shape[2] // 2
     if reordered is not None and is_untracked(x, weight):
-        size = x.shape[0] * x.shape[2] * x.shape[3], weight[0].numel()
-        if size[0] >= REORDERED_PIXELS or (pad and min(map(operator.ge, size, REORDERED_PATCH))):
+        pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        wide = pad > 0 and weight[0].numel() >= REORDERED_PATCH
+        if pixels >= (REORDERED_IMAGE if wide else REORDERED_PIXELS):
             then = "relu" if relu else "none"
             result: Tensor = torch.ops.mkldnn._convolution_pointwise.default(
                 x, *reordered, [pad, pad], [1, 1], [1, 1], 1, then, [], ""

@@ -66,16 +66,15 @@ class AdaptiveShare:
         if before is None:
             return
         right, *counts = before.tolist()
-        if not sum(counts):
+        seen = sum(counts)
+        if not seen:
             return
         memory = MEMORY if self.begun else 0.0
         self.begun = True
-        self.accuracy = memory * self.accuracy + (1 - memory) * right / sum(counts)
-        self.variance = memory**2 * self.variance + (1 - memory) ** 2 / sum(counts)
+        self.accuracy = memory * self.accuracy + (1 - memory) * right / seen
+        self.variance = memory**2 * self.variance + (1 - memory) ** 2 / seen
         self._counts = [a + b for a, b in zip_longest(self._counts, counts, fillvalue=0.0)]
-        total = sum(self._counts)
-        pairs = sum(count * (count - 1) for count in self._counts)  # of labels that are alike
-        chance = pairs / max(1.0, total * (total - 1))
+        chance = estimate_chance(self._counts)
         spread = max(0.0, self.accuracy * (1 - self.accuracy))  # rounding may lead below 0
         error = math.sqrt(spread * self.variance)
         sure = max(chance, self.accuracy - DOUBT * error)
@@ -84,6 +83,17 @@ class AdaptiveShare:
     def select_probed(self, count: int, device: torch.device) -> Tensor:
         """Select the images of a batch to look at: all of the first, then evenly spread ones."""
         return torch.arange(0, count, PROBED if self.begun else 1, device=device)
+
+
+def estimate_chance(counts: list[float]) -> float:
+    """Estimate what guessing classes gets, as often as they come: how often two labels agree.
+
+    Example:
+        >>> estimate_chance([2.0, 2.0])  # two of the six pairs
+        0.3333333333333333
+    """
+    total = sum(counts)
+    return sum(count * (count - 1) for count in counts) / max(1.0, total * (total - 1))
 
 
 def count_right(logits: Tensor, labels: Any) -> Tensor:
