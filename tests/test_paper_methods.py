@@ -418,14 +418,15 @@ def test_all_seeds_share_the_images_that_a_model_was_trained_on():
 @pytest.mark.parametrize("kind", ["test", "validation"])
 def test_runs_are_of_their_recipe(name, kind):
     import run
+    from protocol import Protocol
     from records import RESULTS, read_lines
 
     recipe, found = RECIPES[name], []
     for entry in read_lines(RESULTS / f"{name}.{kind}.jsonl"):
         method, seed = entry["method"], entry["seed"]
-        protocol = vars(run.fill_protocol(recipe, seed, test=kind == "test"))
+        protocol = vars(run.fill_protocol(recipe, method, seed, test=kind == "test"))
         assert entry["recipe"] == name
-        assert entry["protocol"] == protocol
+        assert vars(Protocol(**entry["protocol"])) == protocol
         assert entry["settings"] == run.fill_settings(recipe, method, protocol["precision"])
         assert seed in recipe["methods"][method]["seeds"]
         found.append((method, seed))

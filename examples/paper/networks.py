@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock
 
@@ -32,6 +33,42 @@ def block(inputs: int, outputs: int, stride: int) -> BasicBlock:
             nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
         )
     return BasicBlock(inputs, outputs, stride, shortcut)
+
+
+class PreactivationBlock(nn.Module):
+    """Normalize, ReLU, convolve, twice, beside a shortcut (He et al. 2016, Zagoruyko 2016)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm2d(inputs), nn.BatchNorm2d(outputs)])
+        self.first = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.second = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.shortcut = None
+        if inputs != outputs:
+            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of a batch (B, C, H, W)."""
+        hidden = F.relu(self.norms[0](x))
+        if self.shortcut is not None:
+            x = self.shortcut(hidden)
+        return x + self.second(F.relu(self.norms[1](self.first(hidden))))
+
+
+def preactivation_resnet(channels: int, classes: int, width: int) -> nn.Module:
+    """As `small_resnet`, of pre-activation blocks."""
+    stages = [PreactivationBlock(width, width, 1)]
+    stages += [PreactivationBlock(width * 2**i, width * 2 ** (i + 1), 2) for i in range(3)]
+    network = nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1, bias=False),
+        *stages,
+        nn.BatchNorm2d(8 * width),
+        nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8 * width, classes),
+    )
+    return network.to(memory_format=torch.channels_last)
 
 
 def cifar_resnet18(channels: int, classes: int, width: int) -> nn.Module:
@@ -79,4 +116,10 @@ def lenet5(channels: int, classes: int, width: int) -> nn.Module:
     return network
 
 
-NETWORKS = {"resnet": small_resnet, "resnet18": cifar_resnet18, "cnn": cnn, "lenet5": lenet5}
+NETWORKS = {
+    "resnet": small_resnet,
+    "preactivation": preactivation_resnet,
+    "resnet18": cifar_resnet18,
+    "cnn": cnn,
+    "lenet5": lenet5,
+}

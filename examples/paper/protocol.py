@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from networks import NETWORKS
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.datasets import ImageFolder
 
 from latent_aug.images.datasets import to_uint8
@@ -20,7 +21,8 @@ from latent_aug.utils.files import replace_file
 if TYPE_CHECKING:
     from methods import Method
 
-VALIDATION_SHARE = 0.2  # of the labelled images, while settings are chosen
+VALIDATION_IMAGES = 5000  # at most, of those without labels
+VALIDATION_SHARE = 0.2  # of the labelled images, where there are no others
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Protocol:
     Args:
         per_class: Labelled images of each class; all of them if None.
         epochs: Passes over them.
-        network: Of networks.py: "resnet" (small), "resnet18", "cnn" or "lenet5".
+        network: Of networks.py: "resnet" (small), "preactivation", "resnet18", "cnn" or "lenet5".
         channels: Of the images.
         width: Channels of the network's first stage.
         batch_size: Images a step.
@@ -50,8 +52,11 @@ class Protocol:
         lr: Greatest learning rate.
         final_lr: Share of it at the end of an exponential decay.
         weight_decay: Of the optimizer.
-        test: Evaluate on the test images; else train on four fifths of the labelled images and
-            evaluate on the rest.
+        label_smoothing: Share of the label that all classes divide among themselves.
+        average: Decay a step of the moving average of weights and statistics that is evaluated. At
+            0 the weights themselves are.
+        test: Evaluate on the test images. Otherwise on up to 5,000 training images that are not
+            labelled, or, where all are, on a fifth of them, which is not trained on.
         data_seed: Which images of a class are labelled. If None, each seed has a draw of its own,
             of the same number.
         size: Resize images to this side; None leaves them.
@@ -70,6 +75,8 @@ class Protocol:
     lr: float = 0.1
     final_lr: float = 0.1
     weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    average: float = 0.0
     test: bool = False
     data_seed: int | None = None
     size: int | None = None
@@ -92,13 +99,19 @@ def stack_images(
 
 def labelled(train: Images, protocol: Protocol) -> Images:
     """The labelled images of each class: draw 0 where the protocol names none."""
+    index, _ = divide(train, protocol)
+    return Images(train.pixels[index], train.labels[index], train.classes)
+
+
+def divide(train: Images, protocol: Protocol) -> tuple[Tensor, Tensor]:
+    """The indices of the labelled images of each class, and of all others in an order of chance."""
     generator = torch.Generator().manual_seed(protocol.data_seed or 0)
     order = torch.randperm(len(train.labels), generator=generator)
     chosen = [order[train.labels[order] == c][: protocol.per_class] for c in range(train.classes)]
     # One of each class in turn, so that any first part is as balanced as the whole.
     places = torch.cat([torch.arange(len(part)) for part in chosen])
     index = torch.cat(chosen)[places.argsort(stable=True)]
-    return Images(train.pixels[index], train.labels[index], train.classes)
+    return index, order[~torch.isin(order, index)]
 
 
 def draw_images(images: Images, per_class: int, seed: int) -> tuple[Images, Images]:
@@ -122,6 +135,10 @@ def split(train: Images, test: Images | None, protocol: Protocol) -> tuple[Image
         if test is None:
             raise ValueError("test=True needs test images")
         return own, test
+    _, others = divide(train, protocol)
+    if len(others):
+        others = others[:VALIDATION_IMAGES]
+        return own, Images(train.pixels[others], train.labels[others], train.classes)
     last = round(len(own.labels) * (1 - VALIDATION_SHARE))
     parts = (slice(None, last), slice(last, None))
     first, second = (Images(own.pixels[p], own.labels[p], own.classes) for p in parts)
@@ -176,6 +193,12 @@ def make_optimizer(
     return optimizer, schedulers.MultiStepLR(optimizer, milestones, factor)
 
 
+def average_weights(model: nn.Module, decay: float) -> AveragedModel:
+    """A moving average of weights and of statistics."""
+    average = get_ema_multi_avg_fn(decay)
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+
+
 def run(
     method: Method,
     train: Images,
@@ -211,7 +234,9 @@ def run(
         raise ValueError(f"a batch of {protocol.batch_size} needs more than {len(train.labels)}")
     steps = protocol.epochs * per_epoch
     optimizer, schedule = make_optimizer(model, protocol, steps)
+    averaged = average_weights(model, protocol.average) if protocol.average else None
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    parts |= {"averaged": averaged} if averaged else {}
     at = {"step": 0, "order": torch.empty(0), "total": torch.zeros(()), "spent": (0.0, 0.0)}
     if state is not None and state.exists():
         at = load_state(state, parts)
@@ -227,11 +252,13 @@ def run(
         augment.begin(epoch / protocol.epochs)
         chosen = order[place * protocol.batch_size : (place + 1) * protocol.batch_size]
         x, y = augment(train.pixels[chosen].to(device), train.labels[chosen].to(device))
-        loss = F.cross_entropy(model(x), y)
+        loss = F.cross_entropy(model(x), y, label_smoothing=protocol.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+        if averaged:
+            averaged.update_parameters(model)
         total += loss.detach()
         if place == per_epoch - 1:
             on_epoch(epoch + 1, float(total) / per_epoch)
@@ -241,8 +268,8 @@ def run(
             save_state(state, parts, at)
             saved = time.perf_counter()
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - computed
-    accuracy, loss = evaluate(model, evaluated)
-    train_accuracy, train_loss = evaluate(model, train)
+    accuracy, loss = evaluate(averaged or model, evaluated)
+    train_accuracy, train_loss = evaluate(averaged or model, train)
     return {
         "accuracy": accuracy,
         "loss": loss,

@@ -5,7 +5,7 @@
 NAME is a recipe of recipes/*.json. It says which images are used, what of the protocol differs from
 its defaults, and for each method its settings and seeds. The images are those of a folder of DATA,
 as <set>/train/<class>/* and <set>/test/<class>/*. Those of "torchvision:NAME" are downloaded there.
-Without --test, runs are evaluated on a part of the labelled training images, to choose settings.
+Without --test, runs are evaluated on other training images, to choose settings.
 The test images are read with --test only.
 
 Stop it at any time: the same command goes on with what is missing, and a run that was stopped goes
@@ -59,7 +59,8 @@ def list_perturbations(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def fill_settings(recipe: dict[str, Any], name: str, precision: str) -> dict[str, Any]:
     """The settings of a method, with the recipe's flow where it names none."""
-    settings = copy.deepcopy({k: v for k, v in recipe["methods"][name].items() if k != "seeds"})
+    given = {k: v for k, v in recipe["methods"][name].items() if k not in ("seeds", "protocol")}
+    settings = copy.deepcopy(given)
     for part in list_perturbations(settings):
         part.update({"flow": "glow-cifar10", **recipe.get("flow", {}), **part})
         if precision == "float32":
@@ -67,9 +68,13 @@ def fill_settings(recipe: dict[str, Any], name: str, precision: str) -> dict[str
     return settings
 
 
-def fill_protocol(recipe: dict[str, Any], seed: int, **changes: Any) -> Protocol:
-    """The protocol of a run: its labelled images are a draw of its own, or the recipe's."""
-    return Protocol(**{"data_seed": seed, **recipe["protocol"], **changes})
+def fill_protocol(recipe: dict[str, Any], name: str, seed: int, **changes: Any) -> Protocol:
+    """The protocol of a run: the recipe's, but for what the method changes, to tune it.
+
+    Its labelled images are a draw of its own, unless the recipe names one.
+    """
+    own = recipe["methods"][name].get("protocol", {})
+    return Protocol(**{"data_seed": seed, **recipe["protocol"], **own, **changes})
 
 
 def find_done(path: Path, precision: str) -> set[tuple[str, int]]:
@@ -218,7 +223,7 @@ def main() -> None:
         raise SystemExit(f"there is no recipe {args.recipe!r}, but {sorted(recipes)}")
     recipe, kind = recipes[args.recipe], "test" if args.test else "validation"
     changes = {"test": args.test, **({"precision": args.precision} if args.precision else {})}
-    protocol = fill_protocol(recipe, 0, **changes)
+    protocol = fill_protocol(recipe, next(iter(recipe["methods"])), 0, **changes)
     results = args.results / f"{args.recipe}.{kind}.jsonl"
     done = find_done(results, protocol.precision)
     missing = [run for run in list_runs(recipe, args.only) if run not in done]
@@ -228,7 +233,7 @@ def main() -> None:
     images = read_data(recipe, args.data, protocol) if missing else {}
     machine = describe_machine()
     for name, seed in missing:
-        protocol = fill_protocol(recipe, seed, **changes)
+        protocol = fill_protocol(recipe, name, seed, **changes)
         task = {
             "recipe": args.recipe,
             "method": name,

@@ -32,7 +32,7 @@ from records import append_line, format_spread, read_lines
 RESULTS = Path(__file__).parents[1] / "results" / "photographs.jsonl"
 LOCK = Path(__file__).parents[2] / "runs" / "photographs.lock"
 MOST_TESTED = 720
-MOST_VALIDATED = 200
+MOST_VALIDATED = 500
 NORMALIZE = v2.Normalize([127 / 255] * 3, [128 / 255] * 3)  # as the network was pretrained
 PIXELS = {"RandAugment": v2.RandAugment, "TrivialAugment": v2.TrivialAugmentWide}
 COPY = {"resolution": 32}
