@@ -41,6 +41,7 @@ def place(tmp_path, monkeypatch):
     random_glow().save_pretrained(tmp_path / "flows" / "tiny")
     # at a width of 4 torch 2.14 corrupts memory in float32, on some processors
     protocol = {"per_class": 10, "epochs": 1, "width": 8, "batch_size": 8}
+    protocol |= {"network": "preactivation", "average": 0.5, "label_smoothing": 0.1}
     described = {"title": "Shapes", "text": "Two classes.", "paper": {"common": 64.1}}
     flow = {"flow": "tiny", "network_dtype": "bfloat16"}
     recipe = {"data": "shapes", "protocol": protocol, "flow": flow, "methods": METHODS, **described}
@@ -104,7 +105,7 @@ def test_every_run_leaves_its_figures_and_is_not_repeated(place, monkeypatch, ca
     found = {(entry["method"], entry["seed"]): entry for entry in runs}
     assert len(runs) == len(found) == 7
     entry = found["common", 1]
-    assert (entry["train_images"], entry["evaluated_on"]) == (16, "4 validation images")
+    assert (entry["train_images"], entry["evaluated_on"]) == (20, "20 validation images")
     assert 0 <= entry["accuracy"] <= 100
     assert entry["command"].startswith("python examples/paper/run.py shapes DATA")
     flow = load_flow(place / "flows" / "tiny")
@@ -123,6 +124,35 @@ def test_every_run_leaves_its_figures_and_is_not_repeated(place, monkeypatch, ca
     assert drop_times(json.loads(again)) == drop_times(json.loads(first))
 
 
+def test_settings_are_chosen_on_images_that_are_not_trained_on(place):
+    from protocol import Protocol, read_images, split
+
+    images = read_images(place / "data" / "shapes" / "train")
+    own, others = split(images, None, Protocol(per_class=10))
+    every, fifth = split(images, None, Protocol(per_class=None))
+    assert [len(part.labels) for part in (own, others, every, fifth)] == [20, 20, 32, 8]
+    for part, other in ((own, others), (every, fifth)):
+        both = torch.cat([part.pixels, other.pixels]).flatten(1)
+        assert len(both.unique(dim=0)) == len(images.labels)
+
+
+def test_a_method_changes_the_protocol_where_it_is_tuned(place, monkeypatch):
+    methods = {"first": {"seeds": [0]}, "longer": {"protocol": {"epochs": 2}, "seeds": [0]}}
+    change_recipe(place, methods=methods)
+    first, longer = drive(place, monkeypatch)
+    assert [run["protocol"].pop("epochs") for run in (first, longer)] == [1, 2]
+    assert first["protocol"] == longer["protocol"]
+    assert first["settings"] == longer["settings"]
+    assert first["loss"] != longer["loss"]
+
+
+def test_the_average_of_the_weights_is_evaluated(place, monkeypatch):
+    last = {"first": {"seeds": [0]}, "no average": {"protocol": {"average": 0.0}, "seeds": [0]}}
+    change_recipe(place, methods=last)
+    first, other = drive(place, monkeypatch)
+    assert first["loss"] != other["loss"]
+
+
 def test_each_seed_has_a_draw_of_its_own_unless_the_recipe_names_one(place, monkeypatch):
     import run
 
@@ -131,7 +161,7 @@ def test_each_seed_has_a_draw_of_its_own_unless_the_recipe_names_one(place, monk
     runs = drive(place, monkeypatch, "--only", "common")
     assert [entry["protocol"]["data_seed"] for entry in runs] == [0, 1]
     assert not torch.equal(seen[0].pixels, seen[1].pixels)
-    assert all(part.labels.bincount().tolist() == [8, 8] for part in seen)
+    assert all(part.labels.bincount().tolist() == [10, 10] for part in seen)
     change_recipe(place, data_seed=0)
     runs = drive(place, monkeypatch, "--only", "common", results="others")
     assert [entry["protocol"]["data_seed"] for entry in runs] == [0, 0]
@@ -323,36 +353,53 @@ def test_results_are_drawn_from_the_runs(place, monkeypatch):
     places = {"RECIPES": "recipes", "RESULTS": "results", "PICTURES": "", "OUTPUT": "RESULTS.md"}
     for name, part in {**places, "ROOT": "", "README": "README.md"}.items():
         monkeypatch.setattr(draw, name, place / part)
-    monkeypatch.setattr(draw, "CURVES", {})
+    section = draw.Section(
+        title="Shapes",
+        text="Two classes.",
+        columns={"20": "shapes", "40": "others"},
+        timed="20",
+        plot=draw.MINUTES,
+        picture="shapes",
+    )
+    monkeypatch.setattr(draw, "SECTIONS", [section])
     readme = "\n".join(["Before.", draw.MARKS[0], "old", draw.MARKS[1], "After."])
     (place / "README.md").write_text(readme)
     recipe = json.loads((place / "recipes" / "some.json").read_text())["shapes"]
     path = place / "recipes" / "some.json"
     path.write_text(json.dumps({"shapes": recipe, "others": recipe}))
-    monkeypatch.setattr(draw, "FIRST", "others")
+    monkeypatch.setattr(draw, "README_RECIPE", "others")
+    monkeypatch.setattr(draw, "README_ROWS", ("common",))
     draw.main()
     assert (place / "README.md").read_text() == readme  # there are no runs for its table
-    monkeypatch.setattr(draw, "FIRST", "shapes")
+    monkeypatch.setattr(draw, "README_RECIPE", "shapes")
     draw.main()
     lines = (place / "RESULTS.md").read_text().splitlines()
     accuracies = [entry["accuracy"] for entry in runs if entry["method"] == "common"]
+    mean = f"{sum(accuracies) / 2:.1f} ±"
     (row,) = [line for line in lines if line.startswith("| common")]
-    assert f"{sum(accuracies) / 2:.1f} ±" in row
+    assert mean in row
     assert row.endswith("| 64.1 |")
-    assert next(line for line in lines if line.startswith("| method")).split(" | ")[2] == "loss"
+    assert "| method | 20 | minutes | the paper |" in lines  # no column without runs
+    assert "python examples/paper/run.py shapes DATA --test" in lines
     assert (place / "shapes.png").is_file()
     first, _, *drawn, last = (place / "README.md").read_text().splitlines()
     assert (first, last) == ("Before.", "After.")
-    assert [cell for i, cell in enumerate(row.split(" | ")) if i != 2] in [
-        cells.split(" | ") for cells in drawn
+    assert [line.split(" |")[0] for line in drawn[:-1]] == ["| method", "| ---", "| common"]
+    assert mean in drawn[2]
+
+
+def test_one_table_has_columns_of_several_recipes(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import draw
+
+    columns = {"few": {"a": "1", "b": "2"}, "none": {}, "many": {"c": "3", "b": "4"}}
+    assert draw.draw_table(columns) == [
+        "| method | few | many |",
+        "| --- | --- | --- |",
+        "| a | 1 |  |",
+        "| b | 2 | 4 |",
+        "| c |  | 3 |",
     ]
-    assert "old" not in drawn
-    assert any(
-        line.endswith("Each seed has a draw of labelled images of its own.") for line in lines
-    )
-    change_recipe(place, data_seed=0)
-    draw.main()
-    assert "All seeds have the same labelled images." in (place / "RESULTS.md").read_text()
 
 
 def test_minutes_are_what_was_computed_where_that_is_known(monkeypatch):
@@ -361,17 +408,13 @@ def test_minutes_are_what_was_computed_where_that_is_known(monkeypatch):
 
     by_clock = {"seconds": 600.0, "device": "cpu"}
     known = {"seconds": 900.0, "cpu_seconds": 120.0, "device": "cpu"}
-    assert draw.find_minutes([by_clock, known]) == 2.0
-    assert draw.find_minutes([by_clock, by_clock]) is None
-    assert draw.find_minutes([{**known, "device": "NVIDIA"}]) is None  # it was shared
+    assert draw.measure_time([by_clock, known]) == (2.0, "")
+    assert draw.measure_time([by_clock, by_clock])[0] is None
+    assert draw.measure_time([{**known, "device": "NVIDIA"}])[0] is None  # it was shared
     elsewhere = {"cpu_seconds": 60.0, "processor": "another", "device": "cpu"}
-    assert draw.find_minutes([known, elsewhere]) == 2.0
-    figures = {"accuracy": 50.0, "train_accuracy": 60.0, "loss": 1.0}
+    assert draw.measure_time([known, elsewhere])[0] == 2.0
     rows = {"untimed": [by_clock], "usual": [known, elsewhere], "late": [by_clock, elsewhere]}
-    runs = {name: [{**run, **figures} for run in own] for name, own in rows.items()}
-    ends = [row.split(" | ")[-1] for row in draw.draw_table(runs, {})[2:]]
-    assert ends == [" |", "2.0 |", "1.0* |"]
-    assert "minutes" not in draw.draw_table({"untimed": runs["untimed"]}, {})[0]
+    assert draw.write_minutes(rows) == {"usual": "2.0", "late": "1.0*"}
 
 
 def test_bold_is_what_the_best_is_not_clearly_above(monkeypatch):
@@ -382,6 +425,9 @@ def test_bold_is_what_the_best_is_not_clearly_above(monkeypatch):
     best = {"a": [70.0, 71.0, 72.0], "b": [70.5], "c": [69.9]}
     assert draw.find_best(best) == {"a", "b"}
     assert draw.find_best({**best, "d": [74.0]}) == set()
+    runs = {name: [{"accuracy": value} for value in own] for name, own in best.items()}
+    cells = draw.write_accuracies(runs, 1)
+    assert cells == {"a": "**71.0 ± 1.0**", "b": "**70.5** (one seed)", "c": "69.9 (one seed)"}
 
 
 def test_runs_of_two_precisions_do_not_meet_in_a_table(place, monkeypatch):
@@ -414,8 +460,7 @@ def test_the_readme_and_the_results_are_those_of_the_runs(monkeypatch, tmp_path)
     kept, readme = draw.OUTPUT.read_text(), draw.README.read_text()
     monkeypatch.setattr(draw, "OUTPUT", tmp_path / "RESULTS.md")
     monkeypatch.setattr(draw, "README", tmp_path / "README.md")
-    monkeypatch.setattr(draw, "draw_plot", lambda runs, path: None)
-    monkeypatch.setattr(draw, "CURVES", {})
+    monkeypatch.setattr(draw, "draw_plot", lambda points, axis, path: None)
     (tmp_path / "README.md").write_text(readme)
     draw.main()
     assert draw.README.read_text() == readme

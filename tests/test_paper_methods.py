@@ -448,25 +448,34 @@ def test_results_are_of_recipes():
     assert found <= known
 
 
+def test_each_result_is_in_one_section():
+    import draw
+    from records import RESULTS
+
+    drawn = [f"{name}.{s.kind}.jsonl" for s in draw.SECTIONS for name in s.columns.values()]
+    assert len(set(drawn)) == len(drawn)
+    assert {path.name for path in RESULTS.iterdir()} <= set(drawn)
+
+
 def test_accuracy_is_drawn_against_images(tmp_path, monkeypatch):
     import draw
 
     for place in ("RESULTS", "PICTURES", "ROOT"):
         monkeypatch.setattr(draw, place, tmp_path)
-    assert draw.draw_curve("figure2") == []
+    assert draw.draw_section(draw.FIGURE_2) == []
     drawn = []
     monkeypatch.setattr(draw, "Figure", lambda **_: Canvas(drawn))
     for method, size, seed, accuracy in (
         ("standard", 2400, 0, 80.0),
         ("standard", 600, 0, 70.0),
         ("standard", 600, 1, 72.0),
-        ("VAE-GAN", 600, 0, 75.0),  # in one table alone, where it is drawn
-        ("Adversarial-LA", 2400, 0, 82.0),
+        ("VAE-GAN", 600, 0, 75.0),  # a single point is no line
     ):
         entry = {"method": method, "seed": seed, "train_images": size, "accuracy": accuracy}
         with (tmp_path / f"figure2-{size}.test.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-    assert "figure2.png" in draw.draw_curve("figure2")[-1]
+            file.write(json.dumps({**entry, "device": "cpu"}) + "\n")
+    assert any("figure2.png" in line for line in draw.draw_section(draw.FIGURE_2))
+    draw.draw_labels()
     lines = {options["label"]: (points, options["yerr"]) for points, options in drawn}
     assert lines.keys() == {"standard", "no augmentation"}  # the README's own plot, too
     (sizes, means), errors = lines["standard"]

@@ -1,16 +1,15 @@
-"""Draw RESULTS.md, its plots and the README's first table from what run.py has left.
+"""Draw RESULTS.md, its plots and the README's table from what run.py has left.
 
     python examples/paper/draw.py
 
-A recipe with runs has a section: a table of its methods, mean ± standard deviation over seeds,
-beside the paper's figure where the recipe names one, and a plot of accuracy against training time.
-Validation runs, by which settings are chosen, stand below the test figures. The README stays as it
-is while there are no runs for its table.
+A section has a table, a row for each method and a column for each recipe, its plot and its command.
+The README stays as it is while there are no runs for its table.
 """
 
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +22,89 @@ PICTURES = ROOT / "docs" / "pictures"
 OUTPUT = ROOT / "RESULTS.md"
 README = ROOT / "README.md"
 MARKS = ("<!-- drawn by examples/paper/draw.py -->", "<!-- until here -->")
-FIRST = "cifar10-low-data"  # its table is the README's
 IMAGES, MINUTES = "labelled images", "minutes of training a run"
-CURVES = {  # of each picture: title, what is on the other axis, recipes from little to much of that
-    "cifar10-time": (
-        "CIFAR-10, 5 % of the labels, by the time of training",
-        MINUTES,
-        [FIRST, "cifar10-longer", "cifar10-160-epochs", "cifar10-320-epochs"],
+
+Runs = dict[str, list[dict[str, Any]]]
+"""The runs of each method, by seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of RESULTS.md.
+
+    Args:
+        title: Its heading.
+        text: What is compared, and what to see.
+        columns: Recipes by the heading of their column, from little to much.
+        timed: The column whose minutes are shown; none if empty.
+        plot: What accuracy is drawn against: `IMAGES`, `MINUTES` of the timed column, or nothing.
+        picture: The plot's name.
+        digits: Of accuracies.
+        kind: "test", or "validation" for runs by which settings were chosen.
+    """
+
+    title: str
+    text: str
+    columns: dict[str, str]
+    timed: str = ""
+    plot: str = ""
+    picture: str = ""
+    digits: int = 1
+    kind: str = "test"
+
+
+FIGURE_2 = Section(
+    title="The paper's Figure 2: FashionMNIST",
+    text="The paper's network and protocol, without pixel augmentation. The attack gains two "
+    "points at every number of labels, with the bundled Glow or a flow trained on noisy images.",
+    columns={
+        "600": "figure2-600",
+        "2,400": "figure2-2400",
+        "6,000": "figure2-6000",
+        "50,000": "figure2-50000",
+    },
+    timed="6,000",
+    plot=IMAGES,
+    picture="figure2",
+)
+SECTIONS = [
+    Section(
+        title="CIFAR-10 with few labels",
+        text="A pre-activation ResNet, tuned under RandAugment on validation images. All rows but "
+        '"none" crop and mirror. Attack, PGD and `LatentPerturb` come after the peer of their row.',
+        columns={"500": "cifar10-1-percent", "2,500": "cifar10-5-percent"},
+        timed="500",
+        plot=MINUTES,
+        picture="cifar10",
     ),
-    "cifar10-shares": (
-        "CIFAR-10, by the share of labels",
-        IMAGES,
-        ["cifar10-1-percent", FIRST, "cifar10-20-percent"],
+    FIGURE_2,
+    Section(
+        title="The paper's Table 5: MNIST",
+        text="The paper's LeNet-5 and protocol. On 2,000 images the attack gains a point under the "
+        "flow trained on noisy images, and loses two under the one without noise.",
+        columns={"2,000": "table5-mnist-2000", "60,000": "table5-mnist"},
+        timed="2,000",
+        digits=2,
     ),
-    "figure2": (
-        "The paper's Figure 2",
-        IMAGES,
-        ["figure2-600", "figure2-2400", "figure2-6000", "figure2-50000"],
+    Section(
+        title="How the settings for CIFAR-10 were chosen",
+        text="RandAugment on 500 labelled images, evaluated on 5,000 other training images. Each "
+        "row names what it changes of the first one.",
+        columns={"500": "tune-1-percent"},
+        timed="500",
+        kind="validation",
     ),
-}
-OURS = {  # of Figure 2, by their names in the README
+]
+README_RECIPE = "cifar10-1-percent"
+README_ROWS = (
+    "crop and flip",
+    "RandAugment",
+    "LatentPerturb",
+    "LatentAdversarial",
+    "RandAugment + LatentPerturb",
+    "RandAugment + LatentAdversarial",
+)
+LABELS = {  # of labels.png, by the names in the README
     "standard": "no augmentation",
     "Randomized-LA, Glow": "LatentPerturb",
     "Adversarial-LA l2 1.0, Glow": "LatentAdversarial",
@@ -50,28 +112,22 @@ OURS = {  # of Figure 2, by their names in the README
 HEAD = """\
 # Results
 
-`python examples/paper/draw.py` draws this page from the runs in
-[examples/results/paper](examples/results/paper). That folder has a file for each table and a line
-of JSON for each run: settings, versions, figures and the command that repeats it.
+`python examples/paper/draw.py` draws this page. Each run is a line of JSON in
+[examples/results/paper](examples/results/paper): settings, versions, losses and its command.
 
-- Accuracies are in per cent, losses in nats. Both are means ± standard deviations over seeds.
-- All methods of a table have the same network and epochs, and each seed the same labelled images.
-- The line above a table says whether each seed has a draw of labelled images of its own.
-- No setting was chosen by test accuracy, but for rows whose table says so.
-- Bold are the best mean and those within its standard deviation, if it has three seeds or more.
+- Accuracies are in per cent: means ± standard deviations over three seeds or more, else of fewer.
+- Each column has one network and one number of epochs. Its seeds share draws of labelled images.
+- Bold are the best mean and those within its standard deviation.
 - Minutes are those of one CPU core. With a star they are of another processor than the first row's.
-- Releases of torch differ between runs, and each run names its own.
-- Flows that are not in the repository were trained again for some seeds. Runs name the fingerprints
-  of their flows, but for the first ones.
 """
 
 
-def read_runs(recipe: str, kind: str) -> dict[str, list[dict[str, Any]]]:
-    """The runs of each method, in the recipe's order, by seed."""
+def read_runs(recipe: str, kind: str) -> Runs:
+    """In the recipe's order, by seed."""
     found = defaultdict(list)
     for entry in read_lines(RESULTS / f"{recipe}.{kind}.jsonl"):
         found[entry["method"]].append(entry)
-    methods = read_recipes(RECIPES)[recipe]["methods"]
+    methods = read_recipes(RECIPES)[recipe]["methods"] if found else {}
     return {
         name: sorted(found[name], key=lambda run: run["seed"]) for name in methods if name in found
     }
@@ -102,170 +158,108 @@ def measure_time(runs: list[dict[str, Any]]) -> tuple[float | None, str]:
     return statistics.mean(took for processor, took in found if processor == usual), usual
 
 
-def find_minutes(runs: list[dict[str, Any]]) -> float | None:
-    """What a run of a method took of a CPU core; None where that is not known."""
-    return measure_time(runs)[0]
-
-
 def find_best(methods: dict[str, list[float]]) -> set[str]:
     """The method of the best mean accuracy, and those within its deviation; see `HEAD`."""
     means = {name: statistics.mean(own) for name, own in methods.items()}
-    best = max(means, key=lambda name: means[name])
+    best = max(means, key=lambda name: means[name], default="")
     if len(methods) < 2 or len(methods[best]) < 3:
         return set()
     least = means[best] - statistics.stdev(methods[best])
     return {name for name, mean in means.items() if mean >= least}
 
 
-def describe_device(run: dict[str, Any]) -> str:
-    """Where a run was computed."""
-    return f"cpu, {run['threads']} thread(s)" if run["device"] == "cpu" else run["device"]
-
-
-def describe_draws(recipe: dict[str, Any]) -> str:
-    """Whether all seeds of a table have the same labelled images."""
-    if recipe["protocol"].get("data_seed") is None:
-        return "Each seed has a draw of labelled images of its own."
-    return "All seeds have the same labelled images."
-
-
-def draw_table(
-    runs: dict[str, list[dict[str, Any]]],
-    paper: dict[str, float],
-    *,
-    digits: int = 1,
-    losses: bool = False,
-) -> list[str]:
-    """A row for each method.
-
-    Args:
-        runs: Of each method.
-        paper: Its accuracy for some of them.
-        digits: Of accuracies.
-        losses: Of the evaluated images, too.
-    """
-    best = find_best({name: list_accuracies(own) for name, own in runs.items()})
-    times = {name: measure_time(own) for name, own in runs.items()}
-    usual = next((where for took, where in times.values() if took is not None), "")
-    are_timed = any(took is not None for took, _ in times.values())
-    columns = ["method", "accuracy", *["loss"] * losses, "seeds", "train accuracy"]
-    lines = [columns + ["minutes a run"] * are_timed + ["the paper"] * bool(paper)]
-    lines.append(["---"] * len(lines[0]))
+def write_accuracies(runs: Runs, digits: int) -> dict[str, str]:
+    """A cell for each method: the best are bold, and fewer than three seeds are named."""
+    best, cells = find_best({name: list_accuracies(own) for name, own in runs.items()}), {}
     for name, own in runs.items():
-        accuracy, (took, where) = format_spread(list_accuracies(own), digits), times[name]
-        row = [
-            name,
-            f"**{accuracy}**" if name in best else accuracy,
-            *[format_spread([r["loss"] for r in own], 3)] * losses,
-            str(len(own)),
-            format_spread([r["train_accuracy"] for r in own], digits),
-        ]
-        if are_timed:
-            row.append("" if took is None else f"{took:.1f}{'*' * (where != usual)}")
-        if paper:
-            row.append(f"{paper[name]:.{digits}f}" if name in paper else "")
-        lines.append(row)
-    return [f"| {' | '.join(row)} |" for row in lines]
+        cell = format_spread(list_accuracies(own), digits)
+        cell = f"**{cell}**" if name in best else cell
+        few = {1: " (one seed)", 2: " (two)"}.get(len(own), "")
+        cells[name] = cell + few
+    return cells
 
 
-def draw_plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Accuracy against minutes of training, a point a method of which they are known."""
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
+def write_minutes(runs: Runs) -> dict[str, str]:
+    """A cell for each method whose time is known; a star marks another processor."""
+    times = {name: measure_time(own) for name, own in runs.items()}
+    known = {name: (took, where) for name, (took, where) in times.items() if took is not None}
+    usual = next((where for _, where in known.values()), "")
+    return {name: f"{took:.1f}{'*' * (where != usual)}" for name, (took, where) in known.items()}
+
+
+def draw_table(columns: dict[str, dict[str, str]]) -> list[str]:
+    """A row for each method, in their order in the longest column; empty columns are left out."""
+    columns = {heading: cells for heading, cells in columns.items() if cells}
+    longest = max(columns.values(), key=len)
+    names = dict.fromkeys([*longest, *(name for cells in columns.values() for name in cells)])
+    rows = [["method", *columns], ["---"] * (len(columns) + 1)]
+    rows += [[name, *(cells.get(name, "") for cells in columns.values())] for name in names]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def draw_section(section: Section) -> list[str]:
+    """Text, table, plot and commands; nothing where nothing was run."""
+    runs = {heading: read_runs(name, section.kind) for heading, name in section.columns.items()}
+    runs = {heading: own for heading, own in runs.items() if own}
+    if not runs:
+        return []
+    columns = {heading: write_accuracies(own, section.digits) for heading, own in runs.items()}
+    if section.timed in runs:
+        minutes = f"minutes, {section.timed}" if len(runs) > 1 else "minutes"
+        columns[minutes] = write_minutes(runs[section.timed])
+    for heading in runs:
+        published = read_recipes(RECIPES)[section.columns[heading]].get("paper", {})
+        paper = f"the paper, {heading}" if len(runs) > 1 else "the paper"
+        columns[paper] = {name: str(value) for name, value in published.items()}
+    lines = [f"\n## {section.title}\n", section.text, "", *draw_table(columns), ""]
+    if section.plot:
+        path = PICTURES / f"{section.picture}.png"
+        draw_plot(find_points(section, runs), section.plot, path)
+        lines += [f"![Accuracy against {section.plot}]({path.relative_to(ROOT)})", ""]
+    test = " --test" * (section.kind == "test")
+    commands = [
+        f"python examples/paper/run.py {section.columns[heading]} DATA{test}" for heading in runs
+    ]
+    return [*lines, "```bash", *commands, "```"]
+
+
+def draw_plot(points: dict[str, dict[float, list[float]]], axis: str, path: Path) -> None:
+    """Mean and standard deviation of each method's accuracies, by images or minutes."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for number, (name, own) in enumerate(runs.items()):
-        time = find_minutes(own)
-        if time is None:
-            continue
-        mean, error = statistics.mean(list_accuracies(own)), measure_deviation(list_accuracies(own))
-        marker = "osD"[number // 10 % 3]  # as there are ten colours
-        axes.errorbar(time, mean, yerr=error, fmt=marker, capsize=2, label=name)
+    for number, (method, own) in enumerate(points.items()):
+        means = [statistics.mean(values) for values in own.values()]
+        errors = [measure_deviation(values) for values in own.values()]
+        style = "osD"[number // 10 % 3] + "-"  # as there are ten colours
+        axes.errorbar(list(own), means, yerr=errors, fmt=style, capsize=2, label=method)
+    label_axes(axis, axes, sorted({place for own in points.values() for place in own}))
     figure.legend(loc="outside right upper", fontsize=7)
-    label_axes(MINUTES, axes)
     figure.savefig(path, dpi=120)
 
 
-def label_axes(axis: str, axes: Any, ticks: Iterable[int] = ()) -> None:
+def find_points(section: Section, runs: dict[str, Runs]) -> dict[str, dict[float, list[float]]]:
+    """Of each method the accuracies by images, of methods of two columns; or by minutes."""
+    points: dict[str, dict[float, list[float]]] = defaultdict(dict)
+    if section.plot == MINUTES:
+        for method, own in runs.get(section.timed, {}).items():
+            if (took := measure_time(own)[0]) is not None:
+                points[method][took] = list_accuracies(own)
+        return points
+    for column in runs.values():
+        for method, own in column.items():
+            points[method][own[0]["train_images"]] = list_accuracies(own)
+    return {method: own for method, own in points.items() if len(own) > 1}
+
+
+def label_axes(axis: str, axes: Any, ticks: Iterable[float] = ()) -> None:
     """Label the axes of accuracies drawn against minutes or images."""
     axes.set(xscale="log", xlabel=axis, ylabel="accuracy (%)")
     if axis == MINUTES:
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.xaxis.set_major_formatter("{x:g}")
     else:
         axes.set_xticks(list(ticks), [f"{tick:,}" for tick in ticks])
     axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def draw_section(recipe: str) -> list[str]:
-    """Text, table and plot of a recipe."""
-    says = read_recipes(RECIPES)[recipe]
-    lines = [f"\n## {says['title']}\n", says["text"]]
-    for kind in ("test", "validation"):
-        runs = read_runs(recipe, kind)
-        if not runs:
-            continue
-        some = next(iter(runs.values()))[0]
-        lines += [
-            "",
-            f"Trained on {some['train_images']:,} images for {some['protocol']['epochs']} epochs, "
-            f"evaluated on {some['evaluated_on']}. The runs were on {describe_device(some)}, "
-            f"in {some['protocol']['precision']}. {describe_draws(says)}",
-            "",
-            *draw_table(
-                runs,
-                says.get("paper", {}) if kind == "test" else {},
-                digits=says.get("digits", 1),
-                losses=True,
-            ),
-        ]
-        if kind == "test" and sum(find_minutes(own) is not None for own in runs.values()) > 1:
-            picture = PICTURES / f"{recipe}.png"
-            draw_plot(runs, picture)
-            lines += ["", f"![accuracy against time]({picture.relative_to(ROOT)})"]
-    return lines
-
-
-def draw_curve(name: str) -> list[str]:
-    """Accuracy against images or minutes, a line for each method of several recipes."""
-    title, axis, recipes = CURVES[name]
-    found: dict[str, dict[Any, list[float]]] = defaultdict(dict)
-    for recipe in recipes:
-        for method, own in read_runs(recipe, "test").items():
-            place = find_minutes(own) if axis == MINUTES else own[0]["train_images"]
-            if place is not None:
-                found[method][place] = list_accuracies(own)
-    # What is one point is drawn with its table; but not what was trained for another time only.
-    drawn = read_runs(recipes[0], "test") if axis == MINUTES else found
-    found = {
-        method: points for method, points in found.items() if len(points) > 1 or method not in drawn
-    }
-    if not found:
-        return []
-    path = PICTURES / f"{name}.png"
-    draw_lines(found, axis, path)
-    if name == "figure2":
-        ours = {ours: found[method] for method, ours in OURS.items() if method in found}
-        draw_lines(ours, axis, PICTURES / "labels.png")
-    text = "Of the runs below, of one seed or several: a point without a bar is one run's."
-    return [f"\n## {title}\n", text, "", f"![{title}]({path.relative_to(ROOT)})"]
-
-
-def draw_lines(found: dict[str, dict[Any, list[float]]], axis: str, path: Path) -> None:
-    """Mean and standard deviation of each method's accuracies, by images or minutes."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for method, points in found.items():
-        means = [statistics.mean(values) for values in points.values()]
-        errors = [measure_deviation(values) for values in points.values()]
-        axes.errorbar(list(points), means, yerr=errors, fmt="o-", capsize=2, label=method)
-    label_axes(axis, axes, sorted({place for points in found.values() for place in points}))
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-
-
-def sort_key(name: str) -> tuple[bool, str, int]:
-    """Sort key: the README's table first, figure2-600 before figure2-2400."""
-    start, _, end = name.rpartition("-")
-    return name != FIRST, *((start, int(end)) if end.isdigit() else (name, 0))
 
 
 def write_readme(lines: list[str]) -> None:
@@ -275,15 +269,24 @@ def write_readme(lines: list[str]) -> None:
     README.write_text("\n".join([before + MARKS[0], *lines, MARKS[1] + after]))
 
 
+def draw_labels() -> None:
+    """The README's plot: three methods of Figure 2, by labelled images."""
+    runs = {heading: read_runs(name, "test") for heading, name in FIGURE_2.columns.items()}
+    points = find_points(FIGURE_2, runs)
+    drawn = {label: points[name] for name, label in LABELS.items() if name in points}
+    if drawn:
+        draw_plot(drawn, IMAGES, PICTURES / "labels.png")
+
+
 def main() -> None:
-    """Every recipe with runs."""
-    names = {path.stem.rpartition(".")[0] for path in RESULTS.glob("*.jsonl")}
-    curves = [line for name in CURVES for line in draw_curve(name)]
-    sections = [line for name in sorted(names, key=sort_key) for line in draw_section(name)]
-    lines = [HEAD, *curves, *sections]
+    """RESULTS.md, the README's table and its plot."""
+    lines = [HEAD, *(line for section in SECTIONS for line in draw_section(section))]
     OUTPUT.write_text("\n".join(lines) + "\n")
-    if runs := read_runs(FIRST, "test"):
-        write_readme(draw_table(runs, read_recipes(RECIPES)[FIRST]["paper"]))
+    draw_labels()
+    runs = read_runs(README_RECIPE, "test")
+    if runs := {name: runs[name] for name in README_ROWS if name in runs}:
+        columns = {"accuracy": write_accuracies(runs, 1), "minutes": write_minutes(runs)}
+        write_readme(draw_table(columns))
 
 
 if __name__ == "__main__":

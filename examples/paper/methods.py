@@ -28,6 +28,8 @@ PEERS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
 MIXES = {"mixup": v2.MixUp, "cutmix": v2.CutMix}
 PAPER = {"eps": 1.0, "alpha": 0.5, "steps": 3, "p": 1.0, "labels": "true"}  # for CIFAR-10
 PRESETS = {
+    # LatentAdversarial's own defaults, in place of the paper's settings.
+    "default": {"eps": None, "alpha": None, "steps": 1, "p": None, "labels": None},
     # What the authors' code does where their text says otherwise.
     "official": {"labels": "predicted", "model_mode": "unchanged"},
     "official notebook": {"random_start": False},  # of MNIST and FashionMNIST
