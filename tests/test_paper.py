@@ -8,9 +8,11 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_glow
+from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 from latent_aug import load_flow
@@ -134,6 +136,56 @@ def test_settings_are_chosen_on_images_that_are_not_trained_on(place):
     for part, other in ((own, others), (every, fifth)):
         both = torch.cat([part.pixels, other.pixels]).flatten(1)
         assert len(both.unique(dim=0)) == len(images.labels)
+
+
+def arrange(place, monkeypatch, name):
+    """What arrange.py makes of <place>/source, as part/class/file."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import arrange as driver
+
+    command = ["arrange.py", name, place / "source", place / "out"]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+    driver.main()
+    return sorted(str(file.relative_to(place / "out")) for file in place.glob("out/*/*/*"))
+
+
+def write_image(path, size=(8, 8)):
+    """An image of the letters' mode."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("1", size).save(path)
+
+
+def test_half_of_each_class_is_for_tests(tmp_path, monkeypatch):
+    for number in range(6):
+        write_image(tmp_path / "source" / "one" / "deeper" / f"{number}.png")
+    (tmp_path / "source" / "one" / "index.txt").touch()
+    (tmp_path / "source" / "LICENSE").touch()
+    files = arrange(tmp_path, monkeypatch, "hands")
+    assert [file.rsplit("/", 1)[0] for file in files] == 3 * ["test/one"] + 3 * ["train/one"]
+    assert {Path(file).stem for file in files} == set("012345")
+
+
+def test_letters_are_tested_on_others_who_drew(tmp_path, monkeypatch):
+    for drawer in (1, 10, 11, 20):
+        write_image(tmp_path / "source" / "Greek" / "character01" / f"0001_{drawer:02}.png")
+    kind = "Greek-character01"
+    assert arrange(tmp_path, monkeypatch, "letters") == [
+        *(f"test/{kind}/0001_{drawer}.png" for drawer in (11, 20)),
+        *(f"train/{kind}/0001_{drawer}.png" for drawer in ("01", "10")),
+    ]
+
+
+def test_nuclei_are_squares_about_their_centres(tmp_path, monkeypatch):
+    io = pytest.importorskip("scipy.io")
+    folder = tmp_path / "source" / "test" / "img1"
+    write_image(folder / "img1.bmp", (100, 60))
+    for kind in ("epithelial", "fibroblast", "inflammatory", "others"):
+        centres = [[50.4, 20.6], [3.0, 20.0]] if kind == "others" else np.zeros((0, 2))
+        io.savemat(folder / f"img1_{kind}.mat", {"detection": centres})
+    (file,) = arrange(tmp_path, monkeypatch, "nuclei")  # the other one is at the border
+    assert file == "test/others/img1-50-21.png"
+    with Image.open(tmp_path / "out" / file) as square:
+        assert square.size == (32, 32)
 
 
 def test_a_method_changes_the_protocol_where_it_is_tuned(place, monkeypatch):
