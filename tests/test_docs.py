@@ -50,6 +50,15 @@ def test_every_link_to_a_file_leads_somewhere(page):
         assert (page.parent / link).exists(), link
 
 
+@pytest.mark.parametrize(
+    "page",
+    sorted({*(ROOT / "docs").glob("*.md")} - {ROOT / "docs" / "api.md"}),
+    ids=lambda p: p.stem,
+)
+def test_every_page_has_a_picture(page):
+    assert re.search(r"!\[[^\]]+\]\(pictures/", page.read_text())
+
+
 def read_sentences(text):
     """The sentences of a page, without code, tables, headings and addresses of links."""
     text = re.sub(r"```.*?```|<!--.*?-->", "\n\n", text, flags=re.DOTALL)
