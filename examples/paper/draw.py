@@ -83,8 +83,8 @@ SECTIONS = [
     ),
     Section(
         title="Small data sets",
-        text="Each has 5 to 64 labelled images a class. The network is the same for all, and half "
-        "as wide as that for CIFAR-10. RandAugment and TrivialAugment come after crop and flip.",
+        text="Each has 5 to 64 labelled images a class. Network and settings are those for "
+        "CIFAR-10. RandAugment and TrivialAugment come after crop and flip.",
         columns={name: f"small-{name}" for name in SMALL},
     ),
     FIGURE_2,

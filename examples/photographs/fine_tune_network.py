@@ -39,13 +39,13 @@ COPY = {"resolution": 32}
 HALF = {"resolution": 32, "p": 0.5}
 METHODS: dict[str, dict[str, Any]] = {  # "pixels" come after crop and flip
     "crop and flip": {},
-    "attack on half": {"attack": HALF},
     "RandAugment": {"pixels": "RandAugment"},
     "LatentPerturb": {"perturb": COPY},
-    "RandAugment, attack on half": {"pixels": "RandAugment", "attack": HALF},
-    "attack by default": {"attack": COPY},
-    "TrivialAugment": {"pixels": "TrivialAugment"},
+    "attack on half": {"attack": HALF},
     "RandAugment, LatentPerturb": {"pixels": "RandAugment", "perturb": COPY},
+    "RandAugment, attack on half": {"pixels": "RandAugment", "attack": HALF},
+    "TrivialAugment": {"pixels": "TrivialAugment"},
+    "attack by default": {"attack": COPY},
     "LatentPerturb, copy of 64": {"perturb": {"resolution": 64}},
     "LatentPerturb, eps 0.5": {"perturb": {"resolution": 32, "eps": 0.5}},
     "LatentPerturb, coarsest level": {"perturb": {"resolution": 32, "levels": -1}},
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("photos", type=Path, nargs="?")
     parser.add_argument("--per-class", type=int, default=10)
     parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument(
