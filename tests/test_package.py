@@ -55,7 +55,7 @@ def test_the_example_of_unlabelled_images_runs():
         [sys.executable, script, *short], check=True, capture_output=True, text=True
     )
     assert "labelled images alone" in done.stdout
-    assert "with consistency" in done.stdout
+    assert "pseudo-labels, LatentPerturb" in done.stdout
 
 
 def test_the_quickstart_s_images_are_few_and_balanced(monkeypatch):
