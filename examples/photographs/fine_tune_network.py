@@ -146,17 +146,21 @@ def run(args: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
     return found | {"minutes": minutes}
 
 
-def draw_table() -> str:
-    """Mean ± standard deviation of each method, a column for each set."""
-    rows = [row for row in read_lines(RESULTS) if not row["validate"]]
-    kinds = ("photos", "per_class", "size", "network", "epochs", "method")
-    lines = [f"| {' | '.join(kinds)} | seeds | accuracy | loss | minutes |", "|---" * 10 + "|"]
+def draw_tables() -> str:
+    """For each setting a table: mean ± standard deviation of each method, a column for each set."""
+    rows, lines = read_lines(RESULTS), []
+    kinds = ("per_class", "size", "network", "epochs", "lr", "validate")
     for kind in dict.fromkeys(tuple(row[k] for k in kinds) for row in rows):
         own = [row for row in rows if tuple(row[k] for k in kinds) == kind]
-        cells = [*map(str, kind), str(len(own))]
-        for name, digits in (("accuracy", 1), ("loss", 3), ("minutes", 2)):
-            cells.append(format_spread([row[name] for row in own], digits))
-        lines.append(f"| {' | '.join(cells)} |")
+        sets = list(dict.fromkeys(row["photos"] for row in own))
+        lines += ["", ", ".join(f"{k} {v}" for k, v in zip(kinds, kind, strict=True)), ""]
+        lines += [f"| method | {' | '.join(sets)} | minutes |", "|---" * (len(sets) + 2) + "|"]
+        for method in [m for m in METHODS if any(row["method"] == m for row in own)]:
+            made = [row for row in own if row["method"] == method]
+            cells = [[row["accuracy"] for row in made if row["photos"] == name] for name in sets]
+            drawn = [f"{format_spread(cell)} ({len(cell)})" if cell else "" for cell in cells]
+            minutes = format_spread([row["minutes"] for row in made if row["photos"] == sets[0]])
+            lines.append(f"| {method} | {' | '.join(drawn)} | {minutes} |")
     return "\n".join(lines)
 
 
@@ -178,7 +182,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     if args.table:
-        return print(draw_table())
+        return print(draw_tables())
     left_out = ("methods", "seeds", "table")
     options = {k: v for k, v in vars(args).items() if k not in left_out}
     for seed, method in product(args.seeds, args.methods):
