@@ -479,7 +479,7 @@ def test_bold_is_what_the_best_is_not_clearly_above(monkeypatch):
     assert draw.find_best({**best, "d": [74.0]}) == set()
     runs = {name: [{"accuracy": value} for value in own] for name, own in best.items()}
     cells = draw.write_accuracies(runs, 1)
-    assert cells == {"a": "**71.0 ± 1.0**", "b": "**70.5** (one seed)", "c": "69.9 (one seed)"}
+    assert cells == {"a": "**71.0 ± 1.0**", "b": "**70.5** (1)", "c": "69.9 (1)"}
 
 
 def test_runs_of_two_precisions_do_not_meet_in_a_table(place, monkeypatch):

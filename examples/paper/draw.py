@@ -116,9 +116,9 @@ README_RECIPE = "cifar10-1-percent"
 README_ROWS = (
     "crop and flip",
     "RandAugment",
+    "RandAugment, twice as long",
     "LatentPerturb",
     "LatentAdversarial",
-    "RandAugment + LatentPerturb",
     "RandAugment + LatentAdversarial",
 )
 LABELS = {  # of labels.png, by the names in the README
@@ -132,7 +132,8 @@ HEAD = """\
 `python examples/paper/draw.py` draws this page. Each run is a line of JSON in
 [examples/results/paper](examples/results/paper): settings, versions, losses and its command.
 
-- Accuracies are in per cent: means ± standard deviations over three seeds or more, else of fewer.
+- Accuracies are in per cent: means ± standard deviations over three seeds or more. Where there are
+  fewer, their number stands in brackets.
 - Each column has one network and one number of epochs. Its seeds share draws of labelled images.
 - Bold are the best mean and those within its standard deviation.
 - Minutes are those of one CPU core. With a star they are of another processor than the first row's.
@@ -186,13 +187,12 @@ def find_best(methods: dict[str, list[float]]) -> set[str]:
 
 
 def write_accuracies(runs: Runs, digits: int) -> dict[str, str]:
-    """A cell for each method: the best are bold, and fewer than three seeds are named."""
+    """A cell for each method: the best are bold, and seeds are numbered where there are few."""
     best, cells = find_best({name: list_accuracies(own) for name, own in runs.items()}), {}
     for name, own in runs.items():
         cell = format_spread(list_accuracies(own), digits)
         cell = f"**{cell}**" if name in best else cell
-        few = {1: " (one seed)", 2: " (two)"}.get(len(own), "")
-        cells[name] = cell + few
+        cells[name] = cell + f" ({len(own)})" * (len(own) < 3)
     return cells
 
 
