@@ -414,8 +414,11 @@ def test_results_are_drawn_from_the_runs(place, monkeypatch):
         picture="shapes",
     )
     monkeypatch.setattr(draw, "SECTIONS", [section])
+    monkeypatch.setattr(draw, "SMALL_SETS", section)
+    monkeypatch.setattr(draw, "CHOICE", place / "choose.md")
     readme = "\n".join(["Before.", draw.MARKS[0], "old", draw.MARKS[1], "After."])
     (place / "README.md").write_text(readme)
+    (place / "choose.md").write_text(readme)
     recipe = json.loads((place / "recipes" / "some.json").read_text())["shapes"]
     path = place / "recipes" / "some.json"
     path.write_text(json.dumps({"shapes": recipe, "others": recipe}))
@@ -438,6 +441,7 @@ def test_results_are_drawn_from_the_runs(place, monkeypatch):
     assert (first, last) == ("Before.", "After.")
     assert [line.split(" |")[0] for line in drawn[:-1]] == ["| method", "| ---", "| common"]
     assert mean in drawn[2]
+    assert any(mean in line for line in (place / "choose.md").read_text().splitlines()[2:-2])
 
 
 def test_one_table_has_columns_of_several_recipes(monkeypatch):
@@ -510,11 +514,15 @@ def test_the_readme_and_the_results_are_those_of_the_runs(monkeypatch, tmp_path)
     import draw
 
     kept, readme = draw.OUTPUT.read_text(), draw.README.read_text()
+    choice = draw.CHOICE.read_text()
     monkeypatch.setattr(draw, "OUTPUT", tmp_path / "RESULTS.md")
     monkeypatch.setattr(draw, "README", tmp_path / "README.md")
     monkeypatch.setattr(draw, "draw_plot", lambda points, axis, path: None)
+    monkeypatch.setattr(draw, "CHOICE", tmp_path / "choose.md")
     (tmp_path / "README.md").write_text(readme)
+    (tmp_path / "choose.md").write_text(choice)
     draw.main()
     assert draw.README.read_text() == readme
+    assert draw.CHOICE.read_text() == choice
     drawn = [line for line in draw.OUTPUT.read_text().split("\n") if line.startswith("|")]
     assert drawn == [line for line in kept.split("\n") if line.startswith("|")]

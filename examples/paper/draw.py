@@ -1,9 +1,9 @@
-"""Draw RESULTS.md, its plots and the README's table from what run.py has left.
+"""Draw RESULTS.md, its plots and the tables of README.md and docs/choose.md from what was run.
 
     python examples/paper/draw.py
 
 A section has a table, a row for each method and a column for each recipe, its plot and its command.
-The README stays as it is while there are no runs for its table.
+Pages stay as they are while there are no runs for their tables.
 """
 
 import statistics
@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "docs" / "pictures"
 OUTPUT = ROOT / "RESULTS.md"
 README = ROOT / "README.md"
+CHOICE = ROOT / "docs" / "choose.md"
 MARKS = ("<!-- drawn by examples/paper/draw.py -->", "<!-- until here -->")
 IMAGES, MINUTES = "labelled images", "minutes of training a run"
 
@@ -57,6 +58,12 @@ SMALL = (  # recipes, without "small-"
     *("signs", "tinyimagenet", "fashionmnist", "mnist", "clothing"),
     *("hands", "nuclei", "letters", "faces"),
 )
+SMALL_SETS = Section(
+    title="Small data sets",
+    text="Each has 5 to 64 labelled images a class. Network and settings are those for "
+    "CIFAR-10, with less weight decay. Peers come after crop and flip.",
+    columns={name: f"small-{name}" for name in SMALL},
+)
 FIGURE_2 = Section(
     title="The paper's Figure 2: FashionMNIST",
     text="The paper's network and protocol, without pixel augmentation. The attack gains two "
@@ -88,12 +95,7 @@ SECTIONS = [
         columns={"5,000": "cifar100-10-percent"},
         timed="5,000",
     ),
-    Section(
-        title="Small data sets",
-        text="Each has 5 to 64 labelled images a class. Network and settings are those for "
-        "CIFAR-10. RandAugment and TrivialAugment come after crop and flip.",
-        columns={name: f"small-{name}" for name in SMALL},
-    ),
+    SMALL_SETS,
     FIGURE_2,
     Section(
         title="The paper's Table 5: MNIST",
@@ -214,13 +216,19 @@ def draw_table(columns: dict[str, dict[str, str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
+def write_columns(section: Section) -> dict[str, dict[str, str]]:
+    """The accuracies of each column that has runs."""
+    runs = {heading: read_runs(name, section.kind) for heading, name in section.columns.items()}
+    return {head: write_accuracies(own, section.digits) for head, own in runs.items() if own}
+
+
 def draw_section(section: Section) -> list[str]:
     """Text, table, plot and commands; nothing where nothing was run."""
     runs = {heading: read_runs(name, section.kind) for heading, name in section.columns.items()}
     runs = {heading: own for heading, own in runs.items() if own}
     if not runs:
         return []
-    columns = {heading: write_accuracies(own, section.digits) for heading, own in runs.items()}
+    columns = write_columns(section)
     if section.timed in runs:
         minutes = f"minutes, {section.timed}" if len(runs) > 1 else "minutes"
         columns[minutes] = write_minutes(runs[section.timed])
@@ -279,11 +287,11 @@ def label_axes(axis: str, axes: Any, ticks: Iterable[float] = ()) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def write_readme(lines: list[str]) -> None:
-    """Replace what stands between the two marks."""
-    before, rest = README.read_text().split(MARKS[0])
+def write_table(page: Path, lines: list[str]) -> None:
+    """Replace what stands between the two marks of a page."""
+    before, rest = page.read_text().split(MARKS[0])
     after = rest.split(MARKS[1])[1]
-    README.write_text("\n".join([before + MARKS[0], *lines, MARKS[1] + after]))
+    page.write_text("\n".join([before + MARKS[0], *lines, MARKS[1] + after]))
 
 
 def draw_labels() -> None:
@@ -303,7 +311,9 @@ def main() -> None:
     runs = read_runs(README_RECIPE, "test")
     if runs := {name: runs[name] for name in README_ROWS if name in runs}:
         columns = {"accuracy": write_accuracies(runs, 1), "minutes": write_minutes(runs)}
-        write_readme(draw_table(columns))
+        write_table(README, draw_table(columns))
+    if columns := write_columns(SMALL_SETS):
+        write_table(CHOICE, draw_table(columns))
 
 
 if __name__ == "__main__":
