@@ -119,7 +119,8 @@ SECTIONS = [
     Section(
         title="How the settings for CIFAR-10 were chosen",
         text="RandAugment on 500 labelled images, evaluated on 5,000 other training images. Each "
-        "row names what it changes of the first one.",
+        "row names what it changes of the first one: width 32, 150 epochs, weight decay 2e-3 and "
+        "learning rate 0.05.",
         columns={"500": "tune-1-percent"},
         timed="500",
         kind="validation",
