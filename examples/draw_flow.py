@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from panels import amplify
 from torch import Tensor
 from torchvision.utils import save_image
 
@@ -22,18 +23,13 @@ from latent_aug import Flow, LatentPerturb, load_flow
 COLUMNS, SCALE = 12, 2
 
 
-def difference(perturbed: Tensor, samples: Tensor) -> Tensor:
-    """Four times the change, on grey."""
-    return ((perturbed - samples) * 4 + 0.5).clamp(0, 1)
-
-
 def sizes(flow: Flow, samples: Tensor) -> list[Tensor]:
     """One row for each size of perturbation, and a difference."""
     rows = []
     for norm, eps in (("linf", 0.1), ("linf", 0.25), ("linf", 0.4), ("l2", 10.0)):
         rows.append(LatentPerturb(eps, norm=norm, flow=flow)(samples))
         print(f"{norm} {eps}: {255 * (rows[-1] - samples).abs().mean():.1f} grey levels")
-    return [*rows, difference(rows[1], samples)]
+    return [*rows, amplify(samples, rows[1])]
 
 
 def parts(flow: Flow, samples: Tensor) -> list[Tensor]:
@@ -44,7 +40,7 @@ def parts(flow: Flow, samples: Tensor) -> list[Tensor]:
     rows: list[Tensor] = []
     for options in (*({"levels": level} for level in range(flow.levels)), {"mask": mask}):
         perturbed = LatentPerturb(0.4, flow=flow, **options)(samples)
-        rows += [perturbed, difference(perturbed, samples)]
+        rows += [perturbed, amplify(samples, perturbed)]
         name = f"level {options['levels']}" if "levels" in options else "mask"
         print(f"linf 0.4, {name}: {255 * (perturbed - samples).abs().mean():.1f} grey levels")
     return rows

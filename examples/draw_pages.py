@@ -9,7 +9,7 @@ Perturbations are stronger than the default, to be seen at a glance.
 """
 
 import argparse
-import json
+import sys
 import textwrap
 import warnings
 from pathlib import Path
@@ -39,7 +39,8 @@ from torchvision.transforms.v2 import functional as tvf
 from latent_aug import LatentAdversarial, check_flow
 from latent_aug.diagnostics.explore import CLASSES, load_clothes
 
-RESULTS = Path(__file__).parent / "results" / "measurements.jsonl"
+sys.path.append(str(Path(__file__).parent / "benchmarks"))
+from measurements import read_measurement
 
 
 def draw_extend() -> Figure:
@@ -140,8 +141,7 @@ def draw_reproducibility() -> Figure:
 
 def draw_scale() -> Figure:
     """What two processes bring, as examples/benchmarks/scale.py measured it."""
-    lines = map(json.loads, RESULTS.read_text().splitlines())
-    found = next(line["figures"]["scaling"] for line in lines if line["script"] == "scale")
+    found = read_measurement("scale")["scaling"]
     figure = Figure(figsize=(7.5, 2.4), layout="constrained")
     figure.suptitle("Images a second, on the same two cores", **BOLD)
     titles = {"augment": "augment: write copies", "training, float32": "train: learn a flow"}

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 NUCLEI = ("epithelial", "fibroblast", "inflammatory", "others")
-MOST = 500  # nuclei of a class in test/
+MOST = 500  # nuclei of a class, in train/ and in test/
 Placed = Iterator[tuple[Image.Image, str, str, str]]  # an image, its part, class and name
 
 

@@ -126,7 +126,7 @@ SECTIONS = [
         kind="validation",
     ),
 ]
-SEEDS = 3  # at least, of a row of the README
+SEEDS = 3  # of a row of the README and of a bold one, at least
 README_RECIPE = "cifar10-1-percent"
 README_ROWS = (
     "crop and flip",
@@ -195,7 +195,7 @@ def find_best(methods: dict[str, list[float]]) -> set[str]:
     """The method of the best mean accuracy, and those within its deviation; see `HEAD`."""
     means = {name: statistics.mean(own) for name, own in methods.items()}
     best = max(means, key=lambda name: means[name], default="")
-    if len(methods) < 2 or len(methods[best]) < 3:
+    if len(methods) < 2 or len(methods[best]) < SEEDS:
         return set()
     least = means[best] - statistics.stdev(methods[best])
     return {name for name, mean in means.items() if mean >= least}
@@ -229,24 +229,28 @@ def draw_table(columns: dict[str, dict[str, str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
-def write_columns(section: Section) -> dict[str, dict[str, str]]:
-    """The accuracies of each column that has runs."""
-    runs = {heading: read_runs(name, section.kind) for heading, name in section.columns.items()}
-    return {head: write_accuracies(own, section.digits) for head, own in runs.items() if own}
+def read_columns(section: Section) -> dict[str, Runs]:
+    """The runs of each column that has some."""
+    found = {heading: read_runs(name, section.kind) for heading, name in section.columns.items()}
+    return {heading: own for heading, own in found.items() if own}
+
+
+def write_columns(columns: dict[str, Runs], digits: int) -> dict[str, dict[str, str]]:
+    """The accuracies of each column."""
+    return {heading: write_accuracies(own, digits) for heading, own in columns.items()}
 
 
 def draw_section(section: Section) -> list[str]:
     """Text, table, plot and commands; nothing where nothing was run."""
-    runs = {heading: read_runs(name, section.kind) for heading, name in section.columns.items()}
-    runs = {heading: own for heading, own in runs.items() if own}
+    runs = read_columns(section)
     if not runs:
         return []
-    columns = write_columns(section)
+    columns, recipes = write_columns(runs, section.digits), read_recipes(RECIPES)
     if section.timed in runs:
         minutes = f"minutes, {section.timed}" if len(runs) > 1 else "minutes"
         columns[minutes] = write_minutes(runs[section.timed])
     for heading in runs:
-        published = read_recipes(RECIPES)[section.columns[heading]].get("paper", {})
+        published = recipes[section.columns[heading]].get("paper", {})
         paper = f"the paper, {heading}" if len(runs) > 1 else "the paper"
         columns[paper] = {name: str(value) for name, value in published.items()}
     lines = [f"\n## {section.title}\n", section.text, "", *draw_table(columns), ""]
@@ -309,15 +313,14 @@ def write_table(page: Path, lines: list[str]) -> None:
 
 def draw_labels() -> None:
     """The README's plot: three methods of Figure 2, by labelled images."""
-    runs = {heading: read_runs(name, "test") for heading, name in FIGURE_2.columns.items()}
-    points = find_points(FIGURE_2, runs)
+    points = find_points(FIGURE_2, read_columns(FIGURE_2))
     drawn = {label: points[name] for name, label in LABELS.items() if name in points}
     if drawn:
         draw_plot(drawn, IMAGES, PICTURES / "labels.png")
 
 
 def main() -> None:
-    """RESULTS.md, the README's table and its plot."""
+    """RESULTS.md, the README's plot, and the tables of both pages."""
     lines = [HEAD, *(line for section in SECTIONS for line in draw_section(section))]
     OUTPUT.write_text("\n".join(lines) + "\n")
     draw_labels()
@@ -325,8 +328,8 @@ def main() -> None:
     if runs := {name: runs[name] for name in README_ROWS if len(runs.get(name, ())) >= SEEDS}:
         columns = {"accuracy": write_accuracies(runs, 1), "minutes": write_minutes(runs)}
         write_table(README, draw_table(columns))
-    if columns := write_columns(SMALL_SETS):
-        write_table(CHOICE, draw_table(columns))
+    if columns := read_columns(SMALL_SETS):
+        write_table(CHOICE, draw_table(write_columns(columns, SMALL_SETS.digits)))
 
 
 if __name__ == "__main__":

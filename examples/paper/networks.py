@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,8 +13,7 @@ from torchvision.models.resnet import BasicBlock
 
 def small_resnet(channels: int, classes: int, width: int) -> nn.Module:
     """Four stages of one basic block, from `width` to 8 `width` channels, for small images."""
-    stages = [block(width, width, 1)]
-    stages += [block(width * 2**i, width * 2 ** (i + 1), 2) for i in range(3)]
+    stages = make_stages(block, width)
     network = nn.Sequential(
         nn.Conv2d(channels, width, 3, padding=1, bias=False),
         nn.BatchNorm2d(width),
@@ -23,6 +24,12 @@ def small_resnet(channels: int, classes: int, width: int) -> nn.Module:
         nn.Linear(8 * width, classes),
     )
     return network.to(memory_format=torch.channels_last)
+
+
+def make_stages(build: Callable[[int, int, int], nn.Module], width: int) -> list[nn.Module]:
+    """Four blocks, each but the first at half the size with twice the channels."""
+    stages = [build(width, width, 1)]
+    return stages + [build(width * 2**i, width * 2 ** (i + 1), 2) for i in range(3)]
 
 
 def block(inputs: int, outputs: int, stride: int) -> BasicBlock:
@@ -57,8 +64,7 @@ class PreactivationBlock(nn.Module):
 
 def preactivation_resnet(channels: int, classes: int, width: int) -> nn.Module:
     """As `small_resnet`, of pre-activation blocks."""
-    stages = [PreactivationBlock(width, width, 1)]
-    stages += [PreactivationBlock(width * 2**i, width * 2 ** (i + 1), 2) for i in range(3)]
+    stages = make_stages(PreactivationBlock, width)
     network = nn.Sequential(
         nn.Conv2d(channels, width, 3, padding=1, bias=False),
         *stages,

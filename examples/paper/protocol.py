@@ -99,8 +99,12 @@ def stack_images(
 
 def labelled(train: Images, protocol: Protocol) -> Images:
     """The labelled images of each class: draw 0 where the protocol names none."""
-    index, _ = divide(train, protocol)
-    return Images(train.pixels[index], train.labels[index], train.classes)
+    return select(train, divide(train, protocol)[0])
+
+
+def select(images: Images, index: Tensor | slice) -> Images:
+    """Some of them."""
+    return Images(images.pixels[index], images.labels[index], images.classes)
 
 
 def divide(train: Images, protocol: Protocol) -> tuple[Tensor, Tensor]:
@@ -121,28 +125,21 @@ def draw_images(images: Images, per_class: int, seed: int) -> tuple[Images, Imag
     chosen = torch.cat([order[labels == c][:per_class] for c in range(images.classes)])
     rest = torch.cat([order[labels == c][per_class:] for c in range(images.classes)])
     rest = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))]
-    first, second = (
-        Images(images.pixels[part], images.labels[part], images.classes)
-        for part in (chosen, rest[:5000])
-    )
-    return first, second
+    return select(images, chosen), select(images, rest[:VALIDATION_IMAGES])
 
 
 def split(train: Images, test: Images | None, protocol: Protocol) -> tuple[Images, Images]:
     """What to train and to evaluate on."""
-    own = labelled(train, protocol)
+    index, others = divide(train, protocol)
+    own = select(train, index)
     if protocol.test:
         if test is None:
             raise ValueError("test=True needs test images")
         return own, test
-    _, others = divide(train, protocol)
     if len(others):
-        others = others[:VALIDATION_IMAGES]
-        return own, Images(train.pixels[others], train.labels[others], train.classes)
+        return own, select(train, others[:VALIDATION_IMAGES])
     last = round(len(own.labels) * (1 - VALIDATION_SHARE))
-    parts = (slice(None, last), slice(last, None))
-    first, second = (Images(own.pixels[p], own.labels[p], own.classes) for p in parts)
-    return first, second
+    return select(own, slice(None, last)), select(own, slice(last, None))
 
 
 class Standardized(nn.Module):
