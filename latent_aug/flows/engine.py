@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latent_aug.flows import small_image
 from latent_aug.flows.convolution import Conv, convolve, reorder_weight
 
 if TYPE_CHECKING:
@@ -96,6 +97,11 @@ class Level:
     loc: Tensor
     log_scale: Tensor
     frozen: bool = True
+
+    @cached_property
+    def matrices(self) -> tuple[small_image.Matrices, ...]:
+        """Its steps as `latent_aug.flows.small_image` computes with them, read at the first use."""
+        return tuple(small_image.read_matrices(step) for step in self.steps)
 
 
 def read_levels(
@@ -245,9 +251,12 @@ def compute_shift_and_log_scale(z1: Tensor, step: Step) -> tuple[Tensor, Tensor]
     return shift, (2 * step.bound) * torch.sigmoid(raw) - step.bound
 
 
-def encode_in_place(z: Tensor, steps: Sequence[Step]) -> Tensor:
-    """Go all steps towards the latent, without gradients and with fewer tensors."""
-    for step in steps:
+def encode_in_place(z: Tensor, level: Level) -> Tensor:
+    """Go a level's steps towards the latent, without gradients and with fewer tensors."""
+    if small_image.suits(z, level.steps[0]):
+        return small_image.encode(z, level.matrices)
+    z = z.contiguous(memory_format=torch.channels_last)
+    for step in level.steps:
         z = convolve(z, step.mix)
         z1, z2 = z.chunk(2, dim=1)
         out, _ = run_network(z1, step.network)
@@ -255,17 +264,18 @@ def encode_in_place(z: Tensor, steps: Sequence[Step]) -> Tensor:
     return z
 
 
-def decode_in_place(
-    z: Tensor, steps: Sequence[Step], keep: list[Activations] | None = None
-) -> Tensor:
-    """Go all steps towards the image, without autograd.
+def decode_in_place(z: Tensor, level: Level, keep: list[Activations] | None = None) -> Tensor:
+    """Go a level's steps towards the image, without autograd.
 
     Args:
         z: The latents, which are overwritten.
-        steps: The steps to go.
+        level: The level.
         keep: A list to which what the gradient of each step needs is appended, or None.
     """
-    for step in steps:
+    if keep is None and small_image.suits(z, level.steps[0]):
+        return small_image.decode(z, level.matrices)
+    z = z.contiguous(memory_format=torch.channels_last)
+    for step in level.steps:
         z1, z2 = z.chunk(2, dim=1)
         out, hidden = run_network(z1, step.network)
         log_scale = extract_log_scale(out, step, z)
@@ -340,7 +350,7 @@ def encode(x: Tensor, levels: Sequence[Level], log_dets: list[Tensor] | None = N
     level, *coarser = levels
     z = squeeze(x)
     if log_dets is None and not wants_gradients(z, level):
-        z = run_in_tiles(partial(encode_in_place, steps=level.steps), z, level.steps[0])
+        z = run_in_tiles(partial(encode_in_place, level=level), z, level.steps[0])
     else:
         for step in level.steps:
             z, log_scale = encode_step(z, step)
@@ -384,9 +394,8 @@ def decode(
         if keep:
             kept = []
             keep[0].append(kept)
-        return decode_in_place(tile, level.steps, kept)
+        return decode_in_place(tile, level, kept)
 
-    latent = latent.contiguous(memory_format=torch.channels_last)
     return unsqueeze(run_in_tiles(run, latent, level.steps[0]))
 
 

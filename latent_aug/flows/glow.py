@@ -92,7 +92,8 @@ class Glow(Flow):
             )
         self._initialized = False
         # Walking the module tree costs more than a small round trip. Its tables stay.
-        self._tables = [t for m in self.modules() for t in (m._parameters, m._buffers)]
+        tables = (t for m in self.modules() for t in (m._parameters, m._buffers))
+        self._tables = [table for table in tables if table]
         # By device and dtype: the version and the storage of the weights that were prepared. What
         # is kept alive here stays at its address, so that no other weights have that version.
         self._prepared: dict[Target, tuple[tuple[Any, ...], list[Tensor], Prepared]] = {}
@@ -278,7 +279,7 @@ class Glow(Flow):
 
     def weights_version(self) -> tuple[Any, ...]:
         """Return what changes with the weights and with all else that the engine reads."""
-        weights = tuple((t.data_ptr(), t._version) for t in self._list_weights())
+        weights = [(t.data_ptr(), t._version) for t in self._list_weights()]
         return (self.network_dtype, self.log_scale_bound, *weights)
 
     def train(self, mode: bool = True) -> Glow:
