@@ -1,5 +1,7 @@
 """The advice to perturb batches where a loader's worker perturbs single images."""
 
+import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from latent_aug import LatentCollate, LatentPerturb
+from latent_aug import LatentCollate, LatentPerturb, load_flow
 from latent_aug.transforms import single_images
 
 
@@ -53,14 +55,21 @@ def test_it_comes_once_from_all_workers_and_epochs(count_advice):
     assert given in (1, 2)  # both workers may come to it in the same moment
 
 
+def perturb_compiled():
+    flow = copy.deepcopy(load_flow("glow-fashionmnist"))
+    flow.compiled_sizes[8, 8] = Path("programs")
+    return LatentPerturb(eps=0.1, flow=flow)
+
+
 @pytest.mark.parametrize(
     ("transform", "kwargs", "collate"),
     [
+        (perturb_compiled(), {}, None),
         (v2.Identity(), {}, LatentCollate(perturb())),
         (perturb(), {"count": 40}, None),
         (perturb(), {"size": 40, "count": 70}, None),
     ],
-    ids=["batches", "few", "large"],
+    ids=["compiled", "batches", "few", "large"],
 )
 def test_it_does_not_come_for(transform, kwargs, collate, count_advice):
     loader = DataLoader(Images(transform, **kwargs), 1, num_workers=1, collate_fn=collate)

@@ -92,6 +92,10 @@ def convolve(x: Tensor, conv: Conv, *, relu: bool = False) -> Tensor:
 
 def is_untracked(x: Tensor, weight: Tensor) -> bool:
     """Whether operators that nothing can differentiate or trace may run."""
+    return x.is_cpu and not (is_differentiated(x, weight) or torch.compiler.is_compiling())
+
+
+def is_differentiated(x: Tensor, weight: Tensor) -> bool:
+    """Whether derivatives pass by what is computed of x and the weight, backward or forward."""
     backward = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    forward = forward_ad._current_level >= 0
-    return x.is_cpu and not (backward or forward or torch.compiler.is_compiling())
+    return backward or forward_ad._current_level >= 0

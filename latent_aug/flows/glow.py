@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from latent_aug.flows.base import Flow, preprocess, require_config, require_para
 from latent_aug.flows.engine import Target
 from latent_aug.flows.latent_gradient import Gradient
 from latent_aug.flows.prepared import Prepared
+from latent_aug.flows.small_image import MOST_PIXELS
 from latent_aug.utils.arguments import require_choice, require_number, require_positive
 
 
@@ -47,6 +49,8 @@ class Glow(Flow):
             the "fast" gradient of decode. A graph is recorded when a shape of input comes for the
             second time, and replayed from then on. At most sixteen are kept, each with memory for
             its shape, until the weights change. No other thread may record graphs meanwhile.
+        compiled_sizes: The height and width of single images for which `compile_single_images` was
+            called, and the folder of their programs.
 
     Raises:
         ValueError: An argument is out of range, an image does not fit, or the flow is untrained.
@@ -91,6 +95,7 @@ class Glow(Flow):
                 channels, levels, steps, hidden, self.log_scale_bound
             )
         self._initialized = False
+        self.compiled_sizes: dict[tuple[int, int], Path] = {}
         # Walking the module tree costs more than a small round trip. Its tables stay.
         tables = (t for m in self.modules() for t in (m._parameters, m._buffers))
         self._tables = [table for table in tables if table]
@@ -137,6 +142,43 @@ class Glow(Flow):
             raise ValueError("gradient='lean' needs frozen weights: flow.requires_grad_(False)")
         with use_full_precision(z.device):
             return self._prepare(z).decode(z, gradient, use_graphs=self.cuda_graphs)
+
+    def compile_single_images(self, size: int | tuple[int, int], folder: str | Path) -> None:
+        """Compile encode and decode of single images on a CPU, for loader workers.
+
+        It takes a minute or two and a C++ compiler. The programs are kept in the folder, so that
+        the next process loads them at once. They are machine code: use no folder that others write
+        to. They run while the weights are those of now, in float32, on one thread. Call it before
+        the workers start. Batches and gradients are computed as ever.
+
+        Args:
+            size: Height and width of the images, or the side of square ones, as the flow gets
+                them: `resolution` where the transform has one.
+            folder: Where programs are kept and looked for. It is made if it is missing.
+
+        Raises:
+            ValueError: The size does not fit the flow, or exceeds 64 x 64 pixels, from where
+                single images are as fast without. Or the weights require gradients.
+            RuntimeError: Torch cannot compile here.
+        """
+        two = isinstance(size, (tuple, list)) and len(size) == 2
+        sides: Any = size if two else (size, size)
+        height, width = (require_positive("size", side) for side in sides)
+        largest = 4 * MOST_PIXELS
+        if height % self.multiple or width % self.multiple or height * width > largest:
+            raise ValueError(
+                f"size must have sides that divide by {self.multiple} and at most {largest} "
+                f"pixels, got {size!r}"
+            )
+        if any(p.requires_grad for p in self._list_weights()):
+            raise ValueError("compiling needs frozen weights: flow.requires_grad_(False)")
+        self._require_input(torch.zeros(1, self.channels, height, width), "size")
+        folder, like = Path(folder), torch.zeros(0)
+        with use_full_precision(like.device):
+            prepared = self._prepare(like)
+            target = Target(like.device, like.dtype)
+            self._add_programs(prepared, target, (height, width), folder, build=True)
+        self.compiled_sizes[height, width] = folder
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Compute the log-density of images (B, C, H, W) in [0, 1], exact at x: (B,), in nats."""
@@ -259,8 +301,24 @@ class Glow(Flow):
             keep_freed_memory()
             prepared = self._read(target, frozen=True)
             weights = [w.detach() for w in self._list_weights()]
+            for size, folder in self.compiled_sizes.items():
+                self._add_programs(prepared, target, size, folder, build=False)
             self._prepared[target] = version, weights, prepared
         return prepared
+
+    def _add_programs(
+        self,
+        prepared: Prepared,
+        target: Target,
+        size: tuple[int, int],
+        folder: Path,
+        *,
+        build: bool,
+    ) -> None:
+        """Load what was compiled for single images of a size, where it serves this target."""
+        if target == (torch.device("cpu"), self.network_dtype or torch.float32):
+            shape = torch.Size((1, self.channels, *size))
+            prepared.add_programs(shape, folder, self.fingerprint(), build=build)
 
     def _read(self, target: Target, *, frozen: bool) -> Prepared:
         return Prepared(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from latent_aug.flows.convolution import Conv, is_untracked
+from latent_aug.flows.convolution import Conv, is_differentiated
 
 if TYPE_CHECKING:
     from latent_aug.flows.engine import Step
@@ -46,7 +46,8 @@ def suits(z: Tensor, step: Step) -> bool:
     """Whether a level's tensor z (B, C, H, W) is one small image that nothing differentiates."""
     weight = step.network[0].weight
     small = z.is_cpu and len(z) == 1 and z.shape[2] * z.shape[3] <= MOST_PIXELS
-    return small and weight.dtype == z.dtype and is_untracked(z, weight)
+    tracked = torch.compiler.is_dynamo_compiling() or is_differentiated(z, weight)
+    return small and weight.dtype == z.dtype and not tracked
 
 
 def read_matrices(step: Step) -> Matrices:

@@ -268,7 +268,7 @@ class LatentPerturb(LatentTransform, v2.Transform):
         if not images.numel():
             return inpt
         draw = params["draws"][find_kind(images, inpt)]
-        advise_batches(inpt, draw.noise)
+        advise_batches(inpt, draw.noise, self.flow)
         return restore(self._apply_draw(images, draw))
 
     def to_latents(self, x: Tensor, labels: Any = None) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from latent_aug.flows.base import Flow
+
 MOST_PIXELS = 32 * 32
 """Up to this size an image costs three times as much alone as in a batch."""
 
@@ -17,17 +19,19 @@ PATIENCE = 64  # images before a word
 _seen = mmap.mmap(-1, 1)  # forked workers share it, so one of them speaks, and once
 
 
-def advise_batches(image: Any, latents: Tensor) -> None:
+def advise_batches(image: Any, latents: Tensor, flow: Flow) -> None:
     """Warn once that batches are faster, if these are single small images in a loader's worker.
 
     Args:
         image: What the transform was given.
         latents: The latents (B, C, H, W) that it perturbs.
+        flow: Their flow. One that was compiled for this size is nearly as fast as in batches.
     """
     is_batch = isinstance(image, Tensor) and image.ndim > 3
     if is_batch or latents[0, 0].numel() > MOST_PIXELS or _seen[0] > PATIENCE:
         return
-    if get_worker_info() is None:
+    compiled = getattr(flow, "compiled_sizes", ())
+    if get_worker_info() is None or tuple(latents.shape[2:]) in compiled:
         return
     _seen[0] += 1
     if _seen[0] > PATIENCE:

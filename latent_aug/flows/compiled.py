@@ -1,0 +1,80 @@
+"""Encode and decode of one small image, compiled ahead of time: one call in place of hundreds.
+
+AOTInductor writes a program as a file. It is machine code for this processor, so its name says for
+which weights, torch and processor it was made, and no other is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+
+Function = Callable[[Tensor], Tensor]
+
+
+class Program(nn.Module):
+    """A function of one tensor as a module, which `torch.export` asks for."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Compute it."""
+        return self.function(t)
+
+
+def name_file(folder: Path, direction: str, shape: torch.Size, fingerprint: str) -> Path:
+    """Name the program of a flow for one direction and shape of input."""
+    made_for = "\n".join((direction, str(tuple(shape)), fingerprint, describe_machine()))
+    return folder / f"{direction}-{hashlib.sha256(made_for.encode()).hexdigest()[:16]}.pt2"
+
+
+@cache
+def describe_machine() -> str:
+    """Describe what a program is compiled for: torch, the system and the processor's features."""
+    features = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        features = next((x for x in lines if x.startswith(("flags", "Features"))), features)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return "\n".join((torch.__version__, platform.platform(), capability, features))
+
+
+@torch.no_grad()
+def compile_program(function: Function, example: Tensor, file: Path) -> None:
+    """Compile a function of tensors like the example, for one thread, into a file.
+
+    Raises:
+        RuntimeError: Torch cannot compile it, as without a C++ compiler.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    options = {"cpp.threads": 1}
+    with TemporaryDirectory(dir=file.parent) as folder:
+        path = str(Path(folder, file.name))
+        try:
+            program = torch.export.export(Program(function), (example,), strict=False)
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=path, inductor_configs=options
+            )
+        except Exception as error:
+            raise RuntimeError(
+                f"torch {torch.__version__} could not compile the flow ({error}); it needs a C++ "
+                "compiler such as g++, and without compiling everything works, more slowly"
+            ) from error
+        os.replace(path, file)
+
+
+def load_program(file: Path) -> Function:
+    """Load a program. Its file is machine code, so load none from people you do not trust."""
+    loaded: Function = torch._inductor.aoti_load_package(str(file))
+    return loaded

@@ -1,0 +1,124 @@
+"""Programs for single images, compiled ahead of time: where they run, and where they must not."""
+
+import pickle
+import shutil
+
+import pytest
+import torch
+from conftest import random_glow
+
+from latent_aug import load_flow
+from latent_aug.flows import Glow, compiled, prepared
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="there is no C++ compiler"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The programs of `small_flow` for 8 x 4."""
+    path = tmp_path_factory.mktemp("programs")
+    small_flow().compile_single_images((8, 4), path)
+    return path
+
+
+def small_flow():
+    return random_glow(1, levels=1, steps=1)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Which programs ran."""
+    found = []
+
+    def load(file, load=prepared.load_program):
+        program = load(file)
+        return lambda t: (found.append(file.name.split("-")[0]), program(t))[1]
+
+    def compile_program(*_):
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(prepared, "load_program", load)
+    monkeypatch.setattr(prepared, "compile_program", compile_program)
+    return found
+
+
+@needs_compiler
+def test_single_images_run_by_program_and_equal_the_flow(folder, runs):
+    plain, flow = small_flow(), small_flow()
+    flow.compile_single_images((8, 4), folder)
+    x = torch.rand(1, 1, 8, 4)
+    for flow in (flow, pickle.loads(pickle.dumps(flow))):  # noqa: B020
+        z = flow.encode(x)
+        back = flow.decode(z)
+        assert runs == ["encode", "decode"]
+        runs.clear()
+        torch.testing.assert_close(z, plain.encode(x), atol=1e-5, rtol=0)
+        torch.testing.assert_close(back, x, atol=1e-5, rtol=0)
+
+
+@needs_compiler
+def test_all_else_runs_without_programs(folder, runs):
+    flow = small_flow()
+    flow.compile_single_images((8, 4), folder)
+    flow.encode(torch.rand(2, 1, 8, 4))
+    flow.encode(torch.rand(1, 1, 4, 8))
+    flow.encode(torch.rand(1, 1, 8, 4, dtype=torch.float64))
+    z = torch.randn(1, 1, 8, 4, requires_grad=True)
+    flow.decode(z).sum().backward()
+    assert z.grad.abs().sum() > 0
+    flow.network_dtype = torch.bfloat16
+    flow.encode(torch.rand(1, 1, 8, 4))
+    assert not runs
+
+
+@needs_compiler
+def test_programs_of_other_weights_do_not_run(folder, runs):
+    flow, x = small_flow(), torch.rand(1, 1, 8, 4)
+    flow.compile_single_images((8, 4), folder)
+    with torch.no_grad():
+        for weight in flow.parameters():
+            weight.mul_(1.1)
+    torch.testing.assert_close(flow.encode(x), flow.encode(x.repeat(2, 1, 1, 1))[:1])
+    assert not runs
+    flow.load_state_dict(small_flow().state_dict())
+    flow.encode(x)
+    assert runs == ["encode"]
+
+
+def test_what_torch_cannot_compile_says_so_and_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no g++")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
+    flow = small_flow()
+    with pytest.raises(RuntimeError, match=r"could not compile the flow \(no g\+\+\)"):
+        flow.compile_single_images(8, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert not flow.compiled_sizes
+
+
+def test_a_program_is_named_for_weights_shape_and_machine(tmp_path, monkeypatch):
+    def name(direction="encode", side=8, weights="a"):
+        return compiled.name_file(tmp_path, direction, torch.Size((1, 3, side, 8)), weights)
+
+    names = {name(), name("decode"), name(side=16), name(weights="b")}
+    monkeypatch.setattr(compiled, "describe_machine", lambda: "another")
+    assert len(names | {name()}) == 5
+
+
+@pytest.mark.parametrize("size", [0, 2.5, 36, (32, 33), 128, (8, 8, 8)])
+def test_bad_sizes_are_refused(size, tmp_path):
+    with pytest.raises(ValueError, match="size"):
+        load_flow().compile_single_images(size, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_flow_that_learns_is_not_compiled(tmp_path):
+    with pytest.raises(ValueError, match="frozen weights"):
+        small_flow().requires_grad_(True).compile_single_images(8, tmp_path)
+    with pytest.raises(ValueError, match="untrained"):
+        Glow(1, levels=1, steps=1, hidden=4).requires_grad_(False).compile_single_images(
+            8, tmp_path
+        )
