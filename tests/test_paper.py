@@ -416,7 +416,7 @@ def test_results_are_drawn_from_the_runs(place, monkeypatch):
     monkeypatch.setattr(draw, "SECTIONS", [section])
     monkeypatch.setattr(draw, "SMALL_SETS", section)
     monkeypatch.setattr(draw, "CHOICE", place / "choose.md")
-    readme = "\n".join(["Before.", draw.MARKS[0], "old", draw.MARKS[1], "After."])
+    readme = "\n".join(["Before.", f"<!-- {draw.MARK} -->", "old", "<!-- until here -->", "After."])
     (place / "README.md").write_text(readme)
     (place / "choose.md").write_text(readme)
     recipe = json.loads((place / "recipes" / "some.json").read_text())["shapes"]

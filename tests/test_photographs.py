@@ -55,3 +55,48 @@ def test_what_a_network_learns_is_what_its_kind_says(kind, photos, monkeypatch):
     assert any("_fc" in name for name in changed)
     assert any("conv" in name for name in changed) == (kind != "frozen")
     assert any("running" in name for name in changed) == (kind == "scratch")
+
+
+def test_the_page_shows_the_runs(photos, monkeypatch):
+    methods = ("crop and flip", "LatentPerturb")
+    monkeypatch.setattr(compare_methods, "fine_tune", fake_fine_tune)
+    for _ in range(2):  # the second time adds nothing
+        fine_tune_on(photos, monkeypatch, "--methods", *methods, "--seeds", "0", "1", "2")
+    settings = {"per_class": 2, "size": 64, "epochs": 1}
+    page = photos.parent / "page.md"
+    page.write_text(
+        f"A\n<!-- drawn by {compare_methods.COMMAND}: some -->\nold\n<!-- until here -->\nB"
+    )
+    monkeypatch.setattr(compare_methods, "PAGE", page)
+    monkeypatch.setattr(compare_methods, "TABLES", {"some": settings})
+    monkeypatch.setattr(sys, "argv", ["compare_methods.py", "--table"])
+    compare_methods.main()
+    lines = page.read_text().splitlines()
+    assert lines[:2] + lines[-2:] == [
+        "A",
+        f"<!-- drawn by {compare_methods.COMMAND}: some -->",
+        "<!-- until here -->",
+        "B",
+    ]
+    assert lines[2:-2] == [
+        "| augmentation | photos | mean | CPU minutes |",
+        "|---|---|---|---|",
+        "| crop and flip | 51.0 ± 1.0 | 51.0 | 2.0 |",
+        "| LatentPerturb | 61.0 ± 1.0 | 61.0 | 2.0 |",
+    ]
+
+
+def fake_fine_tune(args, method, seed):
+    return {"accuracy": 50.0 + seed + 10 * bool(method), "loss": 1.0, "minutes": 2.0}
+
+
+def test_a_set_s_flow_must_be_named(photos, monkeypatch):
+    with pytest.raises(SystemExit, match="needs --flow"):
+        fine_tune_on(photos, monkeypatch, "--methods", "LatentPerturb, the set's flow")
+
+
+def test_the_pages_tables_are_those_of_the_runs():
+    text = compare_methods.PAGE.read_text()
+    for name, settings in compare_methods.TABLES.items():
+        mark = f"<!-- drawn by {compare_methods.COMMAND}: {name} -->\n"
+        assert "\n".join([mark.strip(), *compare_methods.draw_table(**settings), "<!--"]) in text

@@ -15,14 +15,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-from records import RECIPES, RESULTS, format_spread, read_lines, read_recipes
+from records import RECIPES, RESULTS, format_spread, read_lines, read_recipes, write_table
 
 ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "docs" / "pictures"
 OUTPUT = ROOT / "RESULTS.md"
 README = ROOT / "README.md"
 CHOICE = ROOT / "docs" / "choose.md"
-MARKS = ("<!-- drawn by examples/paper/draw.py -->", "<!-- until here -->")
+MARK = "drawn by examples/paper/draw.py"
 IMAGES, MINUTES = "labelled images", "minutes of training a run"
 
 Runs = dict[str, list[dict[str, Any]]]
@@ -304,13 +304,6 @@ def label_axes(axis: str, axes: Any, ticks: Iterable[float] = ()) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def write_table(page: Path, lines: list[str]) -> None:
-    """Replace what stands between the two marks of a page."""
-    before, rest = page.read_text().split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    page.write_text("\n".join([before + MARKS[0], *lines, MARKS[1] + after]))
-
-
 def draw_labels() -> None:
     """The README's plot: three methods of Figure 2, by labelled images."""
     points = find_points(FIGURE_2, read_columns(FIGURE_2))
@@ -327,9 +320,9 @@ def main() -> None:
     runs = read_runs(README_RECIPE, "test")
     if runs := {name: runs[name] for name in README_ROWS if len(runs.get(name, ())) >= SEEDS}:
         columns = {"accuracy": write_accuracies(runs, 1), "minutes": write_minutes(runs)}
-        write_table(README, draw_table(columns))
+        write_table(README, MARK, draw_table(columns))
     if columns := read_columns(SMALL_SETS):
-        write_table(CHOICE, draw_table(write_columns(columns, SMALL_SETS.digits)))
+        write_table(CHOICE, MARK, draw_table(write_columns(columns, SMALL_SETS.digits)))
 
 
 if __name__ == "__main__":

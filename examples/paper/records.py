@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 RECIPES = Path(__file__).parent / "recipes"
 RESULTS = Path(__file__).parents[1] / "results" / "paper"
+END_MARK = "<!-- until here -->"
 
 
 def read_recipes(folder: Path = RECIPES) -> dict[str, dict[str, Any]]:
@@ -63,6 +64,17 @@ def format_spread(values: list[float], digits: int = 1) -> str:
     """Mean ± standard deviation, or the one value."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def write_table(page: Path, mark: str, lines: list[str]) -> None:
+    """Replace what stands between a mark of a page and the next end mark.
+
+    Raises:
+        ValueError: The page does not have the mark once.
+    """
+    before, after = page.read_text().split(f"<!-- {mark} -->\n")
+    after = after[after.index(END_MARK) :]
+    page.write_text("\n".join([f"{before}<!-- {mark} -->", *lines, after]))
 
 
 def append_line(path: Path, entry: dict[str, Any], *, lock: Path) -> None:

@@ -9,6 +9,7 @@ and a seed, is a line of JSON of `RESULTS`. What was run before is not run again
 """
 
 import argparse
+import statistics
 import sys
 from itertools import product
 from pathlib import Path
@@ -17,10 +18,14 @@ from typing import Any
 from fine_tune_network import fine_tune
 
 sys.path.append(str(Path(__file__).parents[1] / "paper"))
-from records import append_line, format_spread, read_lines
+from records import append_line, format_spread, read_lines, write_table
 
 RESULTS = Path(__file__).parents[1] / "results" / "photographs.jsonl"
 LOCK = Path(__file__).parents[2] / "runs" / "photographs.lock"
+PAGE = Path(__file__).parents[2] / "docs" / "pretrained.md"
+COMMAND = "examples/photographs/compare_methods.py"
+SETTINGS = ("per_class", "size", "epochs", "batch", "lr", "network", "validate")
+TABLES: dict[str, dict[str, Any]] = {"methods": {}, "search": {"validate": True}}
 COPY = {"resolution": 32}
 HALF = {"resolution": 32, "p": 0.5}
 METHODS: dict[str, dict[str, Any]] = {  # "pixels" come after crop and flip
@@ -43,26 +48,36 @@ METHODS: dict[str, dict[str, Any]] = {  # "pixels" come after crop and flip
 }
 
 
-def draw_tables() -> str:
-    """For each setting a table: mean ± standard deviation of each method, a column for each set."""
-    rows, lines = read_lines(RESULTS), []
-    kinds = ("per_class", "size", "network", "epochs", "lr", "validate")
-    for kind in dict.fromkeys(tuple(row[k] for k in kinds) for row in rows):
-        own = [row for row in rows if tuple(row[k] for k in kinds) == kind]
-        sets = list(dict.fromkeys(row["photos"] for row in own))
-        lines += ["", ", ".join(f"{k} {v}" for k, v in zip(kinds, kind, strict=True)), ""]
-        lines += [f"| method | {' | '.join(sets)} | minutes |", "|---" * (len(sets) + 2) + "|"]
-        for method in [m for m in METHODS if any(row["method"] == m for row in own)]:
-            made = [row for row in own if row["method"] == method]
-            cells = [[row["accuracy"] for row in made if row["photos"] == name] for name in sets]
-            drawn = [f"{format_spread(cell)} ({len(cell)})" if cell else "" for cell in cells]
-            minutes = format_spread([row["minutes"] for row in made if row["photos"] == sets[0]])
-            lines.append(f"| {method} | {' | '.join(drawn)} | {minutes} |")
-    return "\n".join(lines)
+def draw_table(**settings: Any) -> list[str]:
+    """A row for each method with such settings: accuracies by set, their mean, CPU minutes."""
+    settings = {k: v for k, v in vars(parse([])).items() if k in SETTINGS} | settings
+    rows = [row for row in read_lines(RESULTS) if settings.items() <= row.items()]
+    sets = list(dict.fromkeys(row["photos"] for row in rows))
+    lines = [f"| augmentation | {' | '.join(sets)} | mean | CPU minutes |"]
+    lines += ["|---" * (len(sets) + 3) + "|"]
+    for method in [m for m in METHODS if any(row["method"] == m for row in rows)]:
+        made = [row for row in rows if row["method"] == method]
+        found = [[row["accuracy"] for row in made if row["photos"] == name] for name in sets]
+        mean = f"{statistics.mean(map(statistics.mean, found)):.1f}" if all(found) else ""
+        cells = [write_spread(values) for values in found]
+        minutes = f"{statistics.mean(row['minutes'] for row in made):.1f}"
+        lines.append(f"| {' | '.join([method, *cells, mean, minutes])} |")
+    return lines
 
 
-def main() -> None:
-    """Run what is missing, or draw the tables."""
+def write_spread(values: list[float]) -> str:
+    """Mean ± standard deviation. Of fewer than three values their number stands in brackets."""
+    if not values:
+        return ""
+    return (
+        format_spread(values)
+        if len(values) > 2
+        else f"{statistics.mean(values):.1f} ({len(values)})"
+    )
+
+
+def parse(given: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("photos", type=Path, nargs="?")
     parser.add_argument("--per-class", type=int, default=10)
@@ -77,11 +92,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--flow", help="the flow that was fine-tuned on the set's own photographs")
     parser.add_argument("--table", action="store_true")
-    args = parser.parse_args()
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    """Run what is missing, or draw the tables of the page."""
+    args = parse()
     if args.table:
-        return print(draw_tables())
-    left_out = ("methods", "seeds", "flow", "table")
-    options = {k: v for k, v in vars(args).items() if k not in left_out}
+        for name, settings in TABLES.items():
+            write_table(PAGE, f"drawn by {COMMAND}: {name}", draw_table(**settings))
+        return
+    options = {name: getattr(args, name) for name in SETTINGS}
     for seed, name in product(args.seeds, args.methods):
         settings = options | {"photos": args.photos.name, "method": name, "seed": seed}
         if any(settings.items() <= row.items() for row in read_lines(RESULTS)):
@@ -89,7 +110,7 @@ def main() -> None:
         method = dict(METHODS[name])
         if method.pop("own flow", False):
             if args.flow is None:
-                parser.error(f"{name!r} needs --flow")
+                raise SystemExit(f"{name!r} needs --flow")
             method["perturb"] = {**method["perturb"], "flow": args.flow}
         row = settings | fine_tune(args, method, seed)
         append_line(RESULTS, row, lock=LOCK)
