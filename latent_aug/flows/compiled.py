@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -59,7 +60,8 @@ def compile_program(function: Function, example: Tensor, file: Path) -> None:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     options = {"cpp.threads": 1}
-    with TemporaryDirectory(dir=file.parent) as folder:
+    with TemporaryDirectory(dir=file.parent) as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of its own parts
         path = str(Path(folder, file.name))
         try:
             program = torch.export.export(Program(function), (example,), strict=False)
