@@ -1,5 +1,6 @@
 """Programs for single images, compiled ahead of time: where they run, and where they must not."""
 
+import copy
 import pickle
 import shutil
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from conftest import random_glow
 
-from latent_aug import load_flow
+from latent_aug import LatentPerturb, load_flow
 from latent_aug.flows import Glow, compiled, prepared
 
 needs_compiler = pytest.mark.skipif(
@@ -19,7 +20,11 @@ needs_compiler = pytest.mark.skipif(
 def folder(tmp_path_factory):
     """The programs of `small_flow` for 8 x 4."""
     path = tmp_path_factory.mktemp("programs")
-    small_flow().compile_single_images((8, 4), path)
+    flow = small_flow()
+    flow.compile_single_images((8, 4), path)
+    # Nothing of the tracing stays in it.
+    x = torch.rand(1, 1, 4, 8)
+    torch.testing.assert_close(flow.encode(x), small_flow().encode(x))
     return path
 
 
@@ -34,7 +39,8 @@ def runs(monkeypatch):
 
     def load(file, load=prepared.load_program):
         program = load(file)
-        return lambda t: (found.append(file.name.split("-")[0]), program(t))[1]
+        if program is not None:
+            return lambda t: (found.append(file.name.split("-")[0]), program(t))[1]
 
     def compile_program(*_):
         raise AssertionError("compiled again")
@@ -56,6 +62,47 @@ def test_single_images_run_by_program_and_equal_the_flow(folder, runs):
         runs.clear()
         torch.testing.assert_close(z, plain.encode(x), atol=1e-5, rtol=0)
         torch.testing.assert_close(back, x, atol=1e-5, rtol=0)
+
+
+@needs_compiler
+def test_a_pickled_transform_keeps_them_and_a_relative_folder(folder, monkeypatch, tmp_path):
+    flow = small_flow()
+    monkeypatch.chdir(folder.parent)
+    flow.compile_single_images((8, 4), folder.name)
+    monkeypatch.chdir(tmp_path)
+    perturb = pickle.loads(pickle.dumps(LatentPerturb(flow=flow)))
+    assert perturb.flow.compiled_sizes == {(8, 4): folder}
+    loaded = copy.deepcopy(load_flow("glow-fashionmnist"))
+    loaded.loaded_from = load_flow("glow-fashionmnist").loaded_from
+    loaded.compiled_sizes[8, 8] = folder
+    perturb = pickle.loads(pickle.dumps(LatentPerturb(flow=loaded)))
+    assert perturb.flow.compiled_sizes == {(8, 8): folder}
+
+
+@needs_compiler
+def test_a_damaged_program_is_left_alone_and_compiled_again(folder, runs, tmp_path):
+    flow, x = small_flow(), torch.rand(1, 1, 8, 4)
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes()[:1000])
+    flow.compiled_sizes[8, 4] = tmp_path
+    torch.testing.assert_close(flow.encode(x), small_flow().encode(x))
+    assert not runs
+    with pytest.raises(AssertionError, match="compiled again"):
+        flow.compile_single_images((8, 4), tmp_path)
+
+
+@needs_compiler
+def test_what_torch_traces_or_maps_runs_without_programs(folder, runs):
+    flow = small_flow()
+    flow.compile_single_images((8, 4), folder)
+    x = torch.rand(1, 1, 8, 4)
+    expected = flow.encode(x)
+    runs.clear()
+    with pytest.raises(RuntimeError):  # torch cannot map channels_last
+        torch.vmap(flow.encode)(x[None])
+    program = torch.export.export(compiled.Program(flow.encode), (x,), strict=False)
+    torch.testing.assert_close(program.module()(x), expected, atol=1e-5, rtol=0)
+    assert not runs
 
 
 @needs_compiler
@@ -104,7 +151,7 @@ def test_a_program_is_named_for_weights_shape_and_machine(tmp_path, monkeypatch)
         return compiled.name_file(tmp_path, direction, torch.Size((1, 3, side, 8)), weights)
 
     names = {name(), name("decode"), name(side=16), name(weights="b")}
-    monkeypatch.setattr(compiled, "describe_machine", lambda: "another")
+    monkeypatch.setattr(compiled, "describe_machine", lambda: ("another",))
     assert len(names | {name()}) == 5
 
 
@@ -118,6 +165,10 @@ def test_bad_sizes_are_refused(size, tmp_path):
 def test_a_flow_that_learns_is_not_compiled(tmp_path):
     with pytest.raises(ValueError, match="frozen weights"):
         small_flow().requires_grad_(True).compile_single_images(8, tmp_path)
+    flow = small_flow()
+    flow.network_dtype = torch.bfloat16
+    with pytest.raises(ValueError, match="network_dtype must be None"):
+        flow.compile_single_images(8, tmp_path)
     with pytest.raises(ValueError, match="untrained"):
         Glow(1, levels=1, steps=1, hidden=4).requires_grad_(False).compile_single_images(
             8, tmp_path

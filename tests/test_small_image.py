@@ -6,6 +6,7 @@ from conftest import random_glow
 from torch.autograd import forward_ad
 
 from latent_aug.flows import small_image
+from latent_aug.flows.compiled import Program
 
 
 @pytest.fixture
@@ -77,3 +78,10 @@ def test_new_weights_are_noticed():
     assert (flow.encode(x) - before).abs().max() > 1e-3
     two = flow.encode(x.repeat(2, 1, 1, 1))
     torch.testing.assert_close(flow.encode(x), two[:1], atol=1e-4, rtol=0)
+
+
+def test_export_leaves_no_trace_in_the_flow():
+    flow, x = random_glow(), torch.rand(1, 3, 16, 16)
+    flow.encode(x.repeat(2, 1, 1, 1))  # it asks once whether it is initialised
+    torch.export.export(Program(flow.encode), (x,), strict=False)
+    torch.testing.assert_close(flow.encode(x), random_glow().encode(x))

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 Function = Callable[[Tensor], Tensor]
 
@@ -35,20 +36,23 @@ class Program(nn.Module):
 
 def name_file(folder: Path, direction: str, shape: torch.Size, fingerprint: str) -> Path:
     """Name the program of a flow for one direction and shape of input."""
-    made_for = "\n".join((direction, str(tuple(shape)), fingerprint, describe_machine()))
+    made_for = "\n".join((direction, str(tuple(shape)), fingerprint, *describe_machine()))
     return folder / f"{direction}-{hashlib.sha256(made_for.encode()).hexdigest()[:16]}.pt2"
 
 
 @cache
-def describe_machine() -> str:
-    """Describe what a program is compiled for: torch, the system and the processor's features."""
+def describe_machine() -> tuple[str, ...]:
+    """List what a program is made by and for: our version, torch, system, processor's features."""
+    from latent_aug import __version__
+
     features = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = cpuinfo.read_text().splitlines()
         features = next((x for x in lines if x.startswith(("flags", "Features"))), features)
     capability = torch.backends.cpu.get_cpu_capability()
-    return "\n".join((torch.__version__, platform.platform(), capability, features))
+    system = f"{platform.system()} {platform.machine()}"
+    return __version__, torch.__version__, system, capability, features
 
 
 @torch.no_grad()
@@ -76,7 +80,23 @@ def compile_program(function: Function, example: Tensor, file: Path) -> None:
         os.replace(path, file)
 
 
-def load_program(file: Path) -> Function:
-    """Load a program. Its file is machine code, so load none from people you do not trust."""
-    loaded: Function = torch._inductor.aoti_load_package(str(file))
+def load_program(file: Path) -> Function | None:
+    """Load a program, None where there is none or it is damaged."""
+    if not file.exists():
+        return None
+    try:
+        loaded: Function = torch._inductor.aoti_load_package(str(file))
+    except RuntimeError:
+        return None
     return loaded
+
+
+def can_run(t: Tensor) -> bool:
+    """Whether a program may run on t: torch neither traces, maps nor differentiates it."""
+    return (
+        type(t) is Tensor
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+        and forward_ad._current_level < 0
+    )

@@ -96,6 +96,6 @@ def is_untracked(x: Tensor, weight: Tensor) -> bool:
 
 
 def is_differentiated(x: Tensor, weight: Tensor) -> bool:
-    """Whether derivatives pass by what is computed of x and the weight, backward or forward."""
+    """Whether torch records derivatives of what is computed of x and the weight."""
     backward = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return backward or forward_ad._current_level >= 0

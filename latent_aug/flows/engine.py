@@ -253,7 +253,7 @@ def compute_shift_and_log_scale(z1: Tensor, step: Step) -> tuple[Tensor, Tensor]
 
 def encode_in_place(z: Tensor, level: Level) -> Tensor:
     """Go a level's steps towards the latent, without gradients and with fewer tensors."""
-    if small_image.suits(z, level.steps[0]):
+    if small_image.suits(z, level):
         return small_image.encode(z, level.matrices)
     z = z.contiguous(memory_format=torch.channels_last)
     for step in level.steps:
@@ -272,7 +272,7 @@ def decode_in_place(z: Tensor, level: Level, keep: list[Activations] | None = No
         level: The level.
         keep: A list to which what the gradient of each step needs is appended, or None.
     """
-    if keep is None and small_image.suits(z, level.steps[0]):
+    if keep is None and small_image.suits(z, level):
         return small_image.decode(z, level.matrices)
     z = z.contiguous(memory_format=torch.channels_last)
     for step in level.steps:

@@ -18,6 +18,9 @@ from latent_aug.flows.prepared import Prepared
 from latent_aug.flows.small_image import MOST_PIXELS
 from latent_aug.utils.arguments import require_choice, require_number, require_positive
 
+PROGRAM_TARGET = Target(torch.device("cpu"), torch.float32)
+"""What compiled programs compute on and in."""
+
 
 class Glow(Flow):
     """The multi-scale Glow flow: `levels` scales of `steps` steps each.
@@ -146,10 +149,10 @@ class Glow(Flow):
     def compile_single_images(self, size: int | tuple[int, int], folder: str | Path) -> None:
         """Compile encode and decode of single images on a CPU, for loader workers.
 
-        It takes a minute or two and a C++ compiler. The programs are kept in the folder, so that
-        the next process loads them at once. They are machine code: use no folder that others write
-        to. They run while the weights are those of now, in float32, on one thread. Call it before
-        the workers start. Batches and gradients are computed as ever.
+        It takes some minutes and a C++ compiler. The programs are kept in the folder, where the
+        same call in the next process finds them. They are machine code: use no folder that others
+        write to. After a change of the weights they are left alone. They compute in float32 on one
+        thread. Batches and gradients are computed as ever. Call it before the workers start.
 
         Args:
             size: Height and width of the images, or the side of square ones, as the flow gets
@@ -157,28 +160,27 @@ class Glow(Flow):
             folder: Where programs are kept and looked for. It is made if it is missing.
 
         Raises:
-            ValueError: The size does not fit the flow, or exceeds 64 x 64 pixels, from where
-                single images are as fast without. Or the weights require gradients.
+            ValueError: The size does not fit the flow, or has more than 64 x 64 pixels, which
+                compiling would not speed up. The flow is untrained, its weights require gradients,
+                or its networks are not float32.
             RuntimeError: Torch cannot compile here.
         """
-        two = isinstance(size, (tuple, list)) and len(size) == 2
-        sides: Any = size if two else (size, size)
-        height, width = (require_positive("size", side) for side in sides)
-        largest = 4 * MOST_PIXELS
-        if height % self.multiple or width % self.multiple or height * width > largest:
-            raise ValueError(
-                f"size must have sides that divide by {self.multiple} and at most {largest} "
-                f"pixels, got {size!r}"
-            )
+        height, width = self._choose_size(size)
+        if height * width > 4 * MOST_PIXELS:
+            raise ValueError(f"size must have at most {4 * MOST_PIXELS} pixels, got {size!r}")
         if any(p.requires_grad for p in self._list_weights()):
             raise ValueError("compiling needs frozen weights: flow.requires_grad_(False)")
-        self._require_input(torch.zeros(1, self.channels, height, width), "size")
-        folder, like = Path(folder), torch.zeros(0)
-        with use_full_precision(like.device):
-            prepared = self._prepare(like)
-            target = Target(like.device, like.dtype)
-            self._add_programs(prepared, target, (height, width), folder, build=True)
+        if self.network_dtype not in (None, torch.float32):
+            raise ValueError(f"network_dtype must be None for compiling, got {self.network_dtype}")
+        shape = torch.Size((1, self.channels, height, width))
+        self._require_input(
+            torch.zeros(shape, device=PROGRAM_TARGET.device, dtype=PROGRAM_TARGET.dtype), "size"
+        )
+        folder = Path(folder).absolute()
+        with use_full_precision(PROGRAM_TARGET.device):
+            self._read(PROGRAM_TARGET, frozen=True).compile(shape, folder, self.fingerprint())
         self.compiled_sizes[height, width] = folder
+        self._prepared.clear()
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Compute the log-density of images (B, C, H, W) in [0, 1], exact at x: (B,), in nats."""
@@ -301,24 +303,14 @@ class Glow(Flow):
             keep_freed_memory()
             prepared = self._read(target, frozen=True)
             weights = [w.detach() for w in self._list_weights()]
-            for size, folder in self.compiled_sizes.items():
-                self._add_programs(prepared, target, size, folder, build=False)
+            plain = self.network_dtype in (None, torch.float32)
+            if self.compiled_sizes and plain and target == PROGRAM_TARGET:
+                fingerprint = self.fingerprint()
+                for size, folder in self.compiled_sizes.items():
+                    shape = torch.Size((1, self.channels, *size))
+                    prepared.load_programs(shape, folder, fingerprint)
             self._prepared[target] = version, weights, prepared
         return prepared
-
-    def _add_programs(
-        self,
-        prepared: Prepared,
-        target: Target,
-        size: tuple[int, int],
-        folder: Path,
-        *,
-        build: bool,
-    ) -> None:
-        """Load what was compiled for single images of a size, where it serves this target."""
-        if target == (torch.device("cpu"), self.network_dtype or torch.float32):
-            shape = torch.Size((1, self.channels, *size))
-            prepared.add_programs(shape, folder, self.fingerprint(), build=build)
 
     def _read(self, target: Target, *, frozen: bool) -> Prepared:
         return Prepared(
@@ -338,7 +330,8 @@ class Glow(Flow):
     def weights_version(self) -> tuple[Any, ...]:
         """Return what changes with the weights and with all else that the engine reads."""
         weights = [(t.data_ptr(), t._version) for t in self._list_weights()]
-        return (self.network_dtype, self.log_scale_bound, *weights)
+        settings = (self.network_dtype, self.log_scale_bound, *self.compiled_sizes)
+        return (*settings, *weights)
 
     def train(self, mode: bool = True) -> Glow:
         """Set training or evaluation mode, after which the weights are prepared anew."""

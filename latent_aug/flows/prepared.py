@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from latent_aug.flows import engine, latent_gradient
 from latent_aug.flows.base import postprocess, preprocess
-from latent_aug.flows.compiled import Function, compile_program, load_program, name_file
+from latent_aug.flows.compiled import Function, can_run, compile_program, load_program, name_file
 from latent_aug.flows.engine import Level, Network, Target
 from latent_aug.flows.graphs import Graph, Graphs, can_record
 from latent_aug.flows.latent_gradient import Adjoints, Gradient
@@ -93,28 +92,31 @@ class Prepared:
         prior = -0.5 * (z.square().sum(dim=(1, 2, 3)) + dims * math.log(2 * math.pi))
         return prior + sum(log_dets) + dims * math.log(255 / 256)
 
-    def add_programs(
-        self, shape: torch.Size, folder: Path, fingerprint: str, *, build: bool
-    ) -> None:
-        """Load compiled programs of both directions for inputs of a shape.
+    def compile(self, shape: torch.Size, folder: Path, fingerprint: str) -> None:
+        """Compile programs for inputs of a shape (1, C, H, W), where there are none that load.
 
         Args:
-            shape: The shape of the input, (1, C, H, W).
+            shape: The shape of the input.
             folder: The folder of programs.
             fingerprint: The fingerprint of the flow.
-            build: Whether to compile those that are not there. Otherwise they are left out.
         """
         functions: dict[str, Function] = {
             "encode": partial(encode_images, levels=self.read_levels(inverse=False)),
             "decode": partial(decode_latents, levels=self.read_levels(inverse=True)),
         }
+        example = torch.zeros(shape, device=self._target.device, dtype=self._target.dtype)
         for name, function in functions.items():
             file = name_file(folder, name, shape, fingerprint)
-            if build and not file.exists():
-                example = torch.zeros(shape, device=self._target.device, dtype=self._target.dtype)
+            if load_program(file) is None:
+                function(example)  # what is read at first use is not read while torch traces
                 compile_program(function, example, file)
-            if file.exists():
-                self.programs[name, shape] = load_program(file)
+
+    def load_programs(self, shape: torch.Size, folder: Path, fingerprint: str) -> None:
+        """Load what was compiled for inputs of a shape, see `compile`."""
+        for name in ("encode", "decode"):
+            program = load_program(name_file(folder, name, shape, fingerprint))
+            if program is not None:
+                self.programs[name, shape] = program
 
     def read_levels(self, *, inverse: bool) -> tuple[Level, ...]:
         """Return the parameters of one direction, finest level first."""
@@ -149,18 +151,13 @@ class Prepared:
     ) -> Tensor:
         """Compute the function of t, by a graph if there is one and nobody wants gradients."""
         wanted = torch.is_grad_enabled() and (t.requires_grad or not self._frozen)
-        program = self.programs.get((name, t.shape)) if self.programs else None
+        program = self.programs.get((name, t.shape))
         if program is not None and not wanted and can_run(t):
             return program(t.contiguous())
         if wanted or not (use_graphs and can_record(t)):
             return function(t)
         graph = self.graphs.get(name, t, lambda: Graph(function, t))
         return function(t) if graph is None else graph(t)
-
-
-def can_run(t: Tensor) -> bool:
-    """Whether a compiled program may run: torch neither traces nor differentiates t."""
-    return type(t) is Tensor and not torch.compiler.is_compiling() and forward_ad._current_level < 0
 
 
 def encode_images(x: Tensor, levels: Sequence[Level]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from latent_aug.flows.convolution import Conv, is_differentiated
 
 if TYPE_CHECKING:
-    from latent_aug.flows.engine import Step
+    from latent_aug.flows.engine import Level, Step
 
 im2col, col2im = torch.ops.aten.im2col.default, torch.ops.aten.col2im.default
 KERNEL = [3, 3], [1, 1], [1, 1], [1, 1]  # size, dilation, padding, stride
@@ -42,12 +42,16 @@ class Matrices(NamedTuple):
     bound: float
 
 
-def suits(z: Tensor, step: Step) -> bool:
+def suits(z: Tensor, level: Level) -> bool:
     """Whether a level's tensor z (B, C, H, W) is one small image that nothing differentiates."""
-    weight = step.network[0].weight
+    weight = level.steps[0].network[0].weight
     small = z.is_cpu and len(z) == 1 and z.shape[2] * z.shape[3] <= MOST_PIXELS
-    tracked = torch.compiler.is_dynamo_compiling() or is_differentiated(z, weight)
-    return small and weight.dtype == z.dtype and not tracked
+    if not small or weight.dtype != z.dtype or is_differentiated(z, weight):
+        return False
+    if type(z) is Tensor and not torch.compiler.is_compiling():
+        return True
+    # Matrices must not be read while torch traces, as they would be tensors without values.
+    return "matrices" in vars(level) and not torch.compiler.is_dynamo_compiling()
 
 
 def read_matrices(step: Step) -> Matrices:
