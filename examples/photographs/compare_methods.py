@@ -60,7 +60,7 @@ def draw_table(**settings: Any) -> list[str]:
         found = [[row["accuracy"] for row in made if row["photos"] == name] for name in sets]
         mean = f"{statistics.mean(map(statistics.mean, found)):.1f}" if all(found) else ""
         cells = [write_spread(values) for values in found]
-        minutes = f"{statistics.mean(row['minutes'] for row in made):.1f}"
+        minutes = f"{statistics.mean(row['minutes'] for row in made):.1f}" if all(found) else ""
         lines.append(f"| {' | '.join([method, *cells, mean, minutes])} |")
     return lines
 
@@ -88,7 +88,8 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     kinds = ("pretrained", "frozen", "scratch")
     parser.add_argument("--network", choices=kinds, default="pretrained")
     parser.add_argument("--validate", action="store_true", help="test on images of train/")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    shared = [name for name, method in METHODS.items() if "own flow" not in method]
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=shared)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--flow", help="the flow that was fine-tuned on the set's own photographs")
     parser.add_argument("--table", action="store_true")
@@ -112,6 +113,7 @@ def main() -> None:
             if args.flow is None:
                 raise SystemExit(f"{name!r} needs --flow")
             method["perturb"] = {**method["perturb"], "flow": args.flow}
+            settings["flow"] = Path(args.flow).name
         row = settings | fine_tune(args, method, seed)
         append_line(RESULTS, row, lock=LOCK)
         print(row, flush=True)

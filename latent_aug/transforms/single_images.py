@@ -12,7 +12,7 @@ from torch.utils.data import get_worker_info
 from latent_aug.flows.base import Flow
 
 MOST_PIXELS = 32 * 32
-"""Up to this size an image costs three times as much alone as in a batch."""
+"""Up to this size an image costs three to five times as much alone as in a batch."""
 
 PATIENCE = 64  # images before a word
 
@@ -25,7 +25,7 @@ def advise_batches(image: Any, latents: Tensor, flow: Flow) -> None:
     Args:
         image: What the transform was given.
         latents: The latents (B, C, H, W) that it perturbs.
-        flow: Their flow. One that was compiled for this size is nearly as fast as in batches.
+        flow: Their flow. One that was compiled for this size needs no advice.
     """
     is_batch = isinstance(image, Tensor) and image.ndim > 3
     if is_batch or latents[0, 0].numel() > MOST_PIXELS or _seen[0] > PATIENCE:
@@ -36,8 +36,8 @@ def advise_batches(image: Any, latents: Tensor, flow: Flow) -> None:
     _seen[0] += 1
     if _seen[0] > PATIENCE:
         warnings.warn(
-            "a loader's worker perturbs small images one at a time, which takes about three times "
-            "as long as whole batches: take LatentPerturb out of the data set's transform, and "
-            "pass collate_fn=LatentCollate(perturb) to the DataLoader",
+            "a loader's worker perturbs small images one at a time, which takes three to five "
+            "times as long as whole batches: take LatentPerturb out of the data set's transform, "
+            "and pass collate_fn=LatentCollate(perturb) to the DataLoader",
             stacklevel=2,
         )
