@@ -7,9 +7,11 @@ import shutil
 import pytest
 import torch
 from conftest import random_glow
+from torch.utils.data import DataLoader
 
 from latent_aug import LatentPerturb, load_flow
 from latent_aug.flows import Glow, compiled, prepared
+from latent_aug.flows.glow import PROGRAM_TARGET
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="there is no C++ compiler"
@@ -77,6 +79,32 @@ def test_a_pickled_transform_keeps_them_and_a_relative_folder(folder, monkeypatc
     loaded.compiled_sizes[8, 8] = folder
     perturb = pickle.loads(pickle.dumps(LatentPerturb(flow=loaded)))
     assert perturb.flow.compiled_sizes == {(8, 8): folder}
+
+
+class Programs(torch.utils.data.Dataset):
+    """The number of programs that a transform has at hand where an image is perturbed."""
+
+    def __init__(self, perturb):
+        self.perturb = perturb
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        moved = self.perturb(torch.rand(1, 8, 4))
+        assert moved.isfinite().all()
+        return len(self.perturb.flow._prepared[PROGRAM_TARGET][2].programs)
+
+
+@needs_compiler
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_have_the_programs(context, folder):
+    flow = small_flow()
+    flow.compile_single_images((8, 4), folder)
+    data = Programs(LatentPerturb(0.1, flow=flow))
+    assert data[0] == 2
+    loader = DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context=context)
+    assert list(loader) == [2, 2]
 
 
 @needs_compiler
