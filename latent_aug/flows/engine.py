@@ -101,7 +101,12 @@ class Level:
     @cached_property
     def matrices(self) -> tuple[small_image.Matrices, ...]:
         """Its steps as `latent_aug.flows.small_image` computes with them, read at the first use."""
-        return tuple(small_image.read_matrices(step) for step in self.steps)
+        return tuple(small_image.read_matrices(s.mix, s.network, s.bound) for s in self.steps)
+
+    def suits_small_image(self, z: Tensor) -> bool:
+        """Whether z (B, C, H, W) goes through its `matrices`."""
+        weight = self.steps[0].network[0].weight
+        return small_image.suits(z, weight, is_read="matrices" in vars(self))
 
 
 def read_levels(
@@ -253,7 +258,7 @@ def compute_shift_and_log_scale(z1: Tensor, step: Step) -> tuple[Tensor, Tensor]
 
 def encode_in_place(z: Tensor, level: Level) -> Tensor:
     """Go a level's steps towards the latent, without gradients and with fewer tensors."""
-    if small_image.suits(z, level):
+    if level.suits_small_image(z):
         return small_image.encode(z, level.matrices)
     z = z.contiguous(memory_format=torch.channels_last)
     for step in level.steps:
@@ -272,7 +277,7 @@ def decode_in_place(z: Tensor, level: Level, keep: list[Activations] | None = No
         level: The level.
         keep: A list to which what the gradient of each step needs is appended, or None.
     """
-    if keep is None and small_image.suits(z, level):
+    if keep is None and level.suits_small_image(z):
         return small_image.decode(z, level.matrices)
     z = z.contiguous(memory_format=torch.channels_last)
     for step in level.steps:

@@ -7,15 +7,12 @@ halves of channels_last tensors are slow to work on. A product of matrices is on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from latent_aug.flows.convolution import Conv, is_differentiated
-
-if TYPE_CHECKING:
-    from latent_aug.flows.engine import Level, Step
 
 im2col, col2im = torch.ops.aten.im2col.default, torch.ops.aten.col2im.default
 KERNEL = [3, 3], [1, 1], [1, 1], [1, 1]  # size, dilation, padding, stride
@@ -42,30 +39,36 @@ class Matrices(NamedTuple):
     bound: float
 
 
-def suits(z: Tensor, level: Level) -> bool:
-    """Whether a level's tensor z (B, C, H, W) is one small image that nothing differentiates."""
-    weight = level.steps[0].network[0].weight
+def suits(z: Tensor, weight: Tensor, *, is_read: bool) -> bool:
+    """Whether a level's tensor z (B, C, H, W) is one small image that nothing differentiates.
+
+    Args:
+        z: The tensor.
+        weight: The weight of one of its coupling networks.
+        is_read: Whether the level's matrices were read before. That must not happen while torch
+            traces, as they would be tensors without values.
+    """
     small = z.is_cpu and len(z) == 1 and z.shape[2] * z.shape[3] <= MOST_PIXELS
     if not small or weight.dtype != z.dtype or is_differentiated(z, weight):
         return False
     if type(z) is Tensor and not torch.compiler.is_compiling():
         return True
-    # Matrices must not be read while torch traces, as they would be tensors without values.
-    return "matrices" in vars(level) and not torch.compiler.is_dynamo_compiling()
+    return is_read and not torch.compiler.is_dynamo_compiling()
 
 
-def read_matrices(step: Step) -> Matrices:
+def read_matrices(mix: Conv, network: tuple[Conv, Conv, Conv], bound: float) -> Matrices:
     """Bring a step's frozen convolutions into the form of matrices."""
-    one, two, three = step.network
+    one, two, three = network
     weight, bias = three.weight.detach().flip(2, 3).permute(0, 2, 3, 1), read_bias(three)
     # Outputs of log-scales are doubled for a sigmoid (see engine.separate_outputs), but not here.
-    weight, bias = (torch.cat([t[: step.half], t[step.half :] / 2]) for t in (weight, bias))
+    half = len(bias) // 2
+    weight, bias = (torch.cat([t[:half], t[half:] / 2]) for t in (weight, bias))
     return Matrices(
-        mix=(step.mix.weight.detach().flatten(1), read_bias(step.mix)),
+        mix=(mix.weight.detach().flatten(1), read_bias(mix)),
         gather=(one.weight.detach().reshape(len(one.weight), -1), read_bias(one)),
         hidden=(two.weight.detach().flatten(1), read_bias(two)),
         spread=(weight.reshape(-1, weight.shape[3]).contiguous(), bias),
-        bound=step.bound,
+        bound=bound,
     )
 
 
