@@ -79,10 +79,10 @@ def test_the_page_shows_the_runs(photos, monkeypatch):
         "B",
     ]
     assert lines[2:-2] == [
-        "| augmentation | photos | mean | CPU minutes |",
-        "|---|---|---|---|",
-        "| crop and flip | 51.0 ± 1.0 | 51.0 | 2.0 |",
-        "| LatentPerturb | 61.0 ± 1.0 | 61.0 | 2.0 |",
+        "| augmentation | photos | mean | mean loss | CPU minutes |",
+        "|---|---|---|---|---|",
+        "| crop and flip | 51.0 ± 1.0 | 51.0 | 1.00 | 2.0 |",
+        "| LatentPerturb | 61.0 ± 1.0 | 61.0 | 1.00 | 2.0 |",
     ]
 
 

@@ -26,6 +26,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "pretrained.md"
 COMMAND = "examples/photographs/compare_methods.py"
 SETTINGS = ("per_class", "size", "epochs", "batch", "lr", "network", "validate")
 TABLES: dict[str, dict[str, Any]] = {"methods": {}, "search": {"validate": True}}
+MEANS = {"accuracy": 1, "loss": 2, "minutes": 1}  # over the sets, with so many digits
 COPY = {"resolution": 32}
 HALF = {"resolution": 32, "p": 0.5}
 METHODS: dict[str, dict[str, Any]] = {  # "pixels" come after crop and flip
@@ -49,20 +50,26 @@ METHODS: dict[str, dict[str, Any]] = {  # "pixels" come after crop and flip
 
 
 def draw_table(**settings: Any) -> list[str]:
-    """A row for each method with such settings: accuracies by set, their mean, CPU minutes."""
+    """A row for each method with such settings: accuracies by set, and means over the sets."""
     settings = {k: v for k, v in vars(parse([])).items() if k in SETTINGS} | settings
     rows = [row for row in read_lines(RESULTS) if settings.items() <= row.items()]
     sets = list(dict.fromkeys(row["photos"] for row in rows))
-    lines = [f"| augmentation | {' | '.join(sets)} | mean | CPU minutes |"]
-    lines += ["|---" * (len(sets) + 3) + "|"]
+    lines = [f"| augmentation | {' | '.join(sets)} | mean | mean loss | CPU minutes |"]
+    lines += ["|---" * (len(sets) + 4) + "|"]
     for method in [m for m in METHODS if any(row["method"] == m for row in rows)]:
         made = [row for row in rows if row["method"] == method]
-        found = [[row["accuracy"] for row in made if row["photos"] == name] for name in sets]
-        mean = f"{statistics.mean(map(statistics.mean, found)):.1f}" if all(found) else ""
-        cells = [write_spread(values) for values in found]
-        minutes = f"{statistics.mean(row['minutes'] for row in made):.1f}" if all(found) else ""
-        lines.append(f"| {' | '.join([method, *cells, mean, minutes])} |")
+        each = [[row for row in made if row["photos"] == name] for name in sets]
+        means = ["", "", ""]
+        if all(each):
+            means = [f"{average(each, key):.{digits}f}" for key, digits in MEANS.items()]
+        cells = [write_spread([row["accuracy"] for row in rows]) for rows in each]
+        lines.append(f"| {' | '.join([method, *cells, *means])} |")
     return lines
+
+
+def average(each: list[list[dict[str, Any]]], key: str) -> float:
+    """Average over the sets of what their runs have on average."""
+    return statistics.mean(statistics.mean(row[key] for row in rows) for rows in each)
 
 
 def write_spread(values: list[float]) -> str:
