@@ -41,24 +41,16 @@ def main() -> None:
         seconds = time.perf_counter() - begin
         most = small_image.MOST_PIXELS
 
-        def convolve() -> None:
-            small_image.MOST_PIXELS = 0
-            multiply()
+        def perturb_singly(transform: LatentPerturb, most: int = most) -> None:
             small_image.MOST_PIXELS = most
-
-        def multiply() -> None:
             for photo in photos:
-                perturb(photo)
-
-        def run_programs() -> None:
-            for photo in photos:
-                compiled(photo)
+                transform(photo)
 
         calls: dict[str, tuple[Callable[[], object], int]] = {
             "batch": (lambda: perturb(many), len(many)),
-            "convolutions": (convolve, SINGLE),
-            "products": (multiply, SINGLE),
-            "programs": (run_programs, SINGLE),
+            "convolutions": (lambda: perturb_singly(perturb, most=0), SINGLE),
+            "products": (lambda: perturb_singly(perturb), SINGLE),
+            "programs": (lambda: perturb_singly(compiled), SINGLE),
         }
         times: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(ROUNDS):
