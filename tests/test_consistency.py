@@ -212,6 +212,24 @@ class TestOptions:
         for images in (attacked, last):
             assert 0 < (images - IMAGES.flip(3)).abs().max() < 0.02
 
+    @pytest.mark.parametrize(("p", "share"), [(1.0, 1.0), (0.5, 0.5), (None, 1.0)])
+    def test_only_what_counts_is_attacked(self, model, p, share):
+        scaled_up(model).eval()
+        seen = []
+        confidence = model(IMAGES).softmax(1).amax(1).detach()
+        order = confidence.argsort()
+        model.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+        for least, counted in ((order[2], 4), (order[5], 1), (None, 0)):
+            threshold = 1.0 if least is None else float(confidence[least]) - 1e-6
+            seen.clear()
+            loss = hook(model, p=p).consistency(IMAGES, threshold=threshold)
+            changed = (seen[-1] != IMAGES).flatten(1).any(1)
+            assert set(changed.nonzero()[:, 0].tolist()) <= set(order[6 - counted :].tolist())
+            if counted != 1:
+                assert changed.sum() == share * counted
+            assert (loss > 0) == (changed.sum() > 0)
+            assert [len(images) for images in seen[1:-1]] == [changed.sum()] * bool(changed.any())
+
     def test_statistics(self, model):
         for update in (True, False):
             before = trace_of(model.train())

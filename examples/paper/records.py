@@ -66,6 +66,17 @@ def format_spread(values: list[float], digits: int = 1) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
+def write_spread(values: list[float]) -> str:
+    """Mean ± standard deviation. Of fewer than three values their number stands in brackets."""
+    if not values:
+        return ""
+    return (
+        format_spread(values)
+        if len(values) > 2
+        else f"{statistics.mean(values):.1f} ({len(values)})"
+    )
+
+
 def write_table(page: Path, mark: str, lines: list[str]) -> None:
     """Replace what stands between a mark of a page and the next end mark.
 

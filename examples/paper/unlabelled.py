@@ -1,17 +1,19 @@
 """Few labels and many unlabelled images: consistency in the latent space beside its peers.
 
-    python examples/paper/unlabelled.py CIFAR10 --labels 2500 --minutes 8
+    python examples/paper/unlabelled.py CIFAR10 --labels 250 [--validate] [--seeds SEED ...]
     python examples/paper/unlabelled.py --table
 
 CIFAR10 holds train/<class>/* and test/<class>/*. Each seed draws the labelled images anew, as many
-of each class. All training images are unlabelled ones. Every method trains a small ResNet for
---minutes of computation, or for --steps, and is tested after that. Batches have 64 labelled images
-and 64 unlabelled ones. Settings are defaults, or those of the methods' authors: none was chosen on
-test images. What was run before is not run again.
+of each class. All training images are unlabelled ones. Every method trains the network of the
+recipes for CIFAR-10, at their settings, for --minutes of computation. It is tested after that, with
+--validate on other training images. --table draws the tables of docs/unlabelled.md. What was run
+before is not run again.
 """
 
 import argparse
 import itertools
+import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,16 +22,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from methods import PEERS, Pixels, crop_and_flip, to_unit
-from networks import small_resnet
-from protocol import Images, Protocol, Standardized, evaluate, labelled, read_images
-from records import append_line, format_spread, read_lines
+from networks import NETWORKS
+from protocol import Images, Protocol, Standardized, evaluate, read_images, split
+from records import append_line, read_lines, read_recipes, write_spread, write_table
 from torch import Tensor, nn
 
 from latent_aug import LatentAdversarial, LatentPerturb
 
 RESULTS = Path(__file__).parents[1] / "results" / "unlabelled.jsonl"
 LOCK = Path(__file__).parents[2] / "runs" / "unlabelled.lock"
-BATCH = 64
+PAGE = Path(__file__).parents[2] / "docs" / "unlabelled.md"
+MARK = "drawn by examples/paper/unlabelled.py"
+RECIPE = "cifar10-1-percent"  # whose network and settings were chosen for labelled images
+UNLABELLED = 64  # a step
+WARM_UP = 0.3  # of the training, over which the learning rate grows
 RAMP = 0.25  # of the training, over which the weight of the unlabelled images grows
 FLOW = "glow-photographs"
 FIXMATCH = {"threshold": 0.95, "temperature": 0.0}
@@ -48,9 +54,9 @@ def common(x: Tensor) -> Tensor:
 
 def make_augmentation(model: nn.Module, pixels: str) -> Callable[[Tensor, Tensor], Tensor]:
     """Build what is done to labelled images and their classes."""
-    if pixels == "attack":
+    if pixels == "both":
         attack = LatentAdversarial(model, flow=FLOW)
-        return lambda x, y: attack(common(x), y)
+        return lambda x, y: attack(randaugment(x), y)
     return lambda x, y: randaugment(x) if pixels == "randaugment" else common(x)
 
 
@@ -58,6 +64,7 @@ def make_term(
     model: nn.Module,
     *,
     flow: Any = FLOW,
+    p: float = 1.0,
     noise: float | None = None,
     strong: bool = False,
     **options: Any,
@@ -67,11 +74,12 @@ def make_term(
     Args:
         model: The classifier.
         flow: The flow that is attacked, or that noise goes through.
+        p: The share of images that is attacked.
         noise: The eps of random noise in place of the attack, 0 for none.
         strong: Augment by RandAugment what is compared to the clean prediction.
         options: Options of `LatentAdversarial.consistency`.
     """
-    attack = LatentAdversarial(model, flow=flow, p=1.0)
+    attack = LatentAdversarial(model, flow=flow, p=p)
     if noise is not None:
         options["perturb"] = LatentPerturb(noise, flow=flow) if noise else lambda images: images
 
@@ -86,106 +94,120 @@ def make_term(
 METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "supervised, crop and flip": ("common", None),
     "supervised, RandAugment": ("randaugment", None),
-    "supervised, the attack": ("attack", None),
+    "supervised, RandAugment and the attack": ("both", None),
     "pseudo-labels": ("common", {"noise": 0.0, **FIXMATCH}),
     "VAT in pixels": ("common", {"flow": Pixels(3)}),
     "latent consistency, random": ("common", {"noise": 0.25}),
     "latent consistency, adversarial": ("common", {}),
     "FixMatch": ("common", {"noise": 0.0, "strong": True, **FIXMATCH}),
     "FixMatch, then the attack": ("common", {"strong": True, **FIXMATCH}),
+    "FixMatch, then the attack on a quarter": ("common", {"strong": True, "p": 0.25, **FIXMATCH}),
 }
 
 
-def draw_batches(count: int) -> Iterator[Tensor]:
+def draw_batches(count: int, size: int) -> Iterator[Tensor]:
     """Draw indices of batches for ever, each image once an epoch."""
     for _ in itertools.count():
-        yield from torch.randperm(count).split(BATCH)[: max(1, count // BATCH)]
+        yield from torch.randperm(count).split(size)[: max(1, count // size)]
+
+
+def choose_rate(share: float) -> float:
+    """The learning rate in parts of the greatest one, after this share of the training."""
+    if share < WARM_UP:
+        return share / WARM_UP + 1e-3
+    return (1 + math.cos(math.pi * (share - WARM_UP) / (1 - WARM_UP))) / 2
 
 
 def train(
-    name: str,
-    few: Images,
-    many: Tensor,
-    *,
-    seed: int,
-    width: int,
-    budget: tuple[float, int | None],
-) -> tuple[nn.Module, int, float]:
-    """Train by a method, and return the model, its steps and seconds of computation."""
+    name: str, few: Images, many: Tensor, protocol: Protocol, *, seed: int, minutes: float
+) -> tuple[nn.Module, int]:
+    """Train by a method, and return the model and its steps."""
     torch.manual_seed(seed)
-    model = Standardized(small_resnet(3, few.classes, width), many[:5000], "float32")
-    optimizer = torch.optim.SGD(model.parameters(), 0.03, 0.9, nesterov=True, weight_decay=5e-4)
+    network = NETWORKS[protocol.network](3, few.classes, protocol.width)
+    model = Standardized(network, many[:5000], protocol.precision)
+    optimizer = torch.optim.SGD(
+        model.parameters(), 0.0, 0.9, nesterov=True, weight_decay=protocol.weight_decay
+    )
     pixels, options = METHODS[name]
     augment = make_augmentation(model, pixels)
     term = None if options is None else make_term(model, **options)
-    minutes, steps = budget
-    started, share, number = time.process_time(), 0.0, 0
-    for own, others in zip(draw_batches(len(few.labels)), draw_batches(len(many)), strict=False):
+    started, share, steps = time.process_time(), 0.0, 0
+    batches = draw_batches(len(few.labels), protocol.batch_size)
+    for own, others in zip(batches, draw_batches(len(many), UNLABELLED), strict=False):
         x, y = few.pixels[own], few.labels[own]
         loss = F.cross_entropy(model(augment(x, y)), y)
         if term is not None:
             loss = loss + min(1.0, share / RAMP) * term(many[others])
         for group in optimizer.param_groups:
-            group["lr"] = 0.03 * (1 - share) + 1e-4  # linear in the budget, whatever that is
+            group["lr"] = protocol.lr * choose_rate(share)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        number, spent = number + 1, time.process_time() - started
-        share = number / steps if steps else spent / (60 * minutes)
+        steps += 1
+        share = (time.process_time() - started) / (60 * minutes)
         if share >= 1:
             break
-    return model, number, spent
+    return model, steps
 
 
-def draw_table() -> str:
-    """Accuracies of each method by the number of labels and the budget."""
-    rows = read_lines(RESULTS)
-    columns = list(dict.fromkeys((row["labels"], row["budget"]) for row in rows))
-    lines = [f"| method | {' | '.join(f'{n} labels, {b}' for n, b in columns)} | steps |"]
-    lines += ["|---" * (len(columns) + 2) + "|"]
+def draw_table() -> list[str]:
+    """Accuracies on test images, a column for each number of labels, and steps on average."""
+    rows = [row for row in read_lines(RESULTS) if not row["validate"]]
+    columns = sorted({row["labels"] for row in rows})
+    heads = [f"{labels:,} labels | steps" for labels in columns]
+    lines = [f"| method | {' | '.join(heads)} |", "|---" * (2 * len(heads) + 1) + "|"]
     for name in METHODS:
         own = [row for row in rows if row["method"] == name]
-        cells = []
-        for column in columns:
-            found = [r["accuracy"] for r in own if (r["labels"], r["budget"]) == column]
-            seeds = f" ({len(found)})" if found[1:] else ""
-            cells.append(format_spread(found) + seeds if found else "")
-        steps = ", ".join(str(row["steps"]) for row in own)
-        lines.append(f"| {name} | {' | '.join(cells)} | {steps} |")
-    return "\n".join(lines)
+        each = [[row for row in own if row["labels"] == labels] for labels in columns]
+        if own:
+            cells = [cell for found in each for cell in write_cells(found)]
+            lines.append(f"| {' | '.join([name, *cells])} |")
+    return lines
+
+
+def write_cells(rows: list[dict[str, Any]]) -> tuple[str, str]:
+    """Accuracy and steps of some runs."""
+    steps = f"{statistics.mean(row['steps'] for row in rows):,.0f}" if rows else ""
+    return write_spread([row["accuracy"] for row in rows]), steps
 
 
 def main() -> None:
-    """Run what is missing, or print the table."""
+    """Run what is missing, or draw the table of the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", type=Path, nargs="?")
-    parser.add_argument("--labels", type=int, default=2500)
+    parser.add_argument("--labels", type=int, default=250)
     parser.add_argument("--minutes", type=float, default=8.0, help="of computation a run")
-    parser.add_argument("--steps", type=int, help="in place of --minutes")
-    parser.add_argument("--width", type=int, default=16, help="of the ResNet")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
-    parser.add_argument("--only", nargs="*", default=list(METHODS), help="these methods")
-    parser.add_argument("--table", action="store_true", help="print the table, run nothing")
+    parser.add_argument("--weight-decay", type=float, help="another one than the recipe's")
+    parser.add_argument("--validate", action="store_true", help="test on training images")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--table", action="store_true", help="draw the table, run nothing")
     args = parser.parse_args()
     if args.table:
-        print(draw_table())
+        write_table(PAGE, MARK, draw_table())
         return
     if args.images is None:
         parser.error("CIFAR10 is needed")
-    budget = f"{args.steps} steps" if args.steps else f"{args.minutes:g} minutes"
-    shared = {"labels": args.labels, "budget": budget, "width": args.width}
-    images, test = (read_images(args.images / part) for part in ("train", "test"))
+    recipe = read_recipes()[RECIPE]["protocol"]
+    shared = {
+        "labels": args.labels,
+        "minutes": args.minutes,
+        "weight_decay": args.weight_decay or recipe["weight_decay"],
+        "validate": args.validate,
+    }
+    images = read_images(args.images / "train")
+    test = None if args.validate else read_images(args.images / "test")
+    changes = {"per_class": args.labels // images.classes, "test": not args.validate}
+    changes["weight_decay"] = shared["weight_decay"]
     for seed, name in itertools.product(args.seeds, args.only):
         key = {"method": name, "seed": seed, **shared}
         if any(key.items() <= row.items() for row in read_lines(RESULTS)):
             continue
-        few = labelled(images, Protocol(per_class=args.labels // images.classes, data_seed=seed))
-        model, steps, seconds = train(
-            name, few, images.pixels, seed=seed, width=args.width, budget=(args.minutes, args.steps)
-        )
-        accuracy, loss = evaluate(model, test)
-        figures = {"accuracy": round(accuracy, 2), "loss": round(loss, 4), "steps": steps}
-        row = {**key, **figures, "cpu_seconds": round(seconds, 1)}
+        protocol = Protocol(**recipe | changes, data_seed=seed)
+        few, evaluated = split(images, test, protocol)
+        model, steps = train(name, few, images.pixels, protocol, seed=seed, minutes=args.minutes)
+        accuracy, loss = evaluate(model, evaluated)
+        row = {**key, "accuracy": round(accuracy, 2), "loss": round(loss, 4), "steps": steps}
         append_line(RESULTS, row, lock=LOCK)
         print(row, flush=True)
 

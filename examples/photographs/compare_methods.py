@@ -18,7 +18,7 @@ from typing import Any
 from fine_tune_network import fine_tune
 
 sys.path.append(str(Path(__file__).parents[1] / "paper"))
-from records import append_line, format_spread, read_lines, write_table
+from records import append_line, read_lines, write_spread, write_table
 
 RESULTS = Path(__file__).parents[1] / "results" / "photographs.jsonl"
 LOCK = Path(__file__).parents[2] / "runs" / "photographs.lock"
@@ -70,17 +70,6 @@ def draw_table(**settings: Any) -> list[str]:
 def average(each: list[list[dict[str, Any]]], key: str) -> float:
     """Average over the sets of what their runs have on average."""
     return statistics.mean(statistics.mean(row[key] for row in rows) for rows in each)
-
-
-def write_spread(values: list[float]) -> str:
-    """Mean ± standard deviation. Of fewer than three values their number stands in brackets."""
-    if not values:
-        return ""
-    return (
-        format_spread(values)
-        if len(values) > 2
-        else f"{statistics.mean(values):.1f} ({len(values)})"
-    )
 
 
 def parse(given: list[str] | None = None) -> argparse.Namespace:

@@ -254,8 +254,8 @@ class LatentAdversarial(LatentTransform):
         It is the divergence from the model's prediction at an image to its prediction at the
         attacked image, KL(clean, attacked), averaged over the batch: virtual adversarial training
         along the flow's images. The attack raises the same divergence. It begins at a random point
-        of the ball, as the divergence has no gradient at the centre. Every image is attacked, or
-        the share `p` if you gave one.
+        of the ball, as the divergence has no gradient at the centre. Every image that counts is
+        attacked, or the share `p` of them if you gave one.
 
         The clean prediction is a constant. It is made in the mode of the attack, `model_mode`, and
         leaves no trace. The last pass is an ordinary one through your model, wrapped as it is, in
@@ -309,7 +309,11 @@ class LatentAdversarial(LatentTransform):
         batch = replace_images(batch, key, images)
         if perturb is None:
             share = self.p if self._adaptive is None else 1.0
-            images = self._attack_share(batch, key, targets, share=share, predicted=False)
+            among = counted.flatten(1).any(1) if counted.ndim > 1 else counted
+            options = {"among": among.nonzero()[:, 0]} if threshold else {}
+            images = self._attack_share(
+                batch, key, targets, share=share, predicted=False, **options
+            )
         else:
             images = map_images("perturb", perturb, images)
         with nullcontext() if update_statistics else keep_statistics(self.model):
@@ -352,12 +356,23 @@ class LatentAdversarial(LatentTransform):
             adaptive.update(count_right(logits, select_entry(labels, chosen, len(images))))
 
     def _attack_share(
-        self, batch: Any, key: Any, labels: Any, *, share: float, predicted: bool
+        self,
+        batch: Any,
+        key: Any,
+        labels: Any,
+        *,
+        share: float,
+        predicted: bool,
+        among: Tensor | None = None,
     ) -> Tensor:
-        """Attack a random share of the images of a batch, as plain tensors."""
+        """Attack a random share of the images of a batch, as plain tensors.
+
+        `among` holds the indices of those that may be attacked.
+        """
         images = batch[key].detach().as_subclass(Tensor)
         region = read_region(self.mask, batch, images)
-        count = self._count_attacked(share * len(images), len(images))
+        candidates = len(images) if among is None else len(among)
+        count = self._count_attacked(share * candidates, candidates)
         if not count:
             self._to_unit_range(to_float(images))  # the wrong range is to be seen at once
             return images.clone()
@@ -365,7 +380,8 @@ class LatentAdversarial(LatentTransform):
             ask = build_ask(self.forward, batch, key)
             return self._attack(images, labels, region, ask, predicted=predicted)
         like = to_float(images.new_empty(0))
-        chosen = self._draws.sample_uniform((len(images),), like).argsort()[:count]
+        chosen = self._draws.sample_uniform((candidates,), like).argsort()[:count]
+        chosen = chosen if among is None else among[chosen]
         attacked = self._attack(
             images[chosen].contiguous(memory_format=find_layout(images)),
             select_entry(labels, chosen, len(images)),
