@@ -1,0 +1,93 @@
+"""The comparison on unlabelled images: every method learns, a line a run, the page's table."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.utils import save_image
+
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "paper"))
+import unlabelled
+from records import read_lines
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    monkeypatch.setattr(unlabelled, "RESULTS", tmp_path / "results.jsonl")
+    monkeypatch.setattr(unlabelled, "LOCK", tmp_path / "lock")
+    monkeypatch.setattr(unlabelled, "UNLABELLED", 4)
+    for number in range(80):
+        part, kind = ("test" if number % 10 == 9 else "train"), "ab"[number % 2]
+        folder = tmp_path / "images" / part / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        save_image(torch.rand(3, 32, 32) * (0.4 + 0.6 * (kind == "b")), folder / f"{number}.png")
+    return tmp_path / "images"
+
+
+def compare(images, monkeypatch, *options):
+    settings = ["--labels", "64", "--minutes", "0.002", "--seeds", "0", *options]
+    monkeypatch.setattr(sys, "argv", ["unlabelled.py", str(images), *settings])
+    unlabelled.main()
+    return read_lines(unlabelled.RESULTS)
+
+
+def test_each_method_leaves_one_line_and_is_not_run_again(images, monkeypatch):
+    rows = compare(images, monkeypatch)
+    assert [row["method"] for row in rows] == list(unlabelled.METHODS)
+    assert all(0 <= row["accuracy"] <= 100 and row["steps"] >= 1 for row in rows)
+    assert compare(images, monkeypatch) == rows
+
+
+def test_another_weight_decay_or_split_is_another_run(images, monkeypatch):
+    own = ("--only", "FixMatch")
+    compare(images, monkeypatch, *own)
+    for other in (("--weight-decay", "1e-4"), ("--validate",)):
+        rows = compare(images, monkeypatch, *own, *other)
+    assert [(row["weight_decay"], row["validate"]) for row in rows] == [
+        (5e-3, False),
+        (1e-4, False),
+        (5e-3, True),
+    ]
+
+
+@pytest.mark.parametrize("name", [n for n, (_, term) in unlabelled.METHODS.items() if term])
+def test_unlabelled_images_reach_the_weights(name):
+    torch.manual_seed(0)
+    model = unlabelled.NETWORKS["preactivation"](3, 4, 8)
+    options = unlabelled.METHODS[name][1] | {"threshold": 0.0}  # this model is sure of nothing
+    term = unlabelled.make_term(model, **options)
+    loss = term(torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8))
+    loss.backward()
+    assert loss > 0
+    assert model[0].weight.grad.norm() > 0
+
+
+def test_the_learning_rate_grows_then_falls_to_nothing():
+    rates = [unlabelled.choose_rate(share / 100) for share in range(101)]
+    top = rates.index(max(rates))
+    assert top == 30
+    assert rates[:top] == sorted(rates[:top])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert 0 < rates[0] < 0.01
+    assert rates[-1] == pytest.approx(0)
+
+
+def test_batches_are_new_orders_of_all():
+    batches = unlabelled.draw_batches(10, 5)
+    passes = [torch.cat([next(batches), next(batches)]) for _ in range(2)]
+    assert all(sorted(each.tolist()) == list(range(10)) for each in passes)
+    assert not torch.equal(*passes)
+
+
+def test_the_table_has_test_runs_alone(images, monkeypatch):
+    for seed, labels, validate in ((0, 40, False), (1, 40, False), (0, 2500, False), (2, 40, True)):
+        row = {"method": "FixMatch", "labels": labels, "validate": validate, "seed": seed}
+        unlabelled.append_line(
+            unlabelled.RESULTS, row | {"accuracy": 50.0 + seed, "steps": 1000}, lock=unlabelled.LOCK
+        )
+    assert unlabelled.draw_table() == [
+        "| method | 40 labels | steps | 2,500 labels | steps |",
+        "|---|---|---|---|---|",
+        "| FixMatch | 50.5 (2) | 1,000 | 50.0 (1) | 1,000 |",
+    ]
