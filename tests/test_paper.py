@@ -474,6 +474,24 @@ def test_minutes_are_what_was_computed_where_that_is_known(monkeypatch):
     assert draw.write_minutes(rows) == {"usual": "2.0", "late": "1.0*"}
 
 
+def test_longer_trainings_are_points_of_one_line(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import draw
+
+    section = draw.Section(
+        title="", text="", columns={"few": "few"}, timed="few", plot=draw.MINUTES
+    )
+    names = ("A", "A, twice as long", "A, four times as long", "A, stronger")
+    runs = {
+        name: [{"accuracy": 50.0 + n, "cpu_seconds": 60.0 * 2**n, "device": "cpu"}]
+        for n, name in enumerate(names)
+    }
+    assert draw.find_points(section, {"few": runs}) == {
+        "A": {1.0: [50.0], 2.0: [51.0], 4.0: [52.0]},
+        "A, stronger": {8.0: [53.0]},
+    }
+
+
 def test_bold_is_what_the_best_is_not_clearly_above(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import draw

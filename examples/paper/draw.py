@@ -6,6 +6,7 @@ A section has a table, a row for each method and a column for each recipe, its p
 Pages stay as they are while there are no runs for their tables.
 """
 
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
@@ -127,6 +128,7 @@ SECTIONS = [
         kind="validation",
     ),
 ]
+LONGER = re.compile(", (twice|four times) as long")  # in the names of methods
 SEEDS = 3  # of a row of the README and of a bold one, at least
 README_RECIPE = "cifar10-1-percent"
 README_ROWS = (
@@ -281,12 +283,15 @@ def draw_plot(points: dict[str, dict[float, list[float]]], axis: str, path: Path
 
 
 def find_points(section: Section, runs: dict[str, Runs]) -> dict[str, dict[float, list[float]]]:
-    """Of each method the accuracies by images, of methods of two columns; or by minutes."""
+    """Of each method the accuracies by images, of methods of two columns; or by minutes.
+
+    By minutes, "RandAugment, twice as long" is a point of RandAugment.
+    """
     points: dict[str, dict[float, list[float]]] = defaultdict(dict)
     if section.plot == MINUTES:
         for method, own in runs.get(section.timed, {}).items():
             if (took := measure_time(own)[0]) is not None:
-                points[method][took] = list_accuracies(own)
+                points[LONGER.sub("", method)][took] = list_accuracies(own)
         return points
     for column in runs.values():
         for method, own in column.items():
