@@ -25,7 +25,11 @@ LOCK = Path(__file__).parents[2] / "runs" / "photographs.lock"
 PAGE = Path(__file__).parents[2] / "docs" / "pretrained.md"
 COMMAND = "examples/photographs/compare_methods.py"
 SETTINGS = ("per_class", "size", "epochs", "batch", "lr", "network", "validate")
-TABLES: dict[str, dict[str, Any]] = {"methods": {}, "search": {"validate": True}}
+TABLES: dict[str, dict[str, Any]] = {
+    "methods": {},
+    "25 labels": {"per_class": 25},
+    "search": {"validate": True, "seed": 0},
+}
 MEANS = {"accuracy": 1, "loss": 2, "minutes": 1}  # over the sets, with so many digits
 COPY = {"resolution": 32}
 HALF = {"resolution": 32, "p": 0.5}
