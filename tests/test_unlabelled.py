@@ -39,14 +39,38 @@ def test_each_method_leaves_one_line_and_is_not_run_again(images, monkeypatch):
     assert compare(images, monkeypatch) == rows
 
 
+def test_images_to_validate_on_are_not_among_the_unlabelled_ones(images, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        unlabelled, "train", lambda name, few, many, *a, **k: seen.append(many) or (None, 1)
+    )
+    monkeypatch.setattr(unlabelled, "evaluate", lambda model, found: seen.append(found) or (0, 0))
+    monkeypatch.setattr("protocol.VALIDATION_IMAGES", 6)
+    monkeypatch.setattr(unlabelled, "VALIDATION_IMAGES", 6)
+    for options in (("--validate",), ()):
+        compare(images, monkeypatch, "--only", "FixMatch", *options)
+    many, found, all_of_them, test = seen
+    assert len(many) == 66
+    assert len(found.pixels) == 6
+    assert not any((image == many).flatten(1).all(1).any() for image in found.pixels)
+    assert (len(all_of_them), len(test.pixels)) == (72, 8)
+
+
+@pytest.mark.parametrize("labels", ["1", "63"])
+def test_labels_are_as_many_of_each_class(labels, images, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        compare(images, monkeypatch, "--labels", labels)
+    assert f"multiple of 2, got {labels}" in capsys.readouterr().err
+
+
 def test_another_weight_decay_or_split_is_another_run(images, monkeypatch):
     own = ("--only", "FixMatch")
     compare(images, monkeypatch, *own)
-    for other in (("--weight-decay", "1e-4"), ("--validate",)):
+    for other in (("--weight-decay", "0"), ("--validate",)):
         rows = compare(images, monkeypatch, *own, *other)
     assert [(row["weight_decay"], row["validate"]) for row in rows] == [
         (5e-3, False),
-        (1e-4, False),
+        (0.0, False),
         (5e-3, True),
     ]
 
@@ -80,14 +104,16 @@ def test_batches_are_new_orders_of_all():
     assert not torch.equal(*passes)
 
 
-def test_the_table_has_test_runs_alone(images, monkeypatch):
-    for seed, labels, validate in ((0, 40, False), (1, 40, False), (0, 2500, False), (2, 40, True)):
-        row = {"method": "FixMatch", "labels": labels, "validate": validate, "seed": seed}
+def test_the_table_has_test_runs_at_the_defaults_alone(images, monkeypatch):
+    usual = {"labels": 40, "validate": False, "minutes": 8.0, "weight_decay": 0.005}
+    others = ({}, {}, {"labels": 2500}, {"validate": True}, {"minutes": 1.0}, {"weight_decay": 0.0})
+    for seed, other in enumerate(others):
+        row = {"method": "FixMatch", "seed": seed, **usual, **other}
         unlabelled.append_line(
             unlabelled.RESULTS, row | {"accuracy": 50.0 + seed, "steps": 1000}, lock=unlabelled.LOCK
         )
     assert unlabelled.draw_table() == [
         "| method | 40 labels | steps | 2,500 labels | steps |",
         "|---|---|---|---|---|",
-        "| FixMatch | 50.5 (2) | 1,000 | 50.0 (1) | 1,000 |",
+        "| FixMatch | 50.5 (2) | 1,000 | 52.0 (1) | 1,000 |",
     ]

@@ -5,9 +5,10 @@
 
 CIFAR10 holds train/<class>/* and test/<class>/*. Each seed draws the labelled images anew, as many
 of each class. All training images are unlabelled ones. Every method trains the network of the
-recipes for CIFAR-10, at their settings, for --minutes of computation. It is tested after that, with
---validate on other training images. --table draws the tables of docs/unlabelled.md. What was run
-before is not run again.
+recipe for CIFAR-10 with 1 % of the labels, at its batch size, greatest learning rate and weight
+decay, for --minutes of computation. It is tested after that. With --validate it is tested on
+training images, which are not among the unlabelled ones then. --table draws the table of
+docs/unlabelled.md from the runs at the defaults. What was run before is not run again.
 """
 
 import argparse
@@ -23,7 +24,16 @@ import torch
 import torch.nn.functional as F
 from methods import PEERS, Pixels, crop_and_flip, to_unit
 from networks import NETWORKS
-from protocol import Images, Protocol, Standardized, evaluate, read_images, split
+from protocol import (
+    VALIDATION_IMAGES,
+    Images,
+    Protocol,
+    Standardized,
+    divide,
+    evaluate,
+    read_images,
+    split,
+)
 from records import append_line, read_lines, read_recipes, write_spread, write_table
 from torch import Tensor, nn
 
@@ -34,6 +44,7 @@ LOCK = Path(__file__).parents[2] / "runs" / "unlabelled.lock"
 PAGE = Path(__file__).parents[2] / "docs" / "unlabelled.md"
 MARK = "drawn by examples/paper/unlabelled.py"
 RECIPE = "cifar10-1-percent"  # whose network and settings were chosen for labelled images
+MINUTES = 8.0  # of computation a run
 UNLABELLED = 64  # a step
 WARM_UP = 0.3  # of the training, over which the learning rate grows
 RAMP = 0.25  # of the training, over which the weight of the unlabelled images grows
@@ -90,7 +101,8 @@ def make_term(
     return term
 
 
-# What is done to labelled images, and the loss of unlabelled ones, if there is one.
+# What is done to labelled images, and the loss of unlabelled ones, if there is one. The attack in
+# pixels is of l2 1.0.
 METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "supervised, crop and flip": ("common", None),
     "supervised, RandAugment": ("randaugment", None),
@@ -106,7 +118,7 @@ METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
 
 
 def draw_batches(count: int, size: int) -> Iterator[Tensor]:
-    """Draw indices of batches for ever, each image once an epoch."""
+    """Draw indices of batches for ever, each image at most once an epoch."""
     for _ in itertools.count():
         yield from torch.randperm(count).split(size)[: max(1, count // size)]
 
@@ -124,7 +136,7 @@ def train(
     """Train by a method, and return the model and its steps."""
     torch.manual_seed(seed)
     network = NETWORKS[protocol.network](3, few.classes, protocol.width)
-    model = Standardized(network, many[:5000], protocol.precision)
+    model = Standardized(network, few.pixels, protocol.precision)
     optimizer = torch.optim.SGD(
         model.parameters(), 0.0, 0.9, nesterov=True, weight_decay=protocol.weight_decay
     )
@@ -151,8 +163,9 @@ def train(
 
 
 def draw_table() -> list[str]:
-    """Accuracies on test images, a column for each number of labels, and steps on average."""
-    rows = [row for row in read_lines(RESULTS) if not row["validate"]]
+    """Accuracies on test images, two columns for each number of labels, steps on average."""
+    usual = {"minutes": MINUTES, "weight_decay": read_settings()["weight_decay"], "validate": False}
+    rows = [row for row in read_lines(RESULTS) if usual.items() <= row.items()]
     columns = sorted({row["labels"] for row in rows})
     heads = [f"{labels:,} labels | steps" for labels in columns]
     lines = [f"| method | {' | '.join(heads)} |", "|---" * (2 * len(heads) + 1) + "|"]
@@ -163,6 +176,12 @@ def draw_table() -> list[str]:
             cells = [cell for found in each for cell in write_cells(found)]
             lines.append(f"| {' | '.join([name, *cells])} |")
     return lines
+
+
+def read_settings() -> dict[str, Any]:
+    """Read the protocol of the recipe."""
+    found: dict[str, Any] = read_recipes()[RECIPE]["protocol"]
+    return found
 
 
 def write_cells(rows: list[dict[str, Any]]) -> tuple[str, str]:
@@ -176,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", type=Path, nargs="?")
     parser.add_argument("--labels", type=int, default=250)
-    parser.add_argument("--minutes", type=float, default=8.0, help="of computation a run")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="of computation a run")
     parser.add_argument("--weight-decay", type=float, help="another one than the recipe's")
     parser.add_argument("--validate", action="store_true", help="test on training images")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -188,24 +207,30 @@ def main() -> None:
         return
     if args.images is None:
         parser.error("CIFAR10 is needed")
-    recipe = read_recipes()[RECIPE]["protocol"]
+    recipe = read_settings()
+    decay = recipe["weight_decay"] if args.weight_decay is None else args.weight_decay
     shared = {
         "labels": args.labels,
         "minutes": args.minutes,
-        "weight_decay": args.weight_decay or recipe["weight_decay"],
+        "weight_decay": decay,
         "validate": args.validate,
     }
     images = read_images(args.images / "train")
+    if args.labels < images.classes or args.labels % images.classes:
+        parser.error(f"--labels must be a multiple of {images.classes}, got {args.labels}")
     test = None if args.validate else read_images(args.images / "test")
-    changes = {"per_class": args.labels // images.classes, "test": not args.validate}
-    changes["weight_decay"] = shared["weight_decay"]
+    changes = {"per_class": args.labels // images.classes, "weight_decay": decay}
     for seed, name in itertools.product(args.seeds, args.only):
         key = {"method": name, "seed": seed, **shared}
         if any(key.items() <= row.items() for row in read_lines(RESULTS)):
             continue
-        protocol = Protocol(**recipe | changes, data_seed=seed)
+        protocol = Protocol(**recipe | changes, data_seed=seed, test=not args.validate)
         few, evaluated = split(images, test, protocol)
-        model, steps = train(name, few, images.pixels, protocol, seed=seed, minutes=args.minutes)
+        own, others = divide(images, protocol)
+        many = torch.cat([own, others[VALIDATION_IMAGES if args.validate else 0 :]])
+        model, steps = train(
+            name, few, images.pixels[many], protocol, seed=seed, minutes=args.minutes
+        )
         accuracy, loss = evaluate(model, evaluated)
         row = {**key, "accuracy": round(accuracy, 2), "loss": round(loss, 4), "steps": steps}
         append_line(RESULTS, row, lock=LOCK)
