@@ -68,7 +68,7 @@ def test_the_page_shows_the_runs(photos, monkeypatch):
         f"A\n<!-- drawn by {compare_methods.COMMAND}: some -->\nold\n<!-- until here -->\nB"
     )
     monkeypatch.setattr(compare_methods, "PAGE", page)
-    monkeypatch.setattr(compare_methods, "TABLES", {"some": settings})
+    monkeypatch.setattr(compare_methods, "TABLES", {"some": (methods, settings)})
     monkeypatch.setattr(sys, "argv", ["compare_methods.py", "--table"])
     compare_methods.main()
     lines = page.read_text().splitlines()
@@ -97,6 +97,7 @@ def test_a_set_s_flow_must_be_named(photos, monkeypatch):
 
 def test_the_pages_tables_are_those_of_the_runs():
     text = compare_methods.PAGE.read_text()
-    for name, settings in compare_methods.TABLES.items():
-        mark = f"<!-- drawn by {compare_methods.COMMAND}: {name} -->\n"
-        assert "\n".join([mark.strip(), *compare_methods.draw_table(**settings), "<!--"]) in text
+    for name, (methods, settings) in compare_methods.TABLES.items():
+        mark = f"<!-- drawn by {compare_methods.COMMAND}: {name} -->"
+        table = compare_methods.draw_table(methods, **settings)
+        assert "\n".join([mark, *table, "<!--"]) in text
