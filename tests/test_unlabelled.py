@@ -8,7 +8,7 @@ import torch
 from torchvision.utils import save_image
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "paper"))
-import unlabelled
+import compare_unlabelled as unlabelled
 from records import read_lines
 
 
@@ -27,7 +27,7 @@ def images(tmp_path, monkeypatch):
 
 def compare(images, monkeypatch, *options):
     settings = ["--labels", "64", "--minutes", "0.002", "--seeds", "0", *options]
-    monkeypatch.setattr(sys, "argv", ["unlabelled.py", str(images), *settings])
+    monkeypatch.setattr(sys, "argv", ["compare_unlabelled.py", str(images), *settings])
     unlabelled.main()
     return read_lines(unlabelled.RESULTS)
 

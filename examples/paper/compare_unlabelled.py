@@ -1,7 +1,7 @@
 """Few labels and many unlabelled images: consistency in the latent space beside its peers.
 
-    python examples/paper/unlabelled.py CIFAR10 --labels 250 [--validate] [--seeds SEED ...]
-    python examples/paper/unlabelled.py --table
+    python examples/paper/compare_unlabelled.py CIFAR10 --labels 250 [--validate] [--seeds SEED ...]
+    python examples/paper/compare_unlabelled.py --table
 
 CIFAR10 holds train/<class>/* and test/<class>/*. Each seed draws the labelled images anew, as many
 of each class. All training images are unlabelled ones. Every method trains the network of the
@@ -42,7 +42,7 @@ from latent_aug import LatentAdversarial, LatentPerturb
 RESULTS = Path(__file__).parents[1] / "results" / "unlabelled.jsonl"
 LOCK = Path(__file__).parents[2] / "runs" / "unlabelled.lock"
 PAGE = Path(__file__).parents[2] / "docs" / "unlabelled.md"
-MARK = "drawn by examples/paper/unlabelled.py"
+MARK = "drawn by examples/paper/compare_unlabelled.py"
 RECIPE = "cifar10-1-percent"  # whose network and settings were chosen for labelled images
 MINUTES = 8.0  # of computation a run
 UNLABELLED = 64  # a step
