@@ -32,7 +32,7 @@ from protocol import (
     divide,
     evaluate,
     read_images,
-    split,
+    select,
 )
 from records import append_line, read_lines, read_recipes, write_spread, write_table
 from torch import Tensor, nn
@@ -224,13 +224,14 @@ def main() -> None:
         key = {"method": name, "seed": seed, **shared}
         if any(key.items() <= row.items() for row in read_lines(RESULTS)):
             continue
-        protocol = Protocol(**recipe | changes, data_seed=seed, test=not args.validate)
-        few, evaluated = split(images, test, protocol)
+        protocol = Protocol(**recipe | changes, data_seed=seed)
         own, others = divide(images, protocol)
-        many = torch.cat([own, others[VALIDATION_IMAGES if args.validate else 0 :]])
-        model, steps = train(
-            name, few, images.pixels[many], protocol, seed=seed, minutes=args.minutes
-        )
+        evaluated = test
+        if evaluated is None:
+            evaluated = select(images, others[:VALIDATION_IMAGES])
+            others = others[VALIDATION_IMAGES:]
+        few, many = select(images, own), images.pixels[torch.cat([own, others])]
+        model, steps = train(name, few, many, protocol, seed=seed, minutes=args.minutes)
         accuracy, loss = evaluate(model, evaluated)
         row = {**key, "accuracy": round(accuracy, 2), "loss": round(loss, 4), "steps": steps}
         append_line(RESULTS, row, lock=LOCK)

@@ -251,10 +251,10 @@ class LatentAdversarial(LatentTransform):
     ) -> Tensor:
         """Compute the loss of unlabelled images, to be added to that of labelled ones.
 
-        It is the divergence from the model's prediction at an image to its prediction at the
-        attacked image, KL(clean, attacked), averaged over the batch: virtual adversarial training
-        along the flow's images. The attack raises the same divergence. It begins at a random point
-        of the ball, as the divergence has no gradient at the centre. Every image that counts is
+        It is the divergence KL(clean, attacked) from the model's prediction at an image to that at
+        the attacked image, averaged over the batch. This is virtual adversarial training along the
+        flow's images. The attack raises the same divergence. It begins at a random point of the
+        ball, as the divergence has no gradient at the centre. Every image that counts is
         attacked, or the share `p` of them if you gave one.
 
         The clean prediction is a constant. It is made in the mode of the attack, `model_mode`, and
@@ -309,10 +309,9 @@ class LatentAdversarial(LatentTransform):
         batch = replace_images(batch, key, images)
         if perturb is None:
             share = self.p if self._adaptive is None else 1.0
-            among = counted.flatten(1).any(1) if counted.ndim > 1 else counted
-            options = {"among": among.nonzero()[:, 0]} if threshold else {}
+            among = counted.reshape(len(images), -1).any(1).nonzero()[:, 0] if threshold else None
             images = self._attack_share(
-                batch, key, targets, share=share, predicted=False, **options
+                batch, key, targets, share=share, predicted=False, among=among
             )
         else:
             images = map_images("perturb", perturb, images)
