@@ -1,5 +1,6 @@
 """The comparison on unlabelled images: every method learns, a line a run, the page's table."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from records import read_lines
 @pytest.fixture
 def images(tmp_path, monkeypatch):
     monkeypatch.setattr(unlabelled, "RESULTS", tmp_path / "results.jsonl")
-    monkeypatch.setattr(unlabelled, "LOCK", tmp_path / "lock")
+    monkeypatch.setattr(unlabelled, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(unlabelled, "UNLABELLED", 4)
     for number in range(80):
         part, kind = ("test" if number % 10 == 9 else "train"), "ab"[number % 2]
@@ -42,14 +43,15 @@ def test_each_method_leaves_one_line_and_is_not_run_again(images, monkeypatch):
 def test_images_to_validate_on_are_not_among_the_unlabelled_ones(images, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        unlabelled, "train", lambda name, few, many, *a, **k: seen.append(many) or (None, 1)
+        unlabelled, "train", lambda m, name, few, many, *a, **k: seen.append(many) or 1
     )
     monkeypatch.setattr(unlabelled, "evaluate", lambda model, found: seen.append(found) or (0, 0))
     monkeypatch.setattr("protocol.VALIDATION_IMAGES", 6)
     monkeypatch.setattr(unlabelled, "VALIDATION_IMAGES", 6)
     for options in (("--validate",), ()):
         compare(images, monkeypatch, "--only", "FixMatch", *options)
-    many, found, all_of_them, test = seen
+    first, many, found, all_of_them, test = seen
+    assert len(first) == len(many)
     assert len(many) == 66
     assert len(found.pixels) == 6
     assert not any((image == many).flatten(1).all(1).any() for image in found.pixels)
@@ -75,11 +77,11 @@ def test_another_weight_decay_or_split_is_another_run(images, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("name", [n for n, (_, term) in unlabelled.METHODS.items() if term])
+@pytest.mark.parametrize("name", [n for n, term in unlabelled.METHODS.items() if term is not None])
 def test_unlabelled_images_reach_the_weights(name):
     torch.manual_seed(0)
     model = unlabelled.NETWORKS["preactivation"](3, 4, 8)
-    options = unlabelled.METHODS[name][1] | {"threshold": 0.0}  # this model is sure of nothing
+    options = unlabelled.METHODS[name] | {"threshold": 0.0}  # this model is sure of nothing
     term = unlabelled.make_term(model, **options)
     loss = term(torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8))
     loss.backward()
@@ -105,15 +107,47 @@ def test_batches_are_new_orders_of_all():
 
 
 def test_the_table_has_test_runs_at_the_defaults_alone(images, monkeypatch):
-    usual = {"labels": 40, "validate": False, "minutes": 8.0, "weight_decay": 0.005}
+    usual = {"labels": 40, "validate": False, "minutes": 12.0, "weight_decay": 0.005}
     others = ({}, {}, {"labels": 2500}, {"validate": True}, {"minutes": 1.0}, {"weight_decay": 0.0})
     for seed, other in enumerate(others):
         row = {"method": "FixMatch", "seed": seed, **usual, **other}
         unlabelled.append_line(
-            unlabelled.RESULTS, row | {"accuracy": 50.0 + seed, "steps": 1000}, lock=unlabelled.LOCK
+            unlabelled.RESULTS, row | {"accuracy": 50.0 + seed, "steps": 1000}, lock=images / "lock"
         )
     assert unlabelled.draw_table() == [
         "| method | 40 labels | steps | 2,500 labels | steps |",
         "|---|---|---|---|---|",
         "| FixMatch | 50.5 (2) | 1,000 | 52.0 (1) | 1,000 |",
     ]
+
+
+def test_only_images_of_which_the_model_is_sure_are_taken(monkeypatch):
+    class Bright(torch.nn.Module):
+        seen = 0
+
+        def forward(self, x):
+            self.seen = len(x)
+            return torch.stack([6 * x.mean((1, 2, 3)), torch.zeros(len(x))], 1)
+
+    model = Bright()
+    monkeypatch.setattr(unlabelled, "UNLABELLED", 4)
+    term = unlabelled.make_term(model, noise=0.0, threshold=0.95, temperature=0.0)
+    images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+    assert term(images) == 0
+    images[2:5] = 255
+    found = term(images)
+    assert model.seen == 3
+    assert 0 < found < 3 / 4 * math.log(2)
+    images[:] = 255
+    term(images)
+    assert model.seen == 4
+
+
+def test_the_first_part_is_learned_once(images, monkeypatch):
+    names = []
+    train = unlabelled.train
+    monkeypatch.setattr(
+        unlabelled, "train", lambda m, name, *a, **k: names.append(name) or train(m, name, *a, **k)
+    )
+    compare(images, monkeypatch, "--only", "FixMatch", "pseudo-labels")
+    assert names == ["supervised, RandAugment", "FixMatch", "pseudo-labels"]

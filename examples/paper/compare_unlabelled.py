@@ -5,10 +5,12 @@
 
 CIFAR10 holds train/<class>/* and test/<class>/*. Each seed draws the labelled images anew, as many
 of each class. All training images are unlabelled ones. Every method trains the network of the
-recipe for CIFAR-10 with 1 % of the labels, at its batch size, greatest learning rate and weight
-decay, for --minutes of computation. It is tested after that. With --validate it is tested on
-training images, which are not among the unlabelled ones then. --table draws the table of
-docs/unlabelled.md from the runs at the defaults. What was run before is not run again.
+recipe for CIFAR-10 with 1 % of the labels, at its batch size and weight decay, for --minutes of
+computation. Where it learns from unlabelled images, it first learns a third of that time from
+labelled ones alone, with RandAugment, and then from both, at a smaller learning rate. It is tested
+after that. With --validate it is tested on training images, which are not among the unlabelled ones
+then. --table draws the table of docs/unlabelled.md from the runs at the defaults. What was run
+before is not run again.
 """
 
 import argparse
@@ -38,18 +40,21 @@ from records import append_line, read_lines, read_recipes, write_spread, write_t
 from torch import Tensor, nn
 
 from latent_aug import LatentAdversarial, LatentPerturb
+from latent_aug.utils.files import replace_file
 
 RESULTS = Path(__file__).parents[1] / "results" / "unlabelled.jsonl"
-LOCK = Path(__file__).parents[2] / "runs" / "unlabelled.lock"
+RUNS = Path(__file__).parents[2] / "runs" / "unlabelled"
 PAGE = Path(__file__).parents[2] / "docs" / "unlabelled.md"
 MARK = "drawn by examples/paper/compare_unlabelled.py"
 RECIPE = "cifar10-1-percent"  # whose network and settings were chosen for labelled images
-MINUTES = 8.0  # of computation a run
-UNLABELLED = 64  # a step
-WARM_UP = 0.3  # of the training, over which the learning rate grows
-RAMP = 0.25  # of the training, over which the weight of the unlabelled images grows
+MINUTES = 12.0  # of computation a run
+UNLABELLED = 64  # a step, at most
+CANDIDATES = 192  # a step, from which a method with a threshold takes those
+FIRST = 1 / 3  # of the time, in which labelled images alone are learned
+LATER_LR = 0.4  # the greatest learning rate after that, in parts of the recipe's
+WARM_UP = 0.3  # of a cycle, over which the learning rate grows
 FLOW = "glow-photographs"
-FIXMATCH = {"threshold": 0.95, "temperature": 0.0}
+FIXMATCH = {"threshold": 0.95, "temperature": 0.0}  # without the threshold all are taken
 
 
 def randaugment(x: Tensor) -> Tensor:
@@ -63,12 +68,12 @@ def common(x: Tensor) -> Tensor:
     return to_unit(crop_and_flip(x, True))
 
 
-def make_augmentation(model: nn.Module, pixels: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """Build what is done to labelled images and their classes."""
-    if pixels == "both":
+def make_augmentation(model: nn.Module, name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """Build what a method does to labelled images and their classes."""
+    if name == "supervised, RandAugment and the attack":
         attack = LatentAdversarial(model, flow=FLOW)
         return lambda x, y: attack(randaugment(x), y)
-    return lambda x, y: randaugment(x) if pixels == "randaugment" else common(x)
+    return lambda x, y: common(x) if name == "supervised, crop and flip" else randaugment(x)
 
 
 def make_term(
@@ -78,6 +83,7 @@ def make_term(
     p: float = 1.0,
     noise: float | None = None,
     strong: bool = False,
+    threshold: float = 0.0,
     **options: Any,
 ) -> Callable[[Tensor], Tensor]:
     """Build the loss of 8-bit unlabelled images.
@@ -88,6 +94,7 @@ def make_term(
         p: The share of images that is attacked.
         noise: The eps of random noise in place of the attack, 0 for none.
         strong: Augment by RandAugment what is compared to the clean prediction.
+        threshold: Take only images of whose class the model is as sure.
         options: Options of `LatentAdversarial.consistency`.
     """
     attack = LatentAdversarial(model, flow=flow, p=p)
@@ -95,25 +102,41 @@ def make_term(
         options["perturb"] = LatentPerturb(noise, flow=flow) if noise else lambda images: images
 
     def term(x: Tensor) -> Tensor:
+        if threshold:
+            x = x[find_sure(model, to_unit(x), threshold)]
+        x = x[:UNLABELLED]
+        if len(x) < 2:  # BatchNorm has no statistics of a single sample
+            return torch.zeros(())
         augment = (lambda _: randaugment(x)) if strong else None
-        return attack.consistency(common(x), augment=augment, **options)
+        loss = attack.consistency(common(x), augment=augment, **options)
+        return loss * len(x) / UNLABELLED
 
     return term
 
 
-# What is done to labelled images, and the loss of unlabelled ones, if there is one. The attack in
-# pixels is of l2 1.0.
-METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
-    "supervised, crop and flip": ("common", None),
-    "supervised, RandAugment": ("randaugment", None),
-    "supervised, RandAugment and the attack": ("both", None),
-    "pseudo-labels": ("common", {"noise": 0.0, **FIXMATCH}),
-    "VAT in pixels": ("common", {"flow": Pixels(3)}),
-    "latent consistency, random": ("common", {"noise": 0.25}),
-    "latent consistency, adversarial": ("common", {}),
-    "FixMatch": ("common", {"noise": 0.0, "strong": True, **FIXMATCH}),
-    "FixMatch, then the attack": ("common", {"strong": True, **FIXMATCH}),
-    "FixMatch, then the attack on a quarter": ("common", {"strong": True, "p": 0.25, **FIXMATCH}),
+def find_sure(model: nn.Module, images: Tensor, threshold: float) -> Tensor:
+    """Find the images of whose class the model is as sure, in evaluation mode."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        sure = model(images).softmax(1).amax(1) >= threshold
+    model.train(training)
+    return sure
+
+
+# The loss of unlabelled images, if there is one. The attack in pixels is of l2 1.0.
+METHODS: dict[str, dict[str, Any] | None] = {
+    "supervised, crop and flip": None,
+    "supervised, RandAugment": None,
+    "supervised, RandAugment and the attack": None,
+    "pseudo-labels": {"noise": 0.0, **FIXMATCH},
+    "VAT in pixels": {"flow": Pixels(3)},
+    "latent consistency, random": {"noise": 0.25},
+    "latent consistency, adversarial": {},
+    "FixMatch": {"noise": 0.0, "strong": True, **FIXMATCH},
+    "FixMatch, then LatentPerturb": {"noise": 0.25, "strong": True, **FIXMATCH},
+    "FixMatch, then the attack": {"strong": True, **FIXMATCH},
+    "FixMatch, then the attack on a quarter": {"strong": True, "p": 0.25, **FIXMATCH},
 }
 
 
@@ -130,28 +153,38 @@ def choose_rate(share: float) -> float:
     return (1 + math.cos(math.pi * (share - WARM_UP) / (1 - WARM_UP))) / 2
 
 
+def make_model(few: Images, protocol: Protocol) -> Standardized:
+    """Build the network of the protocol."""
+    network = NETWORKS[protocol.network](few.pixels.shape[1], few.classes, protocol.width)
+    return Standardized(network, few.pixels, protocol.precision)
+
+
 def train(
-    name: str, few: Images, many: Tensor, protocol: Protocol, *, seed: int, minutes: float
-) -> tuple[nn.Module, int]:
-    """Train by a method, and return the model and its steps."""
-    torch.manual_seed(seed)
-    network = NETWORKS[protocol.network](3, few.classes, protocol.width)
-    model = Standardized(network, few.pixels, protocol.precision)
+    model: nn.Module,
+    name: str,
+    few: Images,
+    many: Tensor,
+    protocol: Protocol,
+    *,
+    lr: float,
+    minutes: float,
+) -> int:
+    """Train the model by a method for one cycle of the learning rate, and return its steps."""
     optimizer = torch.optim.SGD(
         model.parameters(), 0.0, 0.9, nesterov=True, weight_decay=protocol.weight_decay
     )
-    pixels, options = METHODS[name]
-    augment = make_augmentation(model, pixels)
+    options = METHODS[name]
+    augment = make_augmentation(model, name)
     term = None if options is None else make_term(model, **options)
     started, share, steps = time.process_time(), 0.0, 0
     batches = draw_batches(len(few.labels), protocol.batch_size)
-    for own, others in zip(batches, draw_batches(len(many), UNLABELLED), strict=False):
+    for own, others in zip(batches, draw_batches(len(many), CANDIDATES), strict=False):
         x, y = few.pixels[own], few.labels[own]
         loss = F.cross_entropy(model(augment(x, y)), y)
         if term is not None:
-            loss = loss + min(1.0, share / RAMP) * term(many[others])
+            loss = loss + term(many[others])
         for group in optimizer.param_groups:
-            group["lr"] = protocol.lr * choose_rate(share)
+            group["lr"] = lr * choose_rate(share)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -159,7 +192,21 @@ def train(
         share = (time.process_time() - started) / (60 * minutes)
         if share >= 1:
             break
-    return model, steps
+    return steps
+
+
+def learn_first(
+    model: nn.Module, path: Path, few: Images, many: Tensor, protocol: Protocol, *, minutes: float
+) -> None:
+    """Train the model on labelled images alone, or read what another method left at the path."""
+    if not path.exists():
+        train(
+            model, "supervised, RandAugment", few, many, protocol, lr=protocol.lr, minutes=minutes
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(path) as partial:
+            torch.save(model.state_dict(), partial)
+    model.load_state_dict(torch.load(path))
 
 
 def draw_table() -> list[str]:
@@ -231,10 +278,17 @@ def main() -> None:
             evaluated = select(images, others[:VALIDATION_IMAGES])
             others = others[VALIDATION_IMAGES:]
         few, many = select(images, own), images.pixels[torch.cat([own, others])]
-        model, steps = train(name, few, many, protocol, seed=seed, minutes=args.minutes)
+        torch.manual_seed(seed)
+        model, lr, minutes = make_model(few, protocol), protocol.lr, args.minutes
+        if METHODS[name] is not None:
+            first = RUNS / f"{args.labels}-{seed}-{minutes:g}-{decay:g}.pt"
+            learn_first(model, first, few, many, protocol, minutes=FIRST * minutes)
+            lr, minutes = LATER_LR * lr, (1 - FIRST) * minutes
+            torch.manual_seed(seed)
+        steps = train(model, name, few, many, protocol, lr=lr, minutes=minutes)
         accuracy, loss = evaluate(model, evaluated)
         row = {**key, "accuracy": round(accuracy, 2), "loss": round(loss, 4), "steps": steps}
-        append_line(RESULTS, row, lock=LOCK)
+        append_line(RESULTS, row, lock=RUNS.with_suffix(".lock"))
         print(row, flush=True)
 
 
