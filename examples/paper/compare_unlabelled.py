@@ -133,6 +133,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "VAT in pixels": {"flow": Pixels(3)},
     "latent consistency, random": {"noise": 0.25},
     "latent consistency, adversarial": {},
+    "consistency under RandAugment": {"noise": 0.0, "strong": True},
+    "consistency under RandAugment, then the attack": {"strong": True},
     "FixMatch": {"noise": 0.0, "strong": True, **FIXMATCH},
     "FixMatch, then LatentPerturb": {"noise": 0.25, "strong": True, **FIXMATCH},
     "FixMatch, then the attack": {"strong": True, **FIXMATCH},
