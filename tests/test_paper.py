@@ -545,3 +545,28 @@ def test_the_readme_and_the_results_are_those_of_the_runs(monkeypatch, tmp_path)
     assert draw.CHOICE.read_text() == choice
     drawn = [line for line in draw.OUTPUT.read_text().split("\n") if line.startswith("|")]
     assert drawn == [line for line in kept.split("\n") if line.startswith("|")]
+
+
+def test_draws_of_a_set_count_where_each_method_has_them(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import strategies
+    from records import append_line
+
+    monkeypatch.setattr(strategies, "RESULTS", tmp_path / "results.jsonl")
+    row = {"set": "hands", "pixels": "common", "per_class": 13}
+    for number, (strategy, seed) in enumerate(
+        [("none", 0), ("none", 1), ("the default", 0), ("predicted labels", 0)]
+    ):
+        own = {"strategy": strategy, "seed": seed, "accuracy": 50.0 + number}
+        append_line(strategies.RESULTS, row | own, lock=tmp_path / "lock")
+    assert strategies.draw_page_table()[2:] == [
+        "| hands, 130 | 10 | 1 | 50.0 (1) | 52.0 (1) | 53.0 (1) |"
+    ]
+
+
+def test_the_page_of_the_attack_shows_its_runs(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import strategies
+
+    table = [f"<!-- {strategies.MARK} -->", *strategies.draw_page_table(), "<!--"]
+    assert "\n".join(table) in strategies.PAGE.read_text()

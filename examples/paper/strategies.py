@@ -6,7 +6,7 @@
 IMAGES holds a folder of images for each class. For each seed a ResNet of 16 channels is trained on
 another draw of so many images a class, and tested on up to 5,000 of the others. Every attack takes
 one step unless its name says otherwise, on half of each batch. What was run before is not run
-again.
+again. --table prints every strategy, and draws the table of docs/adversarial.md.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from methods import Augmentation
 from protocol import Protocol, draw_images, read_images, round_figures, run
-from records import append_line, format_spread, read_lines
+from records import append_line, read_lines, write_spread, write_table
 from torch import Tensor, nn
 
 from latent_aug import LatentAdversarial, LatentSchedule
@@ -28,6 +28,23 @@ from latent_aug.transforms import functional as LF
 
 RESULTS = Path(__file__).parents[1] / "results" / "strategies.jsonl"
 LOCK = Path(__file__).parents[2] / "runs" / "strategies.lock"
+PAGE = Path(__file__).parents[2] / "docs" / "adversarial.md"
+MARK = "drawn by examples/paper/strategies.py"
+COMPARED = {  # on the page
+    "none": "crop and flip",
+    "the default": "the attack by default",
+    "predicted labels": "with `p=0.5`",
+}
+SETS = {  # on the page, and their classes
+    "smiles": ("faces", 2),
+    "trash, 20 a class": ("trash", 6),
+    "hands": ("hands", 10),
+    "clothing, 20 a class": ("clothing", 10),
+    "mnist, 10 a class": ("MNIST", 10),
+    "fashion, 60 a class": ("FashionMNIST", 10),
+    "cifar10": ("CIFAR-10", 10),
+    "signs, 10 a class": ("signs", 43),
+}
 FLOWS = {1: "glow-fashionmnist", 3: "glow-photographs"}
 
 Perturb = Callable[[Tensor, Tensor], Tensor]
@@ -272,10 +289,29 @@ def draw_table() -> str:
                 for row in rows
                 if (row["strategy"], row["set"], row["pixels"]) == (strategy, *column)
             ]
-            seeds = f" ({len(own)})" if own[1:] else ""
-            cells.append(format_spread(own) + seeds if own else "")
+            cells.append(write_spread(own))
         lines.append(f"| {strategy} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def draw_page_table() -> list[str]:
+    """The sets of the page, in draws of labelled images with which each of its methods was run."""
+    rows = [row for row in read_lines(RESULTS) if row["pixels"] == "common"]
+    lines = [f"| images, labels | classes | draws | {' | '.join(COMPARED.values())} |"]
+    lines += ["|---" * (len(COMPARED) + 3) + "|"]
+    for name, (title, classes) in SETS.items():
+        own = [row for row in rows if row["set"] == name]
+        if not own:
+            continue
+        found = [
+            {row["seed"]: row["accuracy"] for row in own if row["strategy"] == strategy}
+            for strategy in COMPARED
+        ]
+        seeds = set.intersection(*map(set, found))
+        cells = [write_spread([each[seed] for seed in sorted(seeds)]) for each in found]
+        labels = f"{title}, {own[0]['per_class'] * classes}"
+        lines.append(f"| {labels} | {classes} | {len(seeds)} | {' | '.join(cells)} |")
+    return lines
 
 
 def main() -> None:
@@ -292,10 +328,11 @@ def main() -> None:
     parser.add_argument("--no-flip", action="store_true", help="mirror no images, as of digits")
     parser.add_argument("--pixels", nargs="*", default=("common", "randaugment"))
     parser.add_argument("--only", nargs="*", default=list(STRATEGIES), help="these strategies")
-    parser.add_argument("--table", action="store_true", help="print the table, run nothing")
+    parser.add_argument("--table", action="store_true", help="draw the tables, run nothing")
     args = parser.parse_args()
     if args.table:
         print(draw_table())
+        write_table(PAGE, MARK, draw_page_table())
         return
     if args.images is None:
         parser.error("IMAGES is needed")
