@@ -80,6 +80,7 @@ def make_term(
     model: nn.Module,
     *,
     flow: Any = FLOW,
+    eps: float | None = None,
     p: float = 1.0,
     noise: float | None = None,
     strong: bool = False,
@@ -91,13 +92,14 @@ def make_term(
     Args:
         model: The classifier.
         flow: The flow that is attacked, or that noise goes through.
+        eps: The radius of the attack, None for the default.
         p: The share of images that is attacked.
         noise: The eps of random noise in place of the attack, 0 for none.
         strong: Augment by RandAugment what is compared to the clean prediction.
         threshold: Take only images of whose class the model is as sure.
         options: Options of `LatentAdversarial.consistency`.
     """
-    attack = LatentAdversarial(model, flow=flow, p=p)
+    attack = LatentAdversarial(model, flow=flow, eps=eps, p=p)
     if noise is not None:
         options["perturb"] = LatentPerturb(noise, flow=flow) if noise else lambda images: images
 
@@ -124,13 +126,14 @@ def find_sure(model: nn.Module, images: Tensor, threshold: float) -> Tensor:
     return sure
 
 
-# The loss of unlabelled images, if there is one. The attack in pixels is of l2 1.0.
+# The loss of unlabelled images, if there is one.
 METHODS: dict[str, dict[str, Any] | None] = {
     "supervised, crop and flip": None,
     "supervised, RandAugment": None,
     "supervised, RandAugment and the attack": None,
     "pseudo-labels": {"noise": 0.0, **FIXMATCH},
-    "VAT in pixels": {"flow": Pixels(3)},
+    "VAT in pixels": {"flow": Pixels(3)},  # of l2 1.0, as in the latent
+    "VAT in pixels, l2 0.25": {"flow": Pixels(3), "eps": 0.25},
     "latent consistency, random": {"noise": 0.25},
     "latent consistency, adversarial": {},
     "consistency under RandAugment": {"noise": 0.0, "strong": True},
