@@ -151,3 +151,8 @@ def test_the_first_part_is_learned_once(images, monkeypatch):
     )
     compare(images, monkeypatch, "--only", "FixMatch", "pseudo-labels")
     assert names == ["supervised, RandAugment", "FixMatch", "pseudo-labels"]
+
+
+def test_the_page_shows_the_runs():
+    table = [f"<!-- {unlabelled.MARK} -->", *unlabelled.draw_table(), "<!--"]
+    assert "\n".join(table) in unlabelled.PAGE.read_text()
