@@ -36,7 +36,14 @@ from protocol import (
     read_images,
     select,
 )
-from records import append_line, read_lines, read_recipes, write_spread, write_table
+from records import (
+    append_line,
+    describe_machine,
+    read_lines,
+    read_recipes,
+    write_spread,
+    write_table,
+)
 from torch import Tensor, nn
 
 from latent_aug import LatentAdversarial, LatentPerturb
@@ -293,6 +300,7 @@ def main() -> None:
         steps = train(model, name, few, many, protocol, lr=lr, minutes=minutes)
         accuracy, loss = evaluate(model, evaluated)
         row = {**key, "accuracy": round(accuracy, 2), "loss": round(loss, 4), "steps": steps}
+        row |= describe_machine()
         append_line(RESULTS, row, lock=RUNS.with_suffix(".lock"))
         print(row, flush=True)
 

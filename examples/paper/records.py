@@ -1,16 +1,21 @@
-"""Recipes and their runs as files: who may write, and what a killed process has left."""
+"""Recipes and their runs as files: what is written, by whom, and what a killed process has left."""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
+import torchvision
 from filelock import FileLock, Timeout
+
+from latent_aug import __version__
 
 RECIPES = Path(__file__).parent / "recipes"
 RESULTS = Path(__file__).parents[1] / "results" / "paper"
@@ -86,6 +91,31 @@ def write_table(page: Path, mark: str, lines: list[str]) -> None:
     before, after = page.read_text().split(f"<!-- {mark} -->\n")
     after = after[after.index(END_MARK) :]
     page.write_text("\n".join([f"{before}<!-- {mark} -->", *lines, after]))
+
+
+def describe_machine() -> dict[str, Any]:
+    """With what a run was computed."""
+    return {
+        "versions": {
+            "latent-aug": __version__,
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "python": platform.python_version(),
+        },
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "processor": name_processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def name_processor() -> str:
+    """The CPU's name, as Linux gives it; elsewhere its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def append_line(path: Path, entry: dict[str, Any], *, lock: Path) -> None:

@@ -18,21 +18,25 @@ import argparse
 import copy
 import hashlib
 import json
-import platform
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-import torchvision
 from methods import make_method, read_arguments
 from protocol import Images, Protocol, read_images, run, split, stack_images
-from records import RECIPES, RESULTS, append_line, claim, read_lines, read_recipes
+from records import (
+    RECIPES,
+    RESULTS,
+    append_line,
+    claim,
+    describe_machine,
+    read_lines,
+    read_recipes,
+)
 from tqdm import tqdm
 
-from latent_aug import __version__
 from latent_aug.images.datasets import open_images
 from latent_aug.utils.files import remove_partial
 
@@ -131,37 +135,12 @@ def name_state(task: dict[str, Any]) -> str:
     return f"{words}-{mark}.pt"
 
 
-def name_processor() -> str:
-    """The CPU's name, as Linux gives it; elsewhere its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def write_command(method: str, args: argparse.Namespace) -> str:
     """What repeats a method's runs; DATA and FOLDER stand for those of data sets and flows."""
     command = ["python", "examples/paper/run.py", args.recipe, "DATA"]
     command += [*["--test"] * args.test, *["--flows", "FOLDER"] * bool(args.flows)]
     command += ["--precision", args.precision] * bool(args.precision)
     return shlex.join([*command, "--only", method])
-
-
-def describe_machine() -> dict[str, Any]:
-    """With what a run was computed."""
-    return {
-        "versions": {
-            "latent-aug": __version__,
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "python": platform.python_version(),
-        },
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "processor": name_processor(),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def read_options() -> argparse.Namespace:

@@ -265,8 +265,8 @@ class LatentAdversarial(LatentTransform):
             unlabelled: Images (B, C, H, W), or a batch as for `step`, whose labels are ignored.
             threshold: The least probability of the likeliest class with which an image counts, in
                 [0, 1]. The others count as a loss of 0.
-            temperature: Sharpens the clean prediction: its logits are divided by it. 0 leaves the
-                likeliest class alone.
+            temperature: Sharpens the clean prediction: its logits are divided by it. 0 keeps only
+                the likeliest class.
             entropy: The weight of the entropy of the prediction at the attacked image.
             perturb: Perturbs images (B, C, H, W) in place of the attack, as a `LatentPerturb` does.
             augment: Augments the images, in the form that the model takes, before they are

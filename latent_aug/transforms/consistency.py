@@ -26,7 +26,7 @@ def make_targets(
     Args:
         logits: The model's output, in float32 or float64.
         threshold: The least probability of the likeliest class with which a sample counts.
-        temperature: The logits are divided by it. 0 leaves the likeliest class alone.
+        temperature: The logits are divided by it. 0 keeps only the likeliest class.
 
     Returns:
         Probabilities (B, K, ...) in float64, on MPS in float32, and whether each sample counts
