@@ -47,6 +47,7 @@ from records import (
 from torch import Tensor, nn
 
 from latent_aug import LatentAdversarial, LatentPerturb
+from latent_aug.transforms.consistency import make_targets
 from latent_aug.utils.files import replace_file
 
 RESULTS = Path(__file__).parents[1] / "results" / "unlabelled.jsonl"
@@ -123,13 +124,12 @@ def make_term(
     return term
 
 
+@torch.no_grad()
 def find_sure(model: nn.Module, images: Tensor, threshold: float) -> Tensor:
     """Find the images of whose class the model is as sure, in evaluation mode."""
-    training = model.training
     model.eval()
-    with torch.no_grad():
-        sure = model(images).softmax(1).amax(1) >= threshold
-    model.train(training)
+    _, sure = make_targets(model(images), threshold=threshold)
+    model.train()
     return sure
 
 

@@ -251,11 +251,11 @@ class LatentAdversarial(LatentTransform):
     ) -> Tensor:
         """Compute the loss of unlabelled images, to be added to that of labelled ones.
 
-        It is the divergence KL(clean, attacked) from the model's prediction at an image to that at
-        the attacked image, averaged over the batch. This is virtual adversarial training along the
-        flow's images. The attack raises the same divergence. It begins at a random point of the
-        ball, as the divergence has no gradient at the centre. Every image that counts is
-        attacked, or the share `p` of them if you gave one.
+        It is the divergence KL(clean, attacked), averaged over the batch. Clean is the model's
+        prediction at an image, attacked the one at the attacked image. This is virtual adversarial
+        training along the flow's images. The attack raises the same divergence. It begins at a
+        random point of the ball, as the divergence has no gradient at the centre. Every image that
+        counts is attacked, or the share `p` of them if you gave one.
 
         The clean prediction is a constant. It is made in the mode of the attack, `model_mode`, and
         leaves no trace. The last pass is an ordinary one through your model, wrapped as it is, in
