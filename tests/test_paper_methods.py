@@ -264,7 +264,7 @@ def test_official_attacks_predictions_in_the_mode_it_finds():
 def test_networks(name, channels, side, parameters):
     from networks import NETWORKS
 
-    width = {"lenet5": 6, "cnn": 16}.get(name, 8)
+    width = {"lenet5": 6, "cnn": 16, "resnet18": 64}.get(name, 8)
     network = NETWORKS[name](channels, 10, width).eval()
     assert network(torch.rand(2, channels, side, side)).shape == (2, 10)
     if parameters:

@@ -7,18 +7,23 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock
 
 
 def small_resnet(channels: int, classes: int, width: int) -> nn.Module:
     """Four stages of one basic block, from `width` to 8 `width` channels, for small images."""
-    stages = make_stages(block, width)
+    return build_resnet(block, channels, classes, width)
+
+
+def build_resnet(
+    build: Callable[[int, int, int], nn.Module], channels: int, classes: int, width: int
+) -> nn.Module:
+    """A 3 x 3 stem, four stages, one linear layer."""
     network = nn.Sequential(
         nn.Conv2d(channels, width, 3, padding=1, bias=False),
         nn.BatchNorm2d(width),
         nn.ReLU(inplace=True),
-        *stages,
+        *make_stages(build, width),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(8 * width, classes),
@@ -27,7 +32,7 @@ def small_resnet(channels: int, classes: int, width: int) -> nn.Module:
 
 
 def make_stages(build: Callable[[int, int, int], nn.Module], width: int) -> list[nn.Module]:
-    """Four blocks, each but the first at half the size with twice the channels."""
+    """Four stages, each but the first at half the size with twice the channels."""
     stages = [build(width, width, 1)]
     return stages + [build(width * 2**i, width * 2 ** (i + 1), 2) for i in range(3)]
 
@@ -78,14 +83,20 @@ def preactivation_resnet(channels: int, classes: int, width: int) -> nn.Module:
 
 
 def cifar_resnet18(channels: int, classes: int, width: int) -> nn.Module:
-    """The paper's ResNet-18 for 32 x 32 images: a 3 x 3 stem, no pooling after it (A.1).
+    """The paper's ResNet-18 for 32 x 32 images at `width` 64: no pooling after the stem (A.1).
 
-    `width` plays no part.
+    Its convolutions start as torchvision's do.
     """
-    network = resnet18(num_classes=classes)
-    network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
-    network.maxpool = nn.Identity()
-    return network.to(memory_format=torch.channels_last)
+    network = build_resnet(two_blocks, channels, classes, width)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return network
+
+
+def two_blocks(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    """A stage of a ResNet-18."""
+    return nn.Sequential(block(inputs, outputs, stride), block(outputs, outputs, 1))
 
 
 def cnn(channels: int, classes: int, width: int) -> nn.Module:
