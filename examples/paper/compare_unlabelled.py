@@ -19,6 +19,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +77,6 @@ def common(x: Tensor) -> Tensor:
     return to_unit(crop_and_flip(x, True))
 
 
-def make_augmentation(model: nn.Module, name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """Build what a method does to labelled images and their classes."""
-    if name == "supervised, RandAugment and the attack":
-        attack = LatentAdversarial(model, flow=FLOW)
-        return lambda x, y: attack(randaugment(x), y)
-    return lambda x, y: common(x) if name == "supervised, crop and flip" else randaugment(x)
-
-
 def make_term(
     model: nn.Module,
     *,
@@ -133,11 +126,27 @@ def find_sure(model: nn.Module, images: Tensor, threshold: float) -> Tensor:
     return sure
 
 
-# The loss of unlabelled images, if there is one.
-METHODS: dict[str, dict[str, Any] | None] = {
-    "supervised, crop and flip": None,
-    "supervised, RandAugment": None,
-    "supervised, RandAugment and the attack": None,
+@dataclass(frozen=True)
+class Supervised:
+    """A method that learns from labelled images alone: what it does to them."""
+
+    pixels: Callable[[Tensor], Tensor]
+    attacked: bool = False
+
+    def make(self, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        """Build the augmentation of 8-bit images and their classes."""
+        if not self.attacked:
+            return lambda x, y: self.pixels(x)
+        attack = LatentAdversarial(model, flow=FLOW)
+        return lambda x, y: attack(self.pixels(x), y)
+
+
+RANDAUGMENT = Supervised(randaugment)
+# A dictionary has the options of `make_term`. Its labelled images get RandAugment.
+METHODS: dict[str, Supervised | dict[str, Any]] = {
+    "supervised, crop and flip": Supervised(common),
+    "supervised, RandAugment": RANDAUGMENT,
+    "supervised, RandAugment and the attack": Supervised(randaugment, attacked=True),
     "pseudo-labels": {"noise": 0.0, **FIXMATCH},
     "VAT in pixels": {"flow": Pixels(3)},  # of l2 1.0, as in the latent
     "VAT in pixels, l2 0.25": {"flow": Pixels(3), "eps": 0.25},
@@ -173,7 +182,7 @@ def make_model(few: Images, protocol: Protocol) -> Standardized:
 
 def train(
     model: nn.Module,
-    name: str,
+    method: Supervised | dict[str, Any],
     few: Images,
     many: Tensor,
     protocol: Protocol,
@@ -185,9 +194,9 @@ def train(
     optimizer = torch.optim.SGD(
         model.parameters(), 0.0, 0.9, nesterov=True, weight_decay=protocol.weight_decay
     )
-    options = METHODS[name]
-    augment = make_augmentation(model, name)
-    term = None if options is None else make_term(model, **options)
+    supervised = method if isinstance(method, Supervised) else RANDAUGMENT
+    augment = supervised.make(model)
+    term = None if isinstance(method, Supervised) else make_term(model, **method)
     started, share, steps = time.process_time(), 0.0, 0
     batches = draw_batches(len(few.labels), protocol.batch_size)
     for own, others in zip(batches, draw_batches(len(many), CANDIDATES), strict=False):
@@ -212,9 +221,7 @@ def learn_first(
 ) -> None:
     """Train the model on labelled images alone, or read what another method left at the path."""
     if not path.exists():
-        train(
-            model, "supervised, RandAugment", few, many, protocol, lr=protocol.lr, minutes=minutes
-        )
+        train(model, RANDAUGMENT, few, many, protocol, lr=protocol.lr, minutes=minutes)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path) as partial:
             torch.save(model.state_dict(), partial)
@@ -292,12 +299,13 @@ def main() -> None:
         few, many = select(images, own), images.pixels[torch.cat([own, others])]
         torch.manual_seed(seed)
         model, lr, minutes = make_model(few, protocol), protocol.lr, args.minutes
-        if METHODS[name] is not None:
+        method = METHODS[name]
+        if not isinstance(method, Supervised):
             first = RUNS / f"{args.labels}-{seed}-{minutes:g}-{decay:g}.pt"
             learn_first(model, first, few, many, protocol, minutes=FIRST * minutes)
             lr, minutes = LATER_LR * lr, (1 - FIRST) * minutes
             torch.manual_seed(seed)
-        steps = train(model, name, few, many, protocol, lr=lr, minutes=minutes)
+        steps = train(model, method, few, many, protocol, lr=lr, minutes=minutes)
         accuracy, loss = evaluate(model, evaluated)
         row = {**key, "accuracy": round(accuracy, 2), "loss": round(loss, 4), "steps": steps}
         row |= describe_machine()
