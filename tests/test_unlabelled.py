@@ -77,11 +77,11 @@ def test_another_weight_decay_or_split_is_another_run(images, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("name", [n for n, m in unlabelled.METHODS.items() if isinstance(m, dict)])
+@pytest.mark.parametrize("name", [n for n, m in unlabelled.METHODS.items() if m.term])
 def test_unlabelled_images_reach_the_weights(name):
     torch.manual_seed(0)
     model = unlabelled.NETWORKS["preactivation"](3, 4, 8)
-    options = unlabelled.METHODS[name] | {"threshold": 0.0}  # this model is sure of nothing
+    options = unlabelled.METHODS[name].term | {"threshold": 0.0}  # this model is sure of nothing
     term = unlabelled.make_term(model, **options)
     loss = term(torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8))
     loss.backward()
@@ -153,7 +153,7 @@ def test_the_first_part_is_learned_once(images, monkeypatch):
     )
     names = "FixMatch", "pseudo-labels"
     compare(images, monkeypatch, "--only", *names)
-    assert trained == [unlabelled.RANDAUGMENT, *(unlabelled.METHODS[name] for name in names)]
+    assert trained == [unlabelled.Method(), *(unlabelled.METHODS[name] for name in names)]
 
 
 def test_the_page_shows_the_runs():

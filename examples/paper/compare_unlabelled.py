@@ -127,37 +127,47 @@ def find_sure(model: nn.Module, images: Tensor, threshold: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Supervised:
-    """A method that learns from labelled images alone: what it does to them."""
+class Method:
+    """A way to train.
 
-    pixels: Callable[[Tensor], Tensor]
+    Args:
+        pixels: What is done to labelled images.
+        attacked: Attack them after that.
+        term: Options of `make_term`, the loss of unlabelled images. None learns from none.
+    """
+
+    pixels: Callable[[Tensor], Tensor] = randaugment
     attacked: bool = False
+    term: dict[str, Any] | None = None
 
-    def make(self, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-        """Build the augmentation of 8-bit images and their classes."""
+    def make_augmentation(self, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        """Build the augmentation of labelled 8-bit images and their classes."""
         if not self.attacked:
             return lambda x, y: self.pixels(x)
         attack = LatentAdversarial(model, flow=FLOW)
         return lambda x, y: attack(self.pixels(x), y)
 
 
-RANDAUGMENT = Supervised(randaugment)
-# A dictionary has the options of `make_term`. Its labelled images get RandAugment.
-METHODS: dict[str, Supervised | dict[str, Any]] = {
-    "supervised, crop and flip": Supervised(common),
-    "supervised, RandAugment": RANDAUGMENT,
-    "supervised, RandAugment and the attack": Supervised(randaugment, attacked=True),
-    "pseudo-labels": {"noise": 0.0, **FIXMATCH},
-    "VAT in pixels": {"flow": Pixels(3)},  # of l2 1.0, as in the latent
-    "VAT in pixels, l2 0.25": {"flow": Pixels(3), "eps": 0.25},
-    "latent consistency, random": {"noise": 0.25},
-    "latent consistency, adversarial": {},
-    "consistency under RandAugment": {"noise": 0.0, "strong": True},
-    "consistency under RandAugment, then the attack": {"strong": True},
-    "FixMatch": {"noise": 0.0, "strong": True, **FIXMATCH},
-    "FixMatch, then LatentPerturb": {"noise": 0.25, "strong": True, **FIXMATCH},
-    "FixMatch, then the attack": {"strong": True, **FIXMATCH},
-    "FixMatch, then the attack on a quarter": {"strong": True, "p": 0.25, **FIXMATCH},
+def learn_from_both(**options: Any) -> Method:
+    """A method with a loss of unlabelled images."""
+    return Method(term=options)
+
+
+METHODS = {
+    "supervised, crop and flip": Method(common),
+    "supervised, RandAugment": Method(),
+    "supervised, RandAugment and the attack": Method(attacked=True),
+    "pseudo-labels": learn_from_both(noise=0.0, **FIXMATCH),
+    "VAT in pixels": learn_from_both(flow=Pixels(3)),  # of l2 1.0, as in the latent
+    "VAT in pixels, l2 0.25": learn_from_both(flow=Pixels(3), eps=0.25),
+    "latent consistency, random": learn_from_both(noise=0.25),
+    "latent consistency, adversarial": learn_from_both(),
+    "consistency under RandAugment": learn_from_both(noise=0.0, strong=True),
+    "consistency under RandAugment, then the attack": learn_from_both(strong=True),
+    "FixMatch": learn_from_both(noise=0.0, strong=True, **FIXMATCH),
+    "FixMatch, then LatentPerturb": learn_from_both(noise=0.25, strong=True, **FIXMATCH),
+    "FixMatch, then the attack": learn_from_both(strong=True, **FIXMATCH),
+    "FixMatch, then the attack on a quarter": learn_from_both(strong=True, p=0.25, **FIXMATCH),
 }
 
 
@@ -182,7 +192,7 @@ def make_model(few: Images, protocol: Protocol) -> Standardized:
 
 def train(
     model: nn.Module,
-    method: Supervised | dict[str, Any],
+    method: Method,
     few: Images,
     many: Tensor,
     protocol: Protocol,
@@ -194,9 +204,8 @@ def train(
     optimizer = torch.optim.SGD(
         model.parameters(), 0.0, 0.9, nesterov=True, weight_decay=protocol.weight_decay
     )
-    supervised = method if isinstance(method, Supervised) else RANDAUGMENT
-    augment = supervised.make(model)
-    term = None if isinstance(method, Supervised) else make_term(model, **method)
+    augment = method.make_augmentation(model)
+    term = None if method.term is None else make_term(model, **method.term)
     started, share, steps = time.process_time(), 0.0, 0
     batches = draw_batches(len(few.labels), protocol.batch_size)
     for own, others in zip(batches, draw_batches(len(many), CANDIDATES), strict=False):
@@ -221,7 +230,7 @@ def learn_first(
 ) -> None:
     """Train the model on labelled images alone, or read what another method left at the path."""
     if not path.exists():
-        train(model, RANDAUGMENT, few, many, protocol, lr=protocol.lr, minutes=minutes)
+        train(model, Method(), few, many, protocol, lr=protocol.lr, minutes=minutes)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path) as partial:
             torch.save(model.state_dict(), partial)
@@ -300,7 +309,7 @@ def main() -> None:
         torch.manual_seed(seed)
         model, lr, minutes = make_model(few, protocol), protocol.lr, args.minutes
         method = METHODS[name]
-        if not isinstance(method, Supervised):
+        if method.term is not None:
             first = RUNS / f"{args.labels}-{seed}-{minutes:g}-{decay:g}.pt"
             learn_first(model, first, few, many, protocol, minutes=FIRST * minutes)
             lr, minutes = LATER_LR * lr, (1 - FIRST) * minutes
