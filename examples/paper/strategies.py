@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from latent_aug import LatentAdversarial, LatentSchedule
 from latent_aug.transforms import functional as LF
+from latent_aug.transforms.share import AdaptiveShare
 
 RESULTS = Path(__file__).parents[1] / "results" / "strategies.jsonl"
 LOCK = Path(__file__).parents[2] / "runs" / "strategies.lock"
@@ -63,6 +64,14 @@ class Strategy:
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Attack a batch."""
         return self.attack(x, y), y
+
+
+class AtMost(Strategy):
+    """The default with another greatest share."""
+
+    def __init__(self, model: nn.Module, channels: int, *, highest: float, **settings: Any) -> None:
+        super().__init__(model, channels, **settings)
+        self.attack._adaptive = AdaptiveShare(highest)
 
 
 class Ramp(Strategy):
@@ -211,6 +220,7 @@ class OwnStatistics(Strategy):
 STRATEGIES: dict[str, Callable[..., Strategy] | None] = {
     "none": None,
     "the default": Strategy,
+    "at most a quarter": partial(AtMost, highest=0.25),
     "predicted labels": partial(Strategy, p=0.5),
     "true labels": partial(Strategy, p=0.5, labels="true"),
     "predicted labels, training mode": partial(Strategy, p=0.5, model_mode="unchanged"),
