@@ -67,11 +67,19 @@ class Strategy:
 
 
 class AtMost(Strategy):
-    """The default with another greatest share."""
+    """The default with another greatest share, or another power of what is above chance."""
 
-    def __init__(self, model: nn.Module, channels: int, *, highest: float, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        channels: int,
+        *,
+        highest: float,
+        power: float = 1.0,
+        **settings: Any,
+    ) -> None:
         super().__init__(model, channels, **settings)
-        self.attack._adaptive = AdaptiveShare(highest)
+        self.attack._adaptive = AdaptiveShare(highest, power)
 
 
 class Ramp(Strategy):
@@ -221,6 +229,7 @@ STRATEGIES: dict[str, Callable[..., Strategy] | None] = {
     "none": None,
     "the default": Strategy,
     "at most a quarter": partial(AtMost, highest=0.25),
+    "at most half, squared": partial(AtMost, highest=0.5, power=2.0),
     "predicted labels": partial(Strategy, p=0.5),
     "true labels": partial(Strategy, p=0.5, labels="true"),
     "predicted labels, training mode": partial(Strategy, p=0.5, model_mode="unchanged"),

@@ -42,8 +42,8 @@ class AdaptiveShare:
     StyleGAN2-ADA (Karras et al. 2020).
     """
 
-    def __init__(self, highest: float = HIGHEST) -> None:
-        self.highest = highest
+    def __init__(self, highest: float = HIGHEST, power: float = 1.0) -> None:
+        self.highest, self.power = highest, power
         self.value, self.accuracy, self.variance = 0.0, 0.0, 0.0
         self.begun = False
         self._counts: list[float] = []  # of each class so far
@@ -79,7 +79,7 @@ class AdaptiveShare:
         spread = max(0.0, self.accuracy * (1 - self.accuracy))  # rounding may lead below 0
         error = math.sqrt(spread * self.variance)
         sure = max(chance, self.accuracy - DOUBT * error)
-        self.value = self.highest * (1 - chance / sure) if sure else 0.0
+        self.value = self.highest * (1 - chance / sure) ** self.power if sure else 0.0
 
     def select_probed(self, count: int, device: torch.device) -> Tensor:
         """Select the images of a batch to look at: all of the first, then evenly spread ones."""
