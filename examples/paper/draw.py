@@ -138,7 +138,7 @@ SECTIONS = [
         kind="validation",
     ),
 ]
-LONGER = re.compile(", (twice|four times) as long")  # in the names of methods
+LONGER = re.compile(", (twice|four times|eight times) as long")  # in the names of methods
 SEEDS = 3  # of a row of the README and of a bold one, at least
 README_RECIPE = "cifar10-1-percent"
 README_ROWS = (
