@@ -38,6 +38,7 @@ COMPARED = {  # on the page
 }
 SETS = {  # on the page, and their classes
     "smiles": ("faces", 2),
+    "nuclei, 32 a class": ("nuclei", 4),
     "trash, 20 a class": ("trash", 6),
     "hands": ("hands", 10),
     "clothing, 20 a class": ("clothing", 10),
@@ -45,6 +46,9 @@ SETS = {  # on the page, and their classes
     "fashion, 60 a class": ("FashionMNIST", 10),
     "cifar10": ("CIFAR-10", 10),
     "signs, 10 a class": ("signs", 43),
+    "Tiny ImageNet, 15 a class": ("Tiny ImageNet", 100),
+    "cifar100, 20 a class": ("CIFAR-100", 100),
+    "letters, 5 a class": ("letters", 136),
 }
 FLOWS = {1: "glow-fashionmnist", 3: "glow-photographs"}
 
