@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from latent_aug import LatentAdversarial, LatentSchedule
 from latent_aug.transforms import functional as LF
-from latent_aug.transforms.share import AdaptiveShare
+from latent_aug.transforms.share import HIGHEST, AdaptiveShare
 
 RESULTS = Path(__file__).parents[1] / "results" / "strategies.jsonl"
 LOCK = Path(__file__).parents[2] / "runs" / "strategies.lock"
@@ -71,19 +71,26 @@ class Strategy:
 
 
 class AtMost(Strategy):
-    """The default with another greatest share, or another power of what is above chance."""
+    """The default with another greatest share, or a power of what the model has above chance."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        channels: int,
-        *,
-        highest: float,
-        power: float = 1.0,
-        **settings: Any,
+        self, model: nn.Module, channels: int, *, highest: float, power: float = 1.0
     ) -> None:
-        super().__init__(model, channels, **settings)
-        self.attack._adaptive = AdaptiveShare(highest, power)
+        super().__init__(model, channels)
+        self.attack._adaptive = ScaledShare(highest, power)
+
+
+class ScaledShare(AdaptiveShare):
+    """The share of `AtMost`."""
+
+    def __init__(self, highest: float, power: float) -> None:
+        super().__init__()
+        self.highest, self.power = highest, power
+
+    def update(self, tally: Tensor) -> None:
+        """Take note of what the classifier has right."""
+        super().update(tally)
+        self.value = self.highest * (self.value / HIGHEST) ** self.power
 
 
 class Ramp(Strategy):
@@ -332,7 +339,7 @@ def draw_page_table() -> list[str]:
         ]
         seeds = set.intersection(*map(set, found))
         cells = [write_spread([each[seed] for seed in sorted(seeds)]) for each in found]
-        labels = f"{title}, {own[0]['per_class'] * classes}"
+        labels = f"{title}, {own[0]['per_class'] * classes:,}"
         lines.append(f"| {labels} | {classes} | {len(seeds)} | {' | '.join(cells)} |")
     return lines
 

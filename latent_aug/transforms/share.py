@@ -23,7 +23,7 @@ GIVE_P = "pass p=, the share of each batch to attack, such as p=0.5"
 class AdaptiveShare:
     """A share that grows as a classifier gets its clean training images right.
 
-    It is ``highest * (1 - chance / accuracy)``. Chance is what guessing classes gets, as often as
+    It is ``HIGHEST * (1 - chance / accuracy)``. Chance is what guessing classes gets, as often as
     they come. A classifier of ten classes is attacked on a quarter of each batch once it has a
     fifth right, one of two classes never on more than a quarter. With twice that share the images
     left alone would have as many right as chance has in a whole batch.
@@ -33,7 +33,7 @@ class AdaptiveShare:
     for the current one.
 
     Attributes:
-        value: The share, from 0 to `highest`. It begins at 0.
+        value: The share, from 0 to `HIGHEST`. It begins at 0.
         accuracy: The running mean of the accuracy.
         variance: The variance of that mean, in units of that of a single image.
         begun: Whether a batch was seen.
@@ -42,8 +42,7 @@ class AdaptiveShare:
     StyleGAN2-ADA (Karras et al. 2020).
     """
 
-    def __init__(self, highest: float = HIGHEST, power: float = 1.0) -> None:
-        self.highest, self.power = highest, power
+    def __init__(self) -> None:
         self.value, self.accuracy, self.variance = 0.0, 0.0, 0.0
         self.begun = False
         self._counts: list[float] = []  # of each class so far
@@ -79,7 +78,7 @@ class AdaptiveShare:
         spread = max(0.0, self.accuracy * (1 - self.accuracy))  # rounding may lead below 0
         error = math.sqrt(spread * self.variance)
         sure = max(chance, self.accuracy - DOUBT * error)
-        self.value = self.highest * (1 - chance / sure) ** self.power if sure else 0.0
+        self.value = HIGHEST * (1 - chance / sure) if sure else 0.0
 
     def select_probed(self, count: int, device: torch.device) -> Tensor:
         """Select the images of a batch to look at: all of the first, then evenly spread ones."""
