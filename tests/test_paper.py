@@ -553,20 +553,31 @@ def test_draws_of_a_set_count_where_each_method_has_them(tmp_path, monkeypatch):
     from records import append_line
 
     monkeypatch.setattr(strategies, "RESULTS", tmp_path / "results.jsonl")
-    row = {"set": "hands", "pixels": "common", "per_class": 13}
-    for number, (strategy, seed) in enumerate(
-        [("none", 0), ("none", 1), ("the default", 0), ("predicted labels", 0)]
+    for number, (pixels, strategy, seed) in enumerate(
+        [
+            ("common", "none", 0),
+            ("common", "none", 1),
+            ("common", "the default", 0),
+            ("common", "predicted labels", 0),
+            ("randaugment", "none", 1),
+            ("randaugment", "the default", 1),
+        ]
     ):
-        own = {"strategy": strategy, "seed": seed, "accuracy": 50.0 + number}
-        append_line(strategies.RESULTS, row | own, lock=tmp_path / "lock")
-    assert strategies.draw_page_table()[2:] == [
+        row = {"set": "hands", "pixels": pixels, "per_class": 13, "strategy": strategy}
+        row |= {"seed": seed, "accuracy": 50.0 + number}
+        append_line(strategies.RESULTS, row, lock=tmp_path / "lock")
+    assert strategies.draw_page_table("common")[2:] == [
         "| hands, 130 | 10 | 1 | 50.0 (1) | 52.0 (1) | 53.0 (1) |"
+    ]
+    assert strategies.draw_page_table("randaugment")[2:] == [
+        "| hands, 130 | 10 | 1 | 54.0 (1) | 55.0 (1) |"
     ]
 
 
-def test_the_page_of_the_attack_shows_its_runs(monkeypatch):
+@pytest.mark.parametrize("pixels", ["common", "randaugment"])
+def test_the_page_of_the_attack_shows_its_runs(pixels, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import strategies
 
-    table = [f"<!-- {strategies.MARK} -->", *strategies.draw_page_table(), "<!--"]
+    table = [f"<!-- {strategies.MARK}: {pixels} -->", *strategies.draw_page_table(pixels), "<!--"]
     assert "\n".join(table) in strategies.PAGE.read_text()

@@ -164,6 +164,12 @@ METHODS = {
     "latent consistency, adversarial": learn_from_both(),
     "consistency under RandAugment": learn_from_both(noise=0.0, strong=True),
     "consistency under RandAugment, then the attack": learn_from_both(strong=True),
+    "consistency under RandAugment, then the attack on a quarter": learn_from_both(
+        strong=True, p=0.25
+    ),
+    "consistency under RandAugment, the attack on labelled images": Method(
+        attacked=True, term={"noise": 0.0, "strong": True}
+    ),
     "FixMatch": learn_from_both(noise=0.0, strong=True, **FIXMATCH),
     "FixMatch, then LatentPerturb": learn_from_both(noise=0.25, strong=True, **FIXMATCH),
     "FixMatch, then the attack": learn_from_both(strong=True, **FIXMATCH),

@@ -31,10 +31,13 @@ RESULTS = Path(__file__).parents[1] / "results" / "strategies.jsonl"
 LOCK = Path(__file__).parents[2] / "runs" / "strategies.lock"
 PAGE = Path(__file__).parents[2] / "docs" / "adversarial.md"
 MARK = "drawn by examples/paper/strategies.py"
-COMPARED = {  # on the page
-    "none": "crop and flip",
-    "the default": "the attack by default",
-    "predicted labels": "with `p=0.5`",
+COMPARED = {  # on the page, by what is done in pixels before
+    "common": {
+        "none": "crop and flip",
+        "the default": "the attack by default",
+        "predicted labels": "with `p=0.5`",
+    },
+    "randaugment": {"none": "RandAugment", "the default": "the attack on its images"},
 }
 SETS = {  # on the page, and their classes
     "smiles": ("faces", 2),
@@ -324,23 +327,23 @@ def draw_table() -> str:
     return "\n".join(lines)
 
 
-def draw_page_table() -> list[str]:
+def draw_page_table(pixels: str) -> list[str]:
     """The sets of the page, in draws of labelled images with which each of its methods was run."""
-    rows = [row for row in read_lines(RESULTS) if row["pixels"] == "common"]
-    lines = [f"| images, labels | classes | draws | {' | '.join(COMPARED.values())} |"]
-    lines += ["|---" * (len(COMPARED) + 3) + "|"]
+    compared = COMPARED[pixels]
+    rows = [row for row in read_lines(RESULTS) if row["pixels"] == pixels]
+    lines = [f"| images, labels | classes | draws | {' | '.join(compared.values())} |"]
+    lines += ["|---" * (len(compared) + 3) + "|"]
     for name, (title, classes) in SETS.items():
         own = [row for row in rows if row["set"] == name]
-        if not own:
-            continue
         found = [
             {row["seed"]: row["accuracy"] for row in own if row["strategy"] == strategy}
-            for strategy in COMPARED
+            for strategy in compared
         ]
         seeds = set.intersection(*map(set, found))
-        cells = [write_spread([each[seed] for seed in sorted(seeds)]) for each in found]
-        labels = f"{title}, {own[0]['per_class'] * classes:,}"
-        lines.append(f"| {labels} | {classes} | {len(seeds)} | {' | '.join(cells)} |")
+        if seeds:
+            cells = [write_spread([each[seed] for seed in sorted(seeds)]) for each in found]
+            labels = f"{title}, {own[0]['per_class'] * classes:,}"
+            lines.append(f"| {labels} | {classes} | {len(seeds)} | {' | '.join(cells)} |")
     return lines
 
 
@@ -362,7 +365,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.table:
         print(draw_table())
-        write_table(PAGE, MARK, draw_page_table())
+        for pixels in COMPARED:
+            write_table(PAGE, f"{MARK}: {pixels}", draw_page_table(pixels))
         return
     if args.images is None:
         parser.error("IMAGES is needed")
