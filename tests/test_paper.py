@@ -547,6 +547,48 @@ def test_the_readme_and_the_results_are_those_of_the_runs(monkeypatch, tmp_path)
     assert drawn == [line for line in kept.split("\n") if line.startswith("|")]
 
 
+def test_each_strategy_attacks_a_batch_and_keeps_its_classes(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import strategies
+    from networks import NETWORKS
+    from protocol import Standardized
+
+    x = torch.nn.functional.interpolate(torch.rand(16, 3, 4, 4), 32, mode="bilinear")
+    for name, strategy in strategies.STRATEGIES.items():
+        if name in ("none", "own BatchNorm"):  # the latter needs timm
+            continue
+        torch.manual_seed(0)
+        network = NETWORKS["resnet"](3, 2, 4)
+        model = Standardized(network, (255 * x).to(torch.uint8), "float32")
+        perturb = strategy(model, 3)
+        perturb.begin(0.5)
+        with torch.no_grad():
+            classes = model.eval()(x).argmax(dim=1)  # so that all is right
+        model.train()
+        images, kept = perturb(x, classes)
+        assert (images.shape, kept.tolist()) == (x.shape, classes.tolist()), name
+        assert model.training, name
+        if name.startswith("predicted labels"):
+            changed = (images != x).flatten(1).any(dim=1).sum()
+            assert changed == (16 if "every" in name else 8), name
+
+
+def test_a_scaled_share_is_that_part_of_the_default(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import strategies
+
+    tally = torch.tensor([5000.0, *[500.0] * 10])
+    share = {}
+    for highest, power in ((0.5, 1.0), (0.25, 1.0), (0.5, 2.0)):
+        scaled = strategies.ScaledShare(highest, power)
+        scaled.update(tally)
+        scaled.update(tally)
+        share[highest, power] = scaled.value
+    assert share[0.5, 1.0] == pytest.approx(0.45, abs=1e-3)
+    assert share[0.25, 1.0] == pytest.approx(0.225, abs=1e-3)
+    assert share[0.5, 2.0] == pytest.approx(0.405, abs=1e-3)
+
+
 def test_draws_of_a_set_count_where_each_method_has_them(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import strategies
