@@ -77,7 +77,7 @@ def test_another_weight_decay_or_split_is_another_run(images, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("name", [n for n, m in unlabelled.METHODS.items() if m.term])
+@pytest.mark.parametrize("name", [n for n, m in unlabelled.METHODS.items() if m.term is not None])
 def test_unlabelled_images_reach_the_weights(name):
     torch.manual_seed(0)
     model = unlabelled.NETWORKS["preactivation"](3, 4, 8)

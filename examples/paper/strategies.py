@@ -6,7 +6,7 @@
 IMAGES holds a folder of images for each class. For each seed a ResNet of 16 channels is trained on
 another draw of so many images a class, and tested on up to 5,000 of the others. Every attack takes
 one step unless its name says otherwise, on half of each batch. What was run before is not run
-again. --table prints every strategy, and draws the table of docs/adversarial.md.
+again. --table prints every strategy, and draws the tables of docs/adversarial.md.
 """
 
 import argparse
