@@ -171,7 +171,7 @@ def main() -> None:
 
     print(f"\nTest accuracy (%) on {len(test_images)} images, trained on {TRAIN_IMAGES},")
     print(f"{args.epochs} epochs, {args.seeds} seeds\n")
-    print(f"{'':18} {'mean ± std':>12}   {'seeds':24} s a run")
+    print(f"{'':18} {'mean ± std':>12}   {'seeds':24} seconds")
     for name in METHODS:
         found, seconds, _ = zip(*(results[name, seed] for seed in range(args.seeds)), strict=True)
         accuracies = torch.tensor(found)

@@ -492,6 +492,24 @@ def test_longer_trainings_are_points_of_one_line(monkeypatch):
     }
 
 
+def test_a_method_stands_beside_what_its_peer_reaches_in_that_time(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import draw
+
+    def took(*runs):
+        return [{"seed": s, "cpu_seconds": 60.0 * m, "accuracy": a} for s, m, a in runs]
+
+    runs = {
+        "peer": took((0, 5, 50.0), (1, 5, 40.0)),
+        "peer, four times as long": took((0, 20, 58.0)),
+        "shorter": took((0, 4, 60.0)),
+        "longer": took((0, 21, 60.0)),
+        "both": took((0, 10, 60.0), (1, 5, 60.0), (2, 10, 60.0)),  # no peer on the third draw
+    }
+    found = draw.match_time(runs, "peer")
+    assert found == {"shorter": "", "longer": "", "both": "47.0 (2)"}  # of 54 and 40
+
+
 def test_bold_is_what_the_best_is_not_clearly_above(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import draw

@@ -115,7 +115,8 @@ class TestShare:
 
     def test_needs_labels(self):
         attack = LatentAdversarial(Answers(1.0), flow=Identity())
-        with pytest.raises(ValueError, match=r"follows the model's accuracy.*got NoneType.*p=0.5"):
+        message = r"follows the model's accuracy.*got NoneType.*labels_getter=.*p=0.5"
+        with pytest.raises(ValueError, match=message):
             attack(torch.rand(2, 3, 8, 8))
 
     @pytest.mark.parametrize(

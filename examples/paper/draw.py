@@ -6,6 +6,7 @@ A section has a table, a row for each method and a column for each recipe, its p
 Pages stay as they are while there are no runs for their tables.
 """
 
+import math
 import re
 import statistics
 from collections import defaultdict
@@ -14,9 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-from records import RECIPES, RESULTS, format_spread, read_lines, read_recipes, write_table
+from records import (
+    RECIPES,
+    RESULTS,
+    format_spread,
+    read_lines,
+    read_recipes,
+    write_spread,
+    write_table,
+)
 
 ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "docs" / "pictures"
@@ -39,6 +49,7 @@ class Section:
         text: What is compared, and what to see.
         columns: Recipes by the heading of their column, from little to much.
         timed: The column whose minutes are shown; none if empty.
+        peer: A method of that column whose accuracy in the time of each other is shown, if any.
         plot: What accuracy is drawn against: `IMAGES`, `MINUTES` of the timed column, or nothing.
         picture: The plot's name.
         digits: Of accuracies.
@@ -49,6 +60,7 @@ class Section:
     text: str
     columns: dict[str, str]
     timed: str = ""
+    peer: str = ""
     plot: str = ""
     picture: str = ""
     digits: int = 1
@@ -77,7 +89,7 @@ FIGURE_2 = Section(
     text="The paper's network and protocol, without pixel augmentation. Randomized-LA and "
     "Adversarial-LA are the paper's, under its class-conditional flow. A noisy flow has seen noisy "
     "images, as in the authors' code. Glow is `glow-fashionmnist`, whose attack gains about two "
-    "points. The plain VAE-GAN has 10 epochs.",
+    "points. The plain VAE-GAN has 10 epochs. All seeds train on one draw of labels.",
     columns={
         "600": "figure2-600",
         "2,400": "figure2-2400",
@@ -100,6 +112,7 @@ SECTIONS = [
         "seen all training images, without labels.",
         columns={"500": "cifar10-1-percent", "2,500": "cifar10-5-percent"},
         timed="500",
+        peer="RandAugment",
         plot=MINUTES,
         picture="cifar10",
     ),
@@ -115,7 +128,8 @@ SECTIONS = [
     Section(
         title="The paper's Table 5: MNIST",
         text="The paper's LeNet-5 and protocol. On 2,000 images the attack gains a point under the "
-        "flow trained on noisy images, and loses two under the one without noise.",
+        "flow trained on noisy images, and loses two under the one without noise. All seeds train "
+        "on one draw of labels.",
         columns={"2,000": "table5-mnist-2000", "60,000": "table5-mnist"},
         timed="2,000",
         digits=2,
@@ -139,7 +153,7 @@ SECTIONS = [
         kind="validation",
     ),
 ]
-LONGER = re.compile(", (twice|four times|eight times) as long")  # in the names of methods
+LONGER = re.compile(", (twice|four times|ten times) as long")  # in the names of methods
 SEEDS = 3  # of a row of the README and of a bold one, at least
 README_RECIPE = "cifar10-1-percent"
 README_ROWS = (
@@ -235,6 +249,29 @@ def write_minutes(runs: Runs) -> dict[str, str]:
     return {name: f"{took:.1f}{'*' * (where != usual)}" for name, (took, where) in known.items()}
 
 
+def match_time(runs: Runs, peer: str) -> dict[str, str]:
+    """What the peer reaches in the time of each other method, on the same draws of labels.
+
+    That is linear in the logarithm of time, between the peer's runs of several lengths. A method
+    that takes less time than the shortest of them, or more than the longest, has no cell.
+    """
+    lengths: dict[int, dict[float, float]] = defaultdict(dict)
+    found: dict[str, list[float]] = {}
+    for name, own in runs.items():
+        if LONGER.sub("", name) == peer:
+            for run in own:
+                lengths[run["seed"]][math.log(run["cpu_seconds"])] = run["accuracy"]
+    for name, own in runs.items():
+        if LONGER.sub("", name) != peer:
+            timed = [(math.log(run["cpu_seconds"]), lengths[run["seed"]]) for run in own]
+            found[name] = [
+                float(np.interp(took, sorted(known), [known[at] for at in sorted(known)]))
+                for took, known in timed
+                if known and min(known) <= took <= max(known)
+            ]
+    return {name: write_spread(values) for name, values in found.items()}
+
+
 def draw_table(columns: dict[str, dict[str, str]]) -> list[str]:
     """A row for each method, in their order in the longest column; empty columns are left out."""
     columns = {heading: cells for heading, cells in columns.items() if cells}
@@ -265,6 +302,8 @@ def draw_section(section: Section) -> list[str]:
     if section.timed in runs:
         minutes = f"minutes, {section.timed}" if len(runs) > 1 else "minutes"
         columns[minutes] = write_minutes(runs[section.timed])
+        if section.peer:
+            columns[f"{section.peer} in that time"] = match_time(runs[section.timed], section.peer)
     for heading in runs:
         published = recipes[section.columns[heading]].get("paper", {})
         paper = f"the paper, {heading}" if len(runs) > 1 else "the paper"

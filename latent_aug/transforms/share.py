@@ -120,9 +120,10 @@ def count_right(logits: Tensor, labels: Any) -> Tensor:
         raise ValueError(f"{FOLLOWS}, which needs one class an image, got several; {GIVE_P}")
     if not isinstance(labels, Tensor) or not (whole or labels.shape == shape):
         found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        where = "" if isinstance(labels, Tensor) else "say where they are with labels_getter=, or "
         raise ValueError(
             f"{FOLLOWS}, which needs class labels (B,) or probabilities of {classes} classes, got "
-            f"{found}; {GIVE_P}"
+            f"{found}; {where}{GIVE_P}"
         )
     right = (labels.argmax(dim=1) if whole else labels).to(logits.device)
     counted = ((right >= 0) & (right < classes)).flatten().float()
