@@ -198,13 +198,40 @@ def test_eps_and_alpha_are_drawn_for_each_sample(norm):
         assert size.max() == pytest.approx(0.2, abs=0.01)
 
 
-def test_a_share_that_batch_normalization_can_take():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
-    attack = paper_attack(model, flow=Identity(), p=0.5, model_mode="unchanged")
-    images = 0.4 + 0.2 * torch.rand(2, 3, 8, 8)  # of one alone it has no statistics
-    assert not torch.equal(attack(images, torch.tensor([0, 1])), images)
-    changed = paper_attack(model, flow=Identity(), p=0.5)(images, torch.tensor([0, 1]))
-    assert (changed != images).flatten(1).any(1).sum() == 1
+class Squeezing(nn.Module):
+    """A model whose logits of one image alone have no batch dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 8)
+
+    def forward(self, images):
+        return self.conv(images).squeeze()
+
+
+def normalized(**options):
+    """A model that needs several images, as BatchNorm has no statistics of one."""
+    norm = nn.BatchNorm1d(8, **options)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 8), norm, nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize(
+    ("make", "mode"),
+    [
+        (normalized, "unchanged"),
+        (lambda: normalized(track_running_stats=False), "eval"),
+        (Squeezing, "eval"),
+    ],
+)
+def test_one_image_of_a_batch_is_attacked_in_models_that_take_two(make, mode):
+    images, labels = 0.4 + 0.2 * torch.rand(4, 3, 8, 8), torch.arange(4)
+    attack = paper_attack(make(), flow=Identity(), p=0.25, model_mode=mode)
+    for _ in range(8):  # also the last one, which has no next
+        changed = (attack(images, labels) != images).flatten(1).any(1)
+        assert changed.sum() == 1
+    usual = LatentAdversarial(make(), flow=Identity(), model_mode=mode)
+    for count in (4, 4, 3):
+        usual(images[:count], labels[:count])
 
 
 @pytest.mark.parametrize("p", [1.0, 0.5])

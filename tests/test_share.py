@@ -18,11 +18,13 @@ def make_labels(count):
     return (places + places // 8) % 2
 
 
-class Answers(nn.Module):
-    """A model that has the share `right` of each batch right, its first images.
+def make_images(labels):
+    """Images that are darker or brighter than half by their class."""
+    return (labels[:, None, None, None] + torch.rand(len(labels), 3, 8, 8)) / 2
 
-    The labels are those of `make_labels`.
-    """
+
+class Answers(nn.Module):
+    """A model that has the share `right` of each batch of `make_images` right, its first images."""
 
     def __init__(self, right: float) -> None:
         super().__init__()
@@ -35,14 +37,15 @@ class Answers(nn.Module):
     def forward(self, images):
         means = self.norm(images).mean(dim=(1, 2, 3))
         places = torch.arange(len(images))
-        answers = make_labels(len(images)) ^ (places >= self.right * len(images)).long()
+        brighter = images.mean(dim=(1, 2, 3)) > 0.5
+        answers = brighter.long() ^ (places >= self.right * len(images)).long()
         return 5.0 * nn.functional.one_hot(answers, 2) + 0.01 * means[:, None]
 
 
 def attack_often(attack, times, count=8):
     shares = []
     for _ in range(times):
-        attack(torch.rand(count, 3, 8, 8), make_labels(count))
+        attack(make_images(make_labels(count)), make_labels(count))
         shares.append(attack.share)
     return shares
 
@@ -51,7 +54,7 @@ class TestShare:
     def test_stays_at_nothing_while_the_model_learns(self):
         model = Answers(0.5)
         attack = LatentAdversarial(model, flow=Identity())
-        images = torch.rand(64, 3, 8, 8)
+        images = make_images(make_labels(64))
         assert attack_often(attack, 5, count=64) == [0.0] * 5
         assert torch.equal(attack(images, make_labels(64)), images)
 
@@ -60,10 +63,24 @@ class TestShare:
         attack_often(LatentAdversarial(model, flow=Identity()), 3, count=24)
         assert model.sizes() == [24, 3, 3]
 
+    @pytest.mark.parametrize("count", [2, 5, 8, 15, 20])
+    def test_never_looks_at_one_image_of_several(self, count):
+        model = Answers(0.5)
+        attack_often(LatentAdversarial(model, flow=Identity()), 20, count=count)
+        assert min(model.sizes()) >= 2
+
+    @pytest.mark.parametrize("classes", [2, 4, 8])
+    def test_does_not_see_one_class_alone_in_batches_with_an_order(self, classes):
+        share, labels = AdaptiveShare(), torch.arange(32) % classes
+        for _ in range(80):
+            seen = labels[share.select_probed(32, labels.device)]
+            share.update(count_right(5.0 * nn.functional.one_hot(seen, classes), seen))
+        assert share.value == pytest.approx(HIGHEST * (1 - 1 / classes), abs=0.01)
+
     def test_is_there_at_once_for_a_model_that_knows_its_first_batch(self):
         model = Answers(1.0)
         attack = LatentAdversarial(model, flow=Identity())
-        images = torch.rand(64, 3, 8, 8)
+        images = make_images(make_labels(64))
         attacked = attack(images, make_labels(64))
         assert attack.share == pytest.approx(HIGHEST * (1 - 31 / 63))
         assert (attacked != images).flatten(1).any(dim=1).sum() in (16, 17)

@@ -371,7 +371,7 @@ class LatentAdversarial(LatentTransform):
         images = batch[key].detach().as_subclass(Tensor)
         region = read_region(self.mask, batch, images)
         candidates = len(images) if among is None else len(among)
-        count = self._count_attacked(share * candidates, candidates)
+        count = self._count_attacked(share * candidates)
         if not count:
             self._to_unit_range(to_float(images))  # the wrong range is to be seen at once
             return images.clone()
@@ -379,8 +379,10 @@ class LatentAdversarial(LatentTransform):
             ask = build_ask(self.forward, batch, key)
             return self._attack(images, labels, region, ask, predicted=predicted)
         like = to_float(images.new_empty(0))
-        chosen = self._draws.sample_uniform((candidates,), like).argsort()[:count]
-        chosen = chosen if among is None else among[chosen]
+        order = self._draws.sample_uniform((candidates,), like).argsort()
+        chosen = order[:count] if among is None else among[order[:count]]
+        if count == 1:  # a single image may be too few for the model: another comes along
+            chosen = torch.cat([chosen, (chosen + 1) % len(images)])
         attacked = self._attack(
             images[chosen].contiguous(memory_format=find_layout(images)),
             select_entry(labels, chosen, len(images)),
@@ -388,7 +390,7 @@ class LatentAdversarial(LatentTransform):
             build_ask(self.forward, batch, key, chosen),
             predicted=predicted,
         )
-        return images.clone().index_copy_(0, chosen, attacked)
+        return images.clone().index_copy_(0, chosen[:count], attacked[:count])
 
     def _check_several(self, labels: Tensor) -> None:
         """Refuse several labels an image, unless the predicted ones were asked for."""
@@ -400,16 +402,14 @@ class LatentAdversarial(LatentTransform):
             refuse_several(labels, unless=unless)
             self._seen_labels.add(place)
 
-    def _count_attacked(self, wanted: float, count: int) -> int:
-        """Count the samples that are attacked, `wanted` of `count`.
+    def _count_attacked(self, wanted: float) -> int:
+        """Count the samples that are attacked.
 
         A fraction of a sample is rounded at random, so that the share is right on average.
         """
         if wanted != int(wanted):
             like = torch.empty((), dtype=torch.float32, device="cpu")
             wanted += float(self._draws.sample_uniform((), like))
-        if int(wanted) == 1 and self.model_mode == "unchanged" and mixes_samples(self.model):
-            return min(2, count)  # BatchNorm may have no statistics of a single sample
         return int(wanted)
 
     def _attack(

@@ -90,16 +90,20 @@ def measure_change(
 
 @contextmanager
 def keep_statistics(model: nn.Module) -> Iterator[None]:
-    """Let BatchNorm use the statistics of a batch, and leave its running ones alone."""
-    tracking = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    training = [module for module in tracking if module.training]
-    for module in training:
-        module.track_running_stats = False
+    """Let BatchNorm use the statistics of a batch, and leave its running ones alone.
+
+    It writes to copies of these. So its pass stays an ordinary one, which activation checkpointing
+    can repeat in the backward pass. The repetition writes to the running ones.
+    """
+    training = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    kept = [(module, dict(module._buffers)) for module in training]
+    for module, buffers in kept:
+        module._buffers.update({k: b if b is None else b.clone() for k, b in buffers.items()})
     try:
         yield
     finally:
-        for module in training:
-            module.track_running_stats = True
+        for module, buffers in kept:
+            module._buffers.update(buffers)
 
 
 def map_images(name: str, function: Callable[[Tensor], Any], images: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ class AdaptiveShare:
         self.begun = False
         self._counts: list[float] = []  # of each class so far
         self._latest: Tensor | None = None
+        self._first = 0  # place that is looked at, of those that are `PROBED` apart
 
     def update(self, tally: Tensor) -> None:
         """Take note of what the classifier has right.
@@ -81,8 +82,14 @@ class AdaptiveShare:
         self.value = HIGHEST * (1 - chance / sure) if sure else 0.0
 
     def select_probed(self, count: int, device: torch.device) -> Tensor:
-        """Select the images of a batch to look at: all of the first, then evenly spread ones."""
-        return torch.arange(0, count, PROBED if self.begun else 1, device=device)
+        """Select the images of a batch to look at: all of the first, then evenly spread ones.
+
+        The places move on from batch to batch, as a sampler may have an order of classes. At least
+        two are looked at, as a single image may be too few for a model.
+        """
+        apart = max(1, min(PROBED, count // 2)) if self.begun else 1
+        self._first += 1
+        return torch.arange(self._first % apart, count, apart, device=device)
 
 
 def estimate_chance(counts: list[float]) -> float:
