@@ -492,7 +492,7 @@ def test_longer_trainings_are_points_of_one_line(monkeypatch):
     }
 
 
-def test_a_method_stands_beside_what_its_peer_reaches_in_that_time(monkeypatch):
+def test_a_gain_is_over_what_the_peer_reaches_in_that_time(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import draw
 
@@ -506,8 +506,8 @@ def test_a_method_stands_beside_what_its_peer_reaches_in_that_time(monkeypatch):
         "longer": took((0, 21, 60.0)),
         "both": took((0, 10, 60.0), (1, 5, 60.0), (2, 10, 60.0)),  # no peer on the third draw
     }
-    found = draw.match_time(runs, "peer")
-    assert found == {"shorter": "", "longer": "", "both": "47.0 (2)"}  # of 54 and 40
+    found = draw.write_gains(runs, "peer")
+    assert found == {"shorter": "", "longer": "", "both": "+13.0 (2)"}  # over 54 and 40
 
 
 def test_bold_is_what_the_best_is_not_clearly_above(monkeypatch):
