@@ -81,7 +81,7 @@ LABELLED = {  # of the recipes "small-..."
 SMALL_SETS = Section(
     title="Small data sets",
     text="Accuracy by data set and labelled images. Network and settings are those for CIFAR-10, "
-    "with less weight decay. Peers come after crop, and after flip on clothing, nuclei and faces.",
+    "with less weight decay. All rows crop, and those of clothing, nuclei and faces mirror.",
     columns={f"{name}, {count}": f"small-{name}" for name, count in LABELLED.items()},
 )
 FIGURE_2 = Section(
@@ -262,27 +262,33 @@ def write_minutes(runs: Runs) -> dict[str, str]:
 def write_gains(runs: Runs, peer: str) -> dict[str, str]:
     """A cell for each other method: its accuracy less what the peer reaches in that time.
 
-    Both on the same draws of labels. The peer's is linear in the logarithm of time, between its
-    runs of several lengths. A method that takes less time than the shortest of them, or more than
-    the longest, has no cell.
+    Both on the same draws of labels. A method that takes less time than the shortest of the peer's
+    runs, or more than the longest, has no cell.
     """
-    lengths: dict[int, dict[float, float]] = defaultdict(dict)
+    others = {name: own for name, own in runs.items() if LONGER.sub("", name) != peer}
+    known: dict[int, dict[float, float]] = defaultdict(dict)  # by seed and seconds
+    for run in (run for name, own in runs.items() if name not in others for run in own):
+        known[run["seed"]][run["cpu_seconds"]] = run["accuracy"]
     cells = {}
-    for name, own in runs.items():
-        if LONGER.sub("", name) == peer:
-            for run in own:
-                lengths[run["seed"]][math.log(run["cpu_seconds"])] = run["accuracy"]
-    for name, own in runs.items():
-        if LONGER.sub("", name) != peer:
-            gains = []
-            for run in own:
-                took, known = math.log(run["cpu_seconds"]), lengths[run["seed"]]
-                if known and min(known) <= took <= max(known):
-                    times = sorted(known)
-                    reached = np.interp(took, times, [known[time] for time in times])
-                    gains.append(run["accuracy"] - float(reached))
-            cells[name] = "+" * (sum(gains) > 0) + write_spread(gains)
+    for name, own in others.items():
+        gains = [
+            run["accuracy"] - interpolate(known[run["seed"]], run["cpu_seconds"]) for run in own
+        ]
+        gains = [gain for gain in gains if not math.isnan(gain)]
+        cells[name] = "+" * (sum(gains) > 0) + write_spread(gains)
     return cells
+
+
+def interpolate(known: dict[float, float], seconds: float) -> float:
+    """An accuracy between those known by their seconds, linear in the logarithm of time.
+
+    It is nan where nothing is known on either side.
+    """
+    times = sorted(known)
+    if not times:
+        return math.nan
+    values = [known[time] for time in times]
+    return float(np.interp(math.log(seconds), np.log(times), values, left=math.nan, right=math.nan))
 
 
 def draw_table(columns: dict[str, dict[str, str]]) -> list[str]:

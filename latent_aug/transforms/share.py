@@ -47,7 +47,7 @@ class AdaptiveShare:
         self.begun = False
         self._counts: list[float] = []  # of each class so far
         self._latest: Tensor | None = None
-        self._first = 0  # place that is looked at, of those that are `PROBED` apart
+        self._looks = 0  # batches looked at so far
 
     def update(self, tally: Tensor) -> None:
         """Take note of what the classifier has right.
@@ -88,8 +88,8 @@ class AdaptiveShare:
         two are looked at, as a single image may be too few for a model.
         """
         apart = max(1, min(PROBED, count // 2)) if self.begun else 1
-        self._first += 1
-        return torch.arange(self._first % apart, count, apart, device=device)
+        self._looks += 1
+        return torch.arange(self._looks % apart, count, apart, device=device)
 
 
 def estimate_chance(counts: list[float]) -> float:
