@@ -128,7 +128,7 @@ def test_the_tables_of_scale_are_drawn_from_the_results(monkeypatch):
     drawn = scale.tables(read_measurement("scale"))
     assert len(drawn) > 5
     for name, table in drawn.items():
-        assert f"{scale.MARK.format(name)}\n\n{table}\n\n{scale.END}" in text
+        assert f"<!-- {scale.MARK}: {name} -->\n\n{table}\n\n<!-- until here -->" in text
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu, AVX2", "NVIDIA H200"])

@@ -37,8 +37,11 @@ from latent_aug.training.processes import Processes
 from latent_aug.training.recipe import choose_dtype
 from latent_aug.training.train import Run
 
+sys.path.append(str(Path(__file__).parents[1] / "paper"))
+from records import write_table
+
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
-MARK, END = "<!-- drawn by examples/benchmarks/scale.py: {} -->", "<!-- until here -->"
+MARK = "drawn by examples/benchmarks/scale.py"
 FLOWS = ("glow-cifar10", "glow-cifar10-small")
 SIDES = (32, 64, 96, 128, 160, 192, 224)
 IMAGENET = 1_281_167  # training images
@@ -296,14 +299,8 @@ def tables(r: dict[str, Any]) -> dict[str, str]:
 
 def draw(result: dict[str, Any]) -> None:
     """Rewrite the tables in the page."""
-    text = PAGE.read_text()
     for name, drawn in tables(result).items():
-        before, found, after = text.partition(MARK.format(name))
-        if not found:
-            raise ValueError(f"{PAGE} has no place for {name}")
-        _, end, rest = after.partition(END)
-        text = f"{before}{found}\n\n{drawn}\n\n{end}{rest}"
-    PAGE.write_text(text)
+        write_table(PAGE, f"{MARK}: {name}", ["", drawn, ""])
 
 
 def main() -> None:

@@ -3,10 +3,11 @@
     python examples/flows/fit.py DATA [FLOW ...] [--photographs FOLDER]
     python examples/flows/fit.py --table
 
-DATA holds <set>/test/<class>/* of cifar10, cifar100, gtsrb_small and tinyimagenet100_small. Each
-flow is looked at as `latent-aug check` does, on a thousand images of each kind: lossless, saved as
-JPEG, halved, of 64 pixels, noisy. FOLDER may hold further sets of photographs, a folder each, which
-are resized to 32 pixels. What is measured already is not measured again.
+DATA holds <set>/test/<class>/* of cifar10, cifar100, gtsrb_small and tinyimagenet100_small, and of
+fashion_mnist, mnist, letters and faces for a flow of one channel. Each flow is looked at as
+`latent-aug check` does, on a thousand images of each kind: lossless, saved as JPEG, halved, of 64
+pixels, noisy. FOLDER may hold further sets of photographs, a folder each, which are resized to 32
+pixels. What is measured already is not measured again.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from latent_aug import check_flow, load_flow
+from latent_aug import Flow, check_flow, load_flow
 from latent_aug.images.datasets import EncodedImages
 
 sys.path.append(str(Path(__file__).parents[1] / "paper"))
@@ -29,7 +30,7 @@ from records import append_line, read_lines
 
 RESULTS = Path(__file__).parents[1] / "results" / "fit.jsonl"
 LOCK = Path(__file__).parents[2] / "runs" / "fit.lock"
-FLOWS = ("glow-cifar10", "glow-cifar10-small", "glow-photographs")
+FLOWS = ("glow-photographs", "glow-cifar10-small", "glow-cifar10", "glow-fashionmnist")
 COUNT = 1000
 Change = Callable[[Image.Image], Image.Image]
 
@@ -76,6 +77,18 @@ KINDS: dict[str, tuple[str, Change]] = {
     "CIFAR-10, noise of 5 levels": ("cifar10", add_noise(5)),
     "CIFAR-10, noise of 10 levels": ("cifar10", add_noise(10)),
 }
+GREY = {  # of 28 pixels
+    "FashionMNIST": "fashion_mnist",
+    "MNIST": "mnist",
+    "letters": "letters",
+    "faces": "faces",
+    "CIFAR-10, grey": "cifar10",
+}
+
+
+def make_grey(image: Image.Image) -> Image.Image:
+    """The image in one channel."""
+    return image.convert("L")
 
 
 def read_some(folder: Path, change: Change) -> list[Image.Image]:
@@ -85,18 +98,23 @@ def read_some(folder: Path, change: Change) -> list[Image.Image]:
     return [change(images[int(place)].convert("RGB")) for place in places]
 
 
-def list_kinds(data: Path, photographs: Path | None) -> Iterator[tuple[str, Path, Change, int]]:
-    """Name, folder, change and side of each kind of image."""
-    for name, (folder, change) in KINDS.items():
-        yield name, data / folder / "test", change, 64 if "64" in name else 32
+def list_kinds(
+    channels: int, data: Path, photographs: Path | None
+) -> Iterator[tuple[str, Path, Change, int]]:
+    """Name, folder, change and side of each kind of image, for flows of so many channels."""
+    if channels == 1:
+        for name, source in GREY.items():
+            yield name, data / source / "test", make_grey, 28
+        return
+    for name, (source, change) in KINDS.items():
+        yield name, data / source / "test", change, 64 if "64" in name else 32
     for folder in sorted(photographs.iterdir()) if photographs else ():
         yield f"photographs: {folder.name}", folder, keep, 32
 
 
-def measure_fit(flow: str, images: list[Image.Image], side: int) -> dict[str, Any]:
+def measure_fit(flow: Flow, images: list[Image.Image], side: int) -> dict[str, Any]:
     """The figures of a flow on images, as JSON knows them."""
-    loaded = load_flow(flow)
-    found = check_flow(loaded, images, size=side, count=COUNT)
+    found = check_flow(flow, images, size=side, count=COUNT)
     at_eps = found.at_eps
     return {
         "images": found.figures["images"],
@@ -108,7 +126,7 @@ def measure_fit(flow: str, images: list[Image.Image], side: int) -> dict[str, An
         "saturated": round(at_eps["saturated"], 4),
         "smoothness": round(at_eps["smoothness"], 3),
         "grade": found.grade,
-        "fingerprint": loaded.fingerprint(),
+        "fingerprint": flow.fingerprint(),
     }
 
 
@@ -143,14 +161,14 @@ def main() -> None:
     if args.data is None:
         parser.error("DATA is needed")
     torch.set_grad_enabled(False)
-    prints = {flow: load_flow(flow).fingerprint() for flow in args.flows}
     done = {(row["flow"], row["kind"], row["fingerprint"]) for row in rows}
-    for kind, folder, change, side in tqdm([*list_kinds(args.data, args.photographs)]):
-        missing = [flow for flow in args.flows if (flow, kind, prints[flow]) not in done]
-        images = read_some(folder, change) if missing else []
-        for flow in missing:
-            row = {"flow": flow, "kind": kind, **measure_fit(flow, images, side)}
-            append_line(RESULTS, row, lock=LOCK)
+    for name in args.flows:
+        flow = load_flow(name)
+        kinds = [*list_kinds(flow.channels, args.data, args.photographs)]
+        for kind, folder, change, side in tqdm(kinds, desc=name):
+            if (name, kind, flow.fingerprint()) not in done:
+                found = measure_fit(flow, read_some(folder, change), side)
+                append_line(RESULTS, {"flow": name, "kind": kind, **found}, lock=LOCK)
 
 
 if __name__ == "__main__":

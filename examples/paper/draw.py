@@ -163,7 +163,7 @@ SECTIONS = [
         kind="validation",
     ),
 ]
-LONGER = re.compile(", (twice|four times|ten times) as long")  # in the names of methods
+LONGER = re.compile(", (twice|(four|six|ten) times) as long")  # in the names of methods
 SEEDS = 3  # of a row of the README and of a bold one, at least
 README_RECIPE = "cifar10-1-percent"
 README_ROWS = (
