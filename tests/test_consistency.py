@@ -91,6 +91,39 @@ def test_small_divergences_keep_their_digits(model):
     assert hook(model, eps=0.0, alpha=0.0).consistency(IMAGES) == 0
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"entropy": 0.3}])
+def test_classes_may_be_ruled_out(model, options):
+    """As by a head that hides the classes of other tasks: the last class plays no part."""
+    scaled_up(model).eval()
+
+    def three(model, batch):
+        return model(batch[0])[:, :3]
+
+    def ruled_out(model, batch):
+        return model(batch[0]).masked_fill(torch.tensor([False, False, False, True]), -torch.inf)
+
+    expected, found = (
+        hook(model, forward=forward).consistency(IMAGES, **options)
+        for forward in (three, ruled_out)
+    )
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(gradients(model, found), gradients(model, expected), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_class_that_is_ruled_out_against_the_targets_costs_without_end():
+    targets, counted = torch.tensor([[0.5, 0.5]]), torch.tensor([True])
+    assert measure_change(torch.tensor([[0.0, -torch.inf]]), targets, counted) == torch.inf
+
+
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.26}])
+def test_an_image_that_is_not_finite_shows_in_the_loss(model, options):
+    model.eval()
+    images = IMAGES.clone()
+    images[0] = torch.inf
+    assert hook(model).consistency(images, **options, perturb=lambda x: x).isnan()
+
+
 class TestBatches:
     @pytest.mark.parametrize(
         "batch",

@@ -1,5 +1,6 @@
 """The hub's own client against a hub on 127.0.0.1."""
 
+import hashlib
 import os
 import pickle
 import subprocess
@@ -151,7 +152,9 @@ def test_a_new_repository_is_private_if_asked_for(hub, monkeypatch):
 def test_a_bundled_flow_is_pushed_with_its_card(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.token)
     load_flow("glow-fashionmnist").push_to_hub("someone/fashion")
-    card = hub.commits["someone/fashion", hub.heads["someone/fashion"]]["README.md"].decode()
+    files = hub.commits["someone/fashion", hub.heads["someone/fashion"]]
+    card = files["README.md"].decode()
+    assert f"`{hashlib.sha256(files['model.safetensors']).hexdigest()}`" in card
     assert "bits per dimension" in card
     assert 'LatentPerturb(eps=0.25, flow="someone/fashion")' in card
 
@@ -173,6 +176,20 @@ def test_a_card_s_pictures_are_pushed_with_it_until_the_weights_change(hub, monk
     files = hub.commits["someone/changed", hub.heads["someone/changed"]]
     assert set(files) == {"config.json", "model.safetensors", "README.md"}
     assert b"samples.png" not in files["README.md"]
+
+
+def test_a_card_of_other_weights_is_not_pushed(hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    flow = load_flow("glow-photographs")
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "README.md").write_bytes(flow.card.read_bytes())
+    for name, changed in (("same", 0.0), ("other", 1.0)):
+        with torch.no_grad():
+            next(flow.parameters()).add_(changed)
+        flow.save_pretrained(tmp_path / "copy")
+        load_flow(tmp_path / "copy").push_to_hub(f"someone/{name}")
+        card = hub.commits[f"someone/{name}", hub.heads[f"someone/{name}"]]["README.md"]
+        assert (b"SHA-256 of" in card) is (name == "same")
 
 
 def test_a_transform_is_pickled_by_the_commit_it_holds(hub, tmp_path):

@@ -13,14 +13,17 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     DistributedSampler,
     IterableDataset,
     SequentialSampler,
+    Subset,
     TensorDataset,
     default_collate,
 )
 from torchvision import tv_tensors
+from torchvision.datasets import FakeData
 from torchvision.transforms import v2
 
 from latent_aug import (
@@ -187,6 +190,22 @@ class TestLatentLoader:
         assert there["more"][0].is_meta
         assert there["more"][1] == "a"
         assert move_to(batch, None) is batch
+
+    @pytest.mark.parametrize("name", ["batch_size", "drop_last", "sampler", "dataset"])
+    def test_settings_of_the_loader_inside_are_its_own(self, name):
+        loader = LatentLoader(DataLoader(data(), 4), perturb())
+        for one in (loader, copy.copy(loader)):
+            with pytest.raises(ValueError, match=f"{name} attribute should not be set"):
+                setattr(one, name, 2)
+        assert [len(images) for images, _ in loader] == [4, 4, 4]
+
+    def test_set_epoch_reaches_schedules_of_data_sets_inside_others(self):
+        schedules = [LatentSchedule([(1, None), (1, None)]) for _ in range(3)]
+        data = [FakeData(2, transform=v2.Compose([schedule])) for schedule in schedules]
+        chained = ConcatDataset([Subset(data[0], [0]), data[1]])
+        LatentLoader(DataLoader(chained), v2.Identity()).set_epoch(1)
+        LatentLoader(DataLoader(data[2]), v2.Identity()).set_epoch(1)
+        assert [schedule.epoch for schedule in schedules] == [1, 1, 1]
 
     def test_set_epoch_reaches_batch_sampler_data_set_and_collate(self):
         class Told(TensorDataset):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ByClass, Identity, images_and_classes, length, random_glow
 from PIL import Image
+from torch.utils._pytree import tree_flatten
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -138,6 +139,31 @@ def test_a_pil_mask_beside_a_pil_image_passes_through(glow, mode):
         out, same = LatentPerturb(0.3, flow=glow)(*given)
         assert same is mask
         assert not np.array_equal(np.asarray(out), np.asarray(given[0]))
+
+
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        lambda image, mask: (image, (7, mask)),
+        lambda image, mask: (image, {"mask": mask}),
+        lambda image, mask: ((image, mask), 7),
+        lambda image, mask: (image, mask, mask.copy()),
+        lambda image, mask: {"x": image, "mask": mask},
+        lambda image, mask: {"mask": mask, "x": image},
+    ],
+)
+def test_pil_masks_pass_wherever_they_lie(glow, arrange):
+    image = pil("RGB")
+    for mask in (pil("L"), pil("L").convert("P")):
+        given = arrange(image, mask)
+        result = LatentPerturb(1.0, flow=glow)(given)
+        before, after = tree_flatten(given)[0], tree_flatten(result)[0]
+        for one, other in zip(before, after, strict=True):
+            if one is image:
+                assert other.mode == "RGB"
+                assert other.tobytes() != one.tobytes()
+            else:
+                assert other is one
 
 
 def test_a_pil_mask_that_may_be_an_image_is_refused(glow, grey_glow):

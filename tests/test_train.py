@@ -312,6 +312,24 @@ def test_a_flow_is_not_overwritten(tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["README.md", "config.json", "samples.png"])
+def test_other_files_are_not_overwritten(tmp_path, name):
+    (tmp_path / name).write_bytes(b"somebody's")
+    with pytest.raises(ValueError, match=f"holds {name}, which would be overwritten"):
+        train_flow(small_flow(), stripes(), config(tmp_path), progress=False)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [
+        (name, b"somebody's")
+    ]
+
+
+def test_a_run_killed_before_its_first_state_begins_anew(tmp_path):
+    expected = train_flow(small_flow(), stripes(), config(tmp_path / "a"), progress=False)
+    train_flow(small_flow(), stripes(), config(tmp_path / "b"), progress=False)
+    (tmp_path / "b" / "run.pt").unlink()
+    again = train_flow(small_flow(), stripes(), config(tmp_path / "b"), progress=False)
+    assert again.fingerprint() == expected.fingerprint()
+
+
 def test_the_caller_s_random_state_stays(tmp_path):
     flow, before = small_flow(), torch.get_rng_state()
     train_flow(flow, stripes(), config(tmp_path, steps=2), progress=False)

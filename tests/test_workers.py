@@ -4,6 +4,8 @@ import gc
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -90,6 +92,28 @@ def test_forks_that_inherit_the_transform_draw_for_themselves(own):
         process.join()
     assert len(torch.tensor(found).unique(dim=0)) == 4
     assert torch.initial_seed() == 0  # the parent's stay as they are
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_forks_that_are_given_their_parent_s_seed_draw_the_same_in_each_run(own):
+    """In a run of its own, as the number of a process goes by those started before."""
+    code = f"""
+import multiprocessing, torch
+from latent_aug import LatentPerturb
+generator = torch.Generator() if {own} else None
+transform = LatentPerturb(0.2, flow="glow-fashionmnist", generator=generator)
+def perturb():
+    torch.manual_seed(0) if generator is None else generator.manual_seed(0)
+    return transform(torch.full((1, 28, 28), 0.5)).sum().item()
+perturb()
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    print(pool.apply(perturb))
+"""
+    first, second = (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(2)
+    )
+    assert first.stdout == second.stdout != ""
 
 
 def test_a_killed_worker_is_the_loader_s_own_error():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from itertools import chain
@@ -16,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from latent_aug.utils.arguments import require_natural, require_number, require_positive
-from latent_aug.utils.files import write_whole
+from latent_aug.utils.files import compute_sha256, write_whole
 from latent_aug.utils.randomness import sample_normal, sample_uniform
 
 CONFIG_NAME = "config.json"
@@ -393,9 +394,12 @@ class Flow(nn.Module):
 
     def _write_card(self, directory: Path, repo_id: str) -> None:
         """Write the card of what is pushed, and its pictures only: others may be private."""
-        if self.card and self.is_as_loaded():
-            text = self.card.read_text(encoding="utf-8", errors="replace")
+        text = self._read_card()
+        if self.card and text:
             named = text.replace(f'flow="{self.card.parent.name}"', f'flow="{repo_id}"')
+            # The same weights as saved by an earlier version are other bytes.
+            saved, own = (compute_sha256(d / WEIGHTS_NAME) for d in (self.card.parent, directory))
+            named = named.replace(saved, own)
             (directory / CARD_NAME).write_text(named, encoding="utf-8")
             for path in self.card.parent.glob("*.png"):
                 if f"]({path.name})" in text:
@@ -403,6 +407,15 @@ class Flow(nn.Module):
             return
         text = SHORT_CARD.format(repo_id=repo_id, kind=type(self).__name__, config=self.config)
         (directory / CARD_NAME).write_text(text, encoding="utf-8")
+
+    def _read_card(self) -> str:
+        """Read the card of the weights. It is empty where there is none, or they have changed."""
+        if not self.card or not self.is_as_loaded():
+            return ""
+        text = self.card.read_text(encoding="utf-8", errors="replace")
+        named = re.search(f"SHA-256 of `{WEIGHTS_NAME}`: `([0-9a-f]+)`", text)
+        is_theirs = not named or named[1] == compute_sha256(self.card.with_name(WEIGHTS_NAME))
+        return text if is_theirs else ""
 
 
 def preprocess(x: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import re
 import warnings
@@ -28,6 +27,7 @@ from latent_aug.flows.base import (
     WEIGHTS_NAME,
     compute_digest,
 )
+from latent_aug.utils.files import compute_sha256
 
 LARGEST_CONFIG = 2**16  # bytes of a config, which holds a handful of numbers
 OTHER_WEIGHTS = (
@@ -186,11 +186,6 @@ def verify_digest(path: Path) -> None:
     if found != blob.name:
         blob.unlink()
         raise OSError(f"{path} has SHA-256 {found}, the hub says {blob.name}; it was removed")
-
-
-def compute_sha256(path: Path) -> str:
-    """Compute the SHA-256 of a file's content."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_flow(directory: Path) -> Flow:

@@ -14,6 +14,7 @@ from latent_aug.flows import Flow
 from latent_aug.images.datasets import UInt8Images, stack_images
 
 LOG_NAME = "log.jsonl"
+SAMPLES_NAME, PAIRS_NAME = "samples.png", "reconstructions.png"
 
 
 def append_to_log(output: Path, entry: dict[str, Any]) -> None:
@@ -52,9 +53,9 @@ def save_pictures(flow: Flow, images: UInt8Images, output: Path, seed: int) -> N
     generator = torch.Generator().manual_seed(seed)
     # A user's flow may have a `sample` of its own, with other arguments.
     drawn = Flow.sample(flow, len(x), y, size=(height, width), temperature=0.7, generator=generator)
-    save_image(drawn, output / "samples.png")
+    save_image(drawn, output / SAMPLES_NAME)
     pairs = torch.stack([x, flow.decode(flow.encode(x, y), y).clamp(0, 1)], dim=1).flatten(0, 1)
-    save_image(pairs, output / "reconstructions.png", nrow=16)
+    save_image(pairs, output / PAIRS_NAME, nrow=16)
 
 
 def read_floats(

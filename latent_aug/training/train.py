@@ -19,7 +19,14 @@ from tqdm import tqdm
 
 from latent_aug.flows import Flow
 from latent_aug.flows.backend import keep_freed_memory, use_full_precision
-from latent_aug.flows.base import RUN_NAME, WEIGHTS_NAME, compute_bits, dequantize
+from latent_aug.flows.base import (
+    CARD_NAME,
+    CONFIG_NAME,
+    RUN_NAME,
+    WEIGHTS_NAME,
+    compute_bits,
+    dequantize,
+)
 from latent_aug.images.datasets import (
     UInt8Images,
     check_dataset,
@@ -37,6 +44,7 @@ from latent_aug.training.batches import (
     make_generator,
     sample_draws,
 )
+from latent_aug.training.card import PICTURE_NAME
 from latent_aug.training.processes import Processes
 from latent_aug.training.recipe import (
     TrainConfig,
@@ -44,10 +52,18 @@ from latent_aug.training.recipe import (
     compute_learning_rate,
     make_average_update,
 )
-from latent_aug.training.report import append_to_log, measure_bits_per_dim, save_pictures
+from latent_aug.training.report import (
+    LOG_NAME,
+    PAIRS_NAME,
+    SAMPLES_NAME,
+    append_to_log,
+    measure_bits_per_dim,
+    save_pictures,
+)
 from latent_aug.utils.files import describe_changes, refuse_changes, remove_partial, replace_file
 
 AnyFlow = TypeVar("AnyFlow", bound=Flow)
+WRITTEN = (CARD_NAME, CONFIG_NAME, PICTURE_NAME, SAMPLES_NAME, PAIRS_NAME)  # beside weights and log
 
 
 def train_flow(
@@ -281,7 +297,7 @@ class Run:
         if not math.isfinite(loss) or not math.isfinite(norm.item()):
             raise FloatingPointError(
                 f"step {self.step}: loss {loss}, gradient norm {norm.item()}. Lower lr or raise "
-                f"warmup (last saved state: {self.path})"
+                f"warmup, with another output (last saved state: {self.path})"
             )
         self.optimizer.step()
         self.average.update_parameters(self.flow)
@@ -389,6 +405,12 @@ class Run:
                 raise ValueError(
                     f"output {output} holds a flow and no state of its training, so it would be "
                     f"overwritten. Choose another output (to train it further: --init {output})"
+                )
+            taken = [name for name in WRITTEN if (output / name).exists()]
+            if taken and not (output / LOG_NAME).exists():  # no run was begun there
+                raise ValueError(
+                    f"output {output} holds {taken[0]}, which would be overwritten. Choose another "
+                    "output"
                 )
             return None
         try:

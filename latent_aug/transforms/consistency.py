@@ -30,7 +30,7 @@ def make_targets(
 
     Returns:
         Probabilities (B, K, ...) in float64, on MPS in float32, and whether each sample counts
-        (B, ...).
+        (B, ...). Those whose prediction is not a number do, so that the loss shows it.
 
     Raises:
         ValueError: There are fewer than two classes.
@@ -55,7 +55,7 @@ def make_targets(
         targets = (logits / temperature).softmax(dim=1)
     else:
         targets = torch.zeros_like(logits).scatter_(1, classes, 1.0)
-    return targets, confidence.squeeze(1) >= threshold
+    return targets, ~(confidence.squeeze(1) < threshold)
 
 
 def measure_change(
@@ -64,7 +64,8 @@ def measure_change(
     """Compute the divergence from the targets to a prediction, averaged over all samples.
 
     Args:
-        logits: The model's output (B, K, ...) at the perturbed images.
+        logits: The model's output (B, K, ...) at the perturbed images. Classes may be ruled out
+            by -inf.
         targets: Probabilities, as many.
         counted: Which samples (B, ...) count. The others have a loss of 0, and are averaged over.
         entropy: The weight of the prediction's entropy, which is added.
@@ -82,9 +83,11 @@ def measure_change(
         tensor(0.5108)
     """
     likely = widen(logits).log_softmax(dim=1)
-    each = (torch.xlogy(targets, targets) - targets * likely).sum(dim=1)
+    missed = torch.where(targets == 0, 0.0, targets * likely)  # also where that is 0 · -inf
+    each = (torch.xlogy(targets, targets) - missed).sum(dim=1)
     if entropy:
-        each = each - entropy * (likely.exp() * likely).sum(dim=1)
+        possible = likely.masked_fill(likely == -torch.inf, 0.0)
+        each = each - entropy * (possible.exp() * possible).sum(dim=1)
     return torch.where(counted, each, 0.0).mean().to(logits.dtype)
 
 

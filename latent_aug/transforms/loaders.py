@@ -165,12 +165,13 @@ class LatentLoader:
         return getattr(self.loader, name)
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell loader, sampler and transform, and schedules in it, the next epoch."""
+        """Tell loader, sampler, data set and transforms, and schedules in them, the next epoch."""
         self._epoch = epoch - 1
         loader: Any = self.loader
         batches = getattr(loader, "batch_sampler", None)
         collate = getattr(loader, "collate_fn", None)
-        parts = [loader, *(getattr(loader, name, None) for name in ("sampler", "dataset"))]
+        parts = [loader, getattr(loader, "sampler", None)]
+        parts += walk_data(getattr(loader, "dataset", None))
         parts += [batches, getattr(batches, "sampler", None), *walk_parts(self.transform)]
         parts += walk_parts(collate.transform) if isinstance(collate, LatentCollate) else []
         for part in {id(part): part for part in parts}.values():
@@ -245,6 +246,8 @@ class LatentDataLoader(LatentLoader, DataLoader[Any]):  # type: ignore[misc]  # 
         super().__init__(loader, transform, device, seed=seed, **order)
         # Lightning makes a loader anew of the arguments above and of the instance's own attributes.
         self.dataset = self.loader.dataset
+        # From here on DataLoader refuses new settings, which would not reach the loader inside.
+        self._DataLoader__initialized = True
 
     @property
     def collate_fn(self) -> LatentCollate:  # type: ignore[override]
@@ -259,6 +262,19 @@ class LatentDataLoader(LatentLoader, DataLoader[Any]):  # type: ignore[misc]  # 
                 "inside, and wrap what comes back, LatentLoader(loader, transform, seed=...)"
             )
         return LatentCollate(self.transform, self.loader.collate_fn, device=self.device)
+
+
+def walk_data(data: Any) -> Iterator[Any]:
+    """Walk over a data set, its transforms, and the data sets that it wraps."""
+    yield data
+    for name in ("transform", "transforms"):
+        yield from walk_parts(getattr(data, name, None))
+    inside = [getattr(data, "dataset", None)]  # of a Subset
+    several = getattr(data, "datasets", None)  # of a ConcatDataset
+    inside += several if isinstance(several, (list, tuple)) else []
+    for part in inside:
+        if part is not None:
+            yield from walk_data(part)
 
 
 def reorder_loader(loader: Any, order: dict[str, Any]) -> DataLoader[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -386,22 +386,36 @@ def begins_with_images(sample: Any, channels: int) -> bool:
 
 
 def find_pil_masks(sample: Any) -> list[Image.Image]:
-    """Find the PIL masks in (image, mask): images without colour after one of another mode.
+    """Find the PIL masks of a sample: images without colour, after one of another mode.
+
+    In a mapping they may also come before it, where it has colours.
 
     Raises:
-        TypeError: An image and the one after it have the same mode, and both could be masks.
+        TypeError: There are two images of the same mode, and the second could be a mask.
     """
-    found = [v for v in sample if isinstance(v, MARKED)] if isinstance(sample, tuple) else []
+    found = list(list_marked(sample))
     modes = [image.mode if isinstance(image, Image.Image) else "" for image in found]
-    masks = [v for v, mode in zip(found, modes, strict=True) if mode.startswith(MASK_MODES)][-1:]
-    if len(found) != 2 or not masks or masks[0] is not found[1]:
-        return []
-    if modes[0] == modes[1]:
+    if len(found) == 2 and modes[0] == modes[1] and modes[1].startswith(MASK_MODES):
         raise TypeError(
-            f"a tuple of two PIL images of mode {modes[0]} may be (image, mask): wrap a mask in "
+            f"two PIL images of mode {modes[0]} may be an image and its mask: wrap a mask in "
             "tv_tensors.Mask, and pass two images as a list"
         )
-    return masks
+    coloured = [mode for mode in modes if not mode.startswith(MASK_MODES)]
+    first = coloured[0] if isinstance(sample, Mapping) and coloured else next(iter(modes), "")
+    return [
+        image
+        for image, mode in zip(found, modes, strict=True)
+        if mode.startswith(MASK_MODES) and mode != first
+    ]
+
+
+def list_marked(sample: Any) -> Iterator[Any]:
+    """List what is an image by its type in nested tuples and mappings. Lists hold only images."""
+    if isinstance(sample, MARKED):
+        yield sample
+    elif isinstance(sample, (tuple, Mapping)):
+        for part in sample.values() if isinstance(sample, Mapping) else sample:
+            yield from list_marked(part)
 
 
 def find_kind(batch: Tensor, image: Any) -> Kind:

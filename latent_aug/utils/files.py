@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -12,6 +13,11 @@ from pathlib import Path
 from typing import Any
 
 DIGEST = re.compile("[0-9a-f]{32,}")
+
+
+def compute_sha256(path: Path) -> str:
+    """Compute the SHA-256 of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextmanager

@@ -75,14 +75,15 @@ def mix_seeds(*numbers: int) -> int:
     return seed
 
 
-# In a forked process: the seed of the global generator, as its parent had it.
+# In a forked process: the seed of the global generator and the places, as its parent had them.
 _inherited_seed: int | None = None
+_inherited_places: list[tuple[int, ...]] = []
 
 
 def note_fork() -> None:
-    """Note in a forked process the seeds that it has in common with its parent."""
-    global _inherited_seed
-    _inherited_seed = torch.initial_seed()
+    """Note in a forked process what it has in common with its parent."""
+    global _inherited_seed, _inherited_places
+    _inherited_seed, _inherited_places = torch.initial_seed(), find_places()
     for shared in list(SharedGenerator._known.values()):
         shared.inherited_seed = shared.generator.initial_seed()
 
@@ -91,12 +92,27 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=note_fork)
 
 
+def find_starters() -> list[Any]:
+    """Find the modules that may have started this process: multiprocessing, its fork."""
+    names = ("multiprocessing", "multiprocess")
+    return [sys.modules[name] for name in names if name in sys.modules]
+
+
+def find_places() -> list[tuple[int, ...]]:
+    """Find the place of this process among its siblings, as its starter counts them."""
+    return [getattr(m.current_process(), "_identity", ()) for m in find_starters()]
+
+
 def is_child_process() -> bool:
     """Whether this process was forked, or started by multiprocessing or its fork multiprocess."""
-    modules = [sys.modules.get(name) for name in ("multiprocessing", "multiprocess")]
-    return _inherited_seed is not None or any(
-        module is not None and module.parent_process() is not None for module in modules
-    )
+    started = any(module.parent_process() is not None for module in find_starters())
+    return _inherited_seed is not None or started
+
+
+def number_process() -> int:
+    """Number this process among its siblings: the same in each run, where its starter counts."""
+    places = [place for place in find_places() if place and place not in _inherited_places]
+    return mix_seeds(*places[0]) if places else os.getpid()
 
 
 def has_copied_seed() -> bool:
@@ -161,7 +177,8 @@ class Draws:
     That number and the process's rank seed the generator of the draw.
 
     Other processes that were forked or started with copies of these generators, such as those of
-    `datasets.Dataset.map`, go by their process id in the same ways, unless they are seeded anew.
+    `datasets.Dataset.map`, go by their number among their siblings in the same ways, or by their id
+    where nobody counts them. Those that are seeded anew with another seed go by that alone.
 
     Args:
         generator: The user's generator, or None for torch's global ones.
@@ -220,10 +237,10 @@ class Draws:
         A user's generator that is still the parent's is seeded by it.
         """
         if self._shared is None:
-            return os.getpid() if has_copied_seed() else None
+            return number_process() if has_copied_seed() else None
         generator = self._shared.generator
         if generator.initial_seed() == self._shared.inherited_seed:
-            generator.manual_seed(mix_seeds(generator.initial_seed(), os.getpid()))
+            generator.manual_seed(mix_seeds(generator.initial_seed(), number_process()))
         return None
 
     def __getstate__(self) -> dict[str, Any]:
