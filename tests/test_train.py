@@ -325,7 +325,8 @@ def test_other_files_are_not_overwritten(tmp_path, name):
 def test_a_run_killed_before_its_first_state_begins_anew(tmp_path):
     expected = train_flow(small_flow(), stripes(), config(tmp_path / "a"), progress=False)
     train_flow(small_flow(), stripes(), config(tmp_path / "b"), progress=False)
-    (tmp_path / "b" / "run.pt").unlink()
+    for name in ("run.pt", "model.safetensors", "config.json"):
+        (tmp_path / "b" / name).unlink(missing_ok=True)
     again = train_flow(small_flow(), stripes(), config(tmp_path / "b"), progress=False)
     assert again.fingerprint() == expected.fingerprint()
 

@@ -106,7 +106,7 @@ SECTIONS = [
         text="A pre-activation ResNet, tuned for RandAugment on other training images. All rows "
         'crop and mirror. In "A + B" A comes first. A row of one seed is of the first draw of '
         "labels, on which crop and flip has 55.5 and RandAugment 59.1. With 500 labels the attack "
-        "on RandAugment's images gains one to three points in equal time, and more than three at "
+        "on RandAugment's images gains one to two points in equal time, and more than three at "
         "twice its strength, `eps=2`. Gains are over what RandAugment reaches on the same draws of "
         "labels, between its runs of several lengths. "
         "With 2,500 labels the attack is level: 53 minutes with it, 44 without. The flow has seen "
