@@ -100,6 +100,7 @@ def test_forks_that_are_given_their_parent_s_seed_draw_the_same_in_each_run(own)
     code = f"""
 import multiprocessing, torch
 from latent_aug import LatentPerturb
+torch.set_num_threads(1)  # a fork hangs in OpenMP where its parent has used threads
 generator = torch.Generator() if {own} else None
 transform = LatentPerturb(0.2, flow="glow-fashionmnist", generator=generator)
 def perturb():
