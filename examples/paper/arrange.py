@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
+from torchvision.datasets.folder import is_image_file
 
 NUCLEI = ("epithelial", "fibroblast", "inflammatory", "others")
-IMAGES = (".jpg", ".JPG", ".png")
 MOST = 500  # nuclei of a class, in train/ and in test/
 Placed = Iterator[tuple[Image.Image, str, str, str]]  # an image, its part, class and name
 
@@ -22,7 +22,7 @@ Placed = Iterator[tuple[Image.Image, str, str, str]]  # an image, its part, clas
 def place_halves(source: Path) -> Placed:
     """Folders of classes, half of each for tests."""
     for folder in sorted(path for path in source.iterdir() if path.is_dir()):
-        files = sorted(file for file in folder.rglob("*.*") if file.suffix in IMAGES)
+        files = sorted(file for file in folder.rglob("*.*") if is_image_file(file.name))
         random.Random(0).shuffle(files)
         for number, file in enumerate(files):
             yield Image.open(file), "test" if number % 2 else "train", folder.name, file.stem

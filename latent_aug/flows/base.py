@@ -394,12 +394,9 @@ class Flow(nn.Module):
 
     def _write_card(self, directory: Path, repo_id: str) -> None:
         """Write the card of what is pushed, and its pictures only: others may be private."""
-        text = self._read_card()
+        text = self._read_card(directory / WEIGHTS_NAME)
         if self.card and text:
             named = text.replace(f'flow="{self.card.parent.name}"', f'flow="{repo_id}"')
-            # The same weights as saved by an earlier version are other bytes.
-            saved, own = (compute_sha256(d / WEIGHTS_NAME) for d in (self.card.parent, directory))
-            named = named.replace(saved, own)
             (directory / CARD_NAME).write_text(named, encoding="utf-8")
             for path in self.card.parent.glob("*.png"):
                 if f"]({path.name})" in text:
@@ -408,14 +405,18 @@ class Flow(nn.Module):
         text = SHORT_CARD.format(repo_id=repo_id, kind=type(self).__name__, config=self.config)
         (directory / CARD_NAME).write_text(text, encoding="utf-8")
 
-    def _read_card(self) -> str:
-        """Read the card of the weights. It is empty where there is none, or they have changed."""
+    def _read_card(self, weights: Path) -> str:
+        """Read the card, with the SHA-256 of these weights. It is empty where it is not theirs."""
         if not self.card or not self.is_as_loaded():
             return ""
         text = self.card.read_text(encoding="utf-8", errors="replace")
         named = re.search(f"SHA-256 of `{WEIGHTS_NAME}`: `([0-9a-f]+)`", text)
-        is_theirs = not named or named[1] == compute_sha256(self.card.with_name(WEIGHTS_NAME))
-        return text if is_theirs else ""
+        if not named:
+            return text
+        if named[1] != compute_sha256(self.card.with_name(WEIGHTS_NAME)):
+            return ""
+        # The same weights as saved by an earlier version are other bytes.
+        return text.replace(named[1], compute_sha256(weights))
 
 
 def preprocess(x: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ from latent_aug.diagnostics.measure import measure_flow, write_rows
 from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
 from latent_aug.flows.base import CARD_NAME, WEIGHTS_NAME
 from latent_aug.images.datasets import UInt8Images
+from latent_aug.training.report import PICTURE_NAME
 from latent_aug.transforms.random import LatentPerturb
 from latent_aug.utils.files import compute_sha256
 
-PICTURE_NAME = "preview.png"
 PICTURED = 4  # samples
 TEMPERATURE = 0.7
 

@@ -15,6 +15,7 @@ from latent_aug.images.datasets import UInt8Images, stack_images
 
 LOG_NAME = "log.jsonl"
 SAMPLES_NAME, PAIRS_NAME = "samples.png", "reconstructions.png"
+PICTURE_NAME = "preview.png"  # of the card
 
 
 def append_to_log(output: Path, entry: dict[str, Any]) -> None:

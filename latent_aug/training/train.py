@@ -44,7 +44,6 @@ from latent_aug.training.batches import (
     make_generator,
     sample_draws,
 )
-from latent_aug.training.card import PICTURE_NAME
 from latent_aug.training.processes import Processes
 from latent_aug.training.recipe import (
     TrainConfig,
@@ -55,6 +54,7 @@ from latent_aug.training.recipe import (
 from latent_aug.training.report import (
     LOG_NAME,
     PAIRS_NAME,
+    PICTURE_NAME,
     SAMPLES_NAME,
     append_to_log,
     measure_bits_per_dim,
