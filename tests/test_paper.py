@@ -506,8 +506,9 @@ def test_a_gain_is_over_what_the_peer_reaches_in_that_time(monkeypatch):
         "longer": took((0, 21, 60.0)),
         "both": took((0, 10, 60.0), (1, 5, 60.0), (2, 10, 60.0)),  # no peer on the third draw
     }
-    found = draw.write_gains(runs, "peer")
-    assert found == {"shorter": "", "longer": "", "both": "+13.0 (2)"}  # over 54 and 40
+    found = draw.measure_gains(runs, "peer")
+    assert found == {"shorter": [], "longer": [], "both": pytest.approx([6.0, 20.0])}
+    assert draw.write_gains(found) == {"both": "+13.0 (2)"}
 
 
 def test_bold_is_what_the_best_is_not_clearly_above(monkeypatch):
@@ -554,7 +555,7 @@ def test_the_readme_and_the_results_are_those_of_the_runs(monkeypatch, tmp_path)
     choice = draw.CHOICE.read_text()
     monkeypatch.setattr(draw, "OUTPUT", tmp_path / "RESULTS.md")
     monkeypatch.setattr(draw, "README", tmp_path / "README.md")
-    monkeypatch.setattr(draw, "draw_plot", lambda points, axis, path: None)
+    monkeypatch.setattr(draw, "draw_plot", lambda *arguments: None)
     monkeypatch.setattr(draw, "CHOICE", tmp_path / "choose.md")
     (tmp_path / "README.md").write_text(readme)
     (tmp_path / "choose.md").write_text(choice)

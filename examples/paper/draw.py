@@ -38,6 +38,8 @@ IMAGES, MINUTES = "labelled images", "minutes of training a run"
 
 Runs = dict[str, list[dict[str, Any]]]
 """The runs of each method, by seed."""
+Points = dict[str, dict[float, list[float]]]
+"""Accuracies, or gains, of each method by what they are drawn against."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,8 @@ class Section:
         text: What is compared, and what to see.
         columns: Recipes by the heading of their column, from little to much.
         timed: The column whose minutes are shown; none if empty.
-        peer: A method of that column over which the others' gains in equal time are shown, if any.
+        peer: A method over which the others' gains in equal time are shown, if any.
+        gains: What to see in these gains.
         plot: What accuracy is drawn against: `IMAGES`, `MINUTES` of the timed column, or nothing.
         picture: The plot's name.
         digits: Of accuracies.
@@ -61,6 +64,7 @@ class Section:
     columns: dict[str, str]
     timed: str = ""
     peer: str = ""
+    gains: str = ""
     plot: str = ""
     picture: str = ""
     digits: int = 1
@@ -105,15 +109,19 @@ SECTIONS = [
         title="CIFAR-10 with few labels",
         text="A pre-activation ResNet, tuned for RandAugment on other training images. All rows "
         'crop and mirror. In "A + B" A comes first. A row of one seed is of the first draw of '
-        "labels, on which crop and flip has 55.5 and RandAugment 59.1. With 500 labels the attack "
-        "on RandAugment's images gains one to two points in equal time, and more than three at "
-        "twice its strength, `eps=2`. Gains are over what RandAugment reaches on the same draws of "
-        "labels, between its runs of several lengths. "
-        "With 2,500 labels the attack is level: 53 minutes with it, 44 without. The flow has seen "
-        "all training images, without labels.",
-        columns={"500": "cifar10-1-percent", "2,500": "cifar10-5-percent"},
+        "labels, on which crop and flip has 55.5 and RandAugment 59.1. The flow has seen all "
+        "training images, without labels.",
+        columns={
+            "500": "cifar10-1-percent",
+            "2,500": "cifar10-5-percent",
+            "10,000": "cifar10-20-percent",
+        },
         timed="500",
         peer="RandAugment",
+        gains="The next table has the gain in equal time: over what RandAugment reaches on the "
+        "same draws of labels, between its runs of several lengths. With 500 labels the attack on "
+        "RandAugment's images gains one to two points, and more than three at twice its strength, "
+        "`eps=2`. With 2,500 labels it is level.",
         plot=MINUTES,
         picture="cifar10",
     ),
@@ -260,24 +268,28 @@ def write_minutes(runs: Runs) -> dict[str, str]:
     return {name: f"{took:.1f}{'*' * (where != usual)}" for name, (took, where) in known.items()}
 
 
-def write_gains(runs: Runs, peer: str) -> dict[str, str]:
-    """A cell for each other method: its accuracy less what the peer reaches in that time.
+def measure_gains(runs: Runs, peer: str) -> dict[str, list[float]]:
+    """Of each run of other methods: its accuracy less what the peer reaches in that time.
 
-    Both on the same draws of labels. A method that takes less time than the shortest of the peer's
-    runs, or more than the longest, has no cell.
+    Both on the same draws of labels. Runs that take less time than the shortest of the peer's, or
+    more than the longest, are left out.
     """
     others = {name: own for name, own in runs.items() if LONGER.sub("", name) != peer}
     known: dict[int, dict[float, float]] = defaultdict(dict)  # by seed and seconds
     for run in (run for name, own in runs.items() if name not in others for run in own):
         known[run["seed"]][run["cpu_seconds"]] = run["accuracy"]
-    cells = {}
+    found = {}
     for name, own in others.items():
         gains = [
             run["accuracy"] - interpolate(known[run["seed"]], run["cpu_seconds"]) for run in own
         ]
-        gains = [gain for gain in gains if not math.isnan(gain)]
-        cells[name] = "+" * (sum(gains) > 0) + write_spread(gains)
-    return cells
+        found[name] = [gain for gain in gains if not math.isnan(gain)]
+    return found
+
+
+def write_gains(gains: dict[str, list[float]]) -> dict[str, str]:
+    """A cell for each method that has some."""
+    return {name: "+" * (sum(own) > 0) + write_spread(own) for name, own in gains.items() if own}
 
 
 def interpolate(known: dict[float, float], seconds: float) -> float:
@@ -322,9 +334,6 @@ def draw_section(section: Section) -> list[str]:
     if section.timed in runs:
         minutes = f"minutes, {section.timed}" if len(runs) > 1 else "minutes"
         columns[minutes] = write_minutes(runs[section.timed])
-        if section.peer:
-            heading = f"gain over {section.peer} in that time"
-            columns[heading] = write_gains(runs[section.timed], section.peer)
     for heading in runs:
         published = recipes[section.columns[heading]].get("paper", {})
         paper = f"the paper, {heading}" if len(runs) > 1 else "the paper"
@@ -334,6 +343,7 @@ def draw_section(section: Section) -> list[str]:
         path = PICTURES / f"{section.picture}.png"
         draw_plot(find_points(section, runs), section.plot, path)
         lines += [f"![Accuracy against {section.plot}]({path.relative_to(ROOT)})", ""]
+    lines += draw_gains(section, runs) if section.peer else []
     test = " --test" * (section.kind == "test")
     commands = [
         f"python examples/paper/run.py {section.columns[heading]} DATA{test}" for heading in runs
@@ -341,7 +351,23 @@ def draw_section(section: Section) -> list[str]:
     return [*lines, "```bash", *commands, "```"]
 
 
-def draw_plot(points: dict[str, dict[float, list[float]]], axis: str, path: Path) -> None:
+def draw_gains(section: Section, runs: dict[str, Runs]) -> list[str]:
+    """Table and plot of what methods gain over the section's peer, by labelled images."""
+    gains = {heading: measure_gains(own, section.peer) for heading, own in runs.items()}
+    points: Points = defaultdict(dict)
+    for heading, own in gains.items():
+        for method, values in own.items():
+            if values:
+                points[method][runs[heading][method][0]["train_images"]] = values
+    drawn = {method: own for method, own in points.items() if len(own) > 1}
+    path = PICTURES / f"{section.picture}_gains.png"
+    draw_plot(drawn, IMAGES, path, f"gain over {section.peer} in equal time (points)")
+    table = draw_table({heading: write_gains(own) for heading, own in gains.items()})
+    picture = f"![Gain against {IMAGES}]({path.relative_to(ROOT)})"
+    return [section.gains, "", *table, "", picture, ""]
+
+
+def draw_plot(points: Points, axis: str, path: Path, label: str = "accuracy (%)") -> None:
     """Mean and standard deviation of each method's accuracies, by images or minutes."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -350,17 +376,18 @@ def draw_plot(points: dict[str, dict[float, list[float]]], axis: str, path: Path
         errors = [measure_deviation(values) for values in own.values()]
         style = "osD"[number // 10 % 3] + "-"  # as there are ten colours
         axes.errorbar(list(own), means, yerr=errors, fmt=style, capsize=2, label=method)
+    axes.set_ylabel(label)
     label_axes(axis, axes, sorted({place for own in points.values() for place in own}))
     figure.legend(loc="outside right upper", fontsize=7)
     figure.savefig(path, dpi=120)
 
 
-def find_points(section: Section, runs: dict[str, Runs]) -> dict[str, dict[float, list[float]]]:
+def find_points(section: Section, runs: dict[str, Runs]) -> Points:
     """Of each method the accuracies by images, of methods of two columns; or by minutes.
 
     By minutes, "RandAugment, twice as long" is a point of RandAugment.
     """
-    points: dict[str, dict[float, list[float]]] = defaultdict(dict)
+    points: Points = defaultdict(dict)
     if section.plot == MINUTES:
         for method, own in runs.get(section.timed, {}).items():
             if (took := measure_time(own)[0]) is not None:
@@ -374,7 +401,7 @@ def find_points(section: Section, runs: dict[str, Runs]) -> dict[str, dict[float
 
 def label_axes(axis: str, axes: Any, ticks: Iterable[float] = ()) -> None:
     """Label the axes of accuracies drawn against minutes or images."""
-    axes.set(xscale="log", xlabel=axis, ylabel="accuracy (%)")
+    axes.set(xscale="log", xlabel=axis)
     if axis == MINUTES:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.xaxis.set_major_formatter("{x:g}")
