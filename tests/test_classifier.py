@@ -395,7 +395,7 @@ class TestTargets:
             (torch.randn(3, 4), torch.tensor([0.0, 1.0, 2.0]), "labels must be integers"),
             (torch.randn(3, 4), torch.rand(3, 5), "probabilities of the logits' shape"),
             (torch.randn(3, 4), torch.zeros(3, 1).long(), r"class indices \(B,\)"),
-            (torch.randn(3, 4), torch.ones(3, 4).long(), "several labels an image pass loss="),
+            (torch.randn(3, 4), torch.ones(3, 4).long(), "several labels per image pass loss="),
             (torch.randn(3, 1), torch.zeros(3).long(), "at least 2 classes"),
             (torch.randn(3), torch.zeros(3).long(), "at least 2 classes"),
         ],

@@ -140,7 +140,7 @@ class TestShare:
         ("logits", "message"),
         [
             (1, r"at least 2 classes.*p=0.5"),
-            (3, r"one class an image, got several.*p=0.5"),
+            (3, r"one class per image, got several.*p=0.5"),
         ],
     )
     def test_needs_one_class_an_image(self, logits, message):

@@ -110,7 +110,8 @@ SECTIONS = [
         text="A pre-activation ResNet, tuned for RandAugment on other training images. All rows "
         'crop and mirror. In "A + B" A comes first. A row of one seed is of the first draw of '
         "labels, on which crop and flip has 55.5 and RandAugment 59.1. The flow has seen all "
-        "training images, without labels.",
+        "training images, without labels. The paper's column is of a ResNet-18: compare gains, not "
+        "accuracies.",
         columns={
             "500": "cifar10-1-percent",
             "2,500": "cifar10-5-percent",
@@ -119,9 +120,9 @@ SECTIONS = [
         timed="500",
         peer="RandAugment",
         gains="The next table has the gain in equal time: over what RandAugment reaches on the "
-        "same draws of labels, between its runs of several lengths. With 500 labels the attack on "
-        "RandAugment's images gains one to two points, and more than three at twice its strength, "
-        "`eps=2`. With 2,500 labels it is level.",
+        "same draws of labels, interpolated between its runs of several lengths. With 500 labels "
+        "the attack on RandAugment's images gains one to two points, and more than three at twice "
+        "its strength, `eps=2`. With 2,500 labels it is about equal.",
         plot=MINUTES,
         picture="cifar10",
     ),
@@ -164,8 +165,8 @@ SECTIONS = [
     Section(
         title="The attack's settings for CIFAR-10",
         text="The attack on RandAugment's images, on the same labelled images, evaluated on the "
-        "same 5,000. RandAugment alone is the best row of the table above. On a quarter of each "
-        "batch the attack gains as much as by default, on up to a half, in one draw. At two and "
+        "same 5,000. RandAugment alone is the best row of the table above. In one draw a quarter "
+        "of each batch gains as much as the default, which attacks up to a half. At two and "
         "four times the strength it gains two points more.",
         columns={"500": "tune-attack-1-percent"},
         timed="500",
@@ -199,7 +200,7 @@ HEAD = """\
 - Accuracies are in per cent: means ± standard deviations over three seeds or more. Where there are
   fewer, their number stands in brackets.
 - Each column has one network. All methods see the same labelled images at each seed.
-- Bold are the best mean and those within its standard deviation.
+- Bold are the best mean and those within its standard deviation, where the best has three seeds.
 - Minutes are those of one CPU core. With a star they are of another processor than the first row's.
 """
 

@@ -86,7 +86,7 @@ class LatentAdversarial(LatentTransform):
         labels: The labels whose loss is raised. "predicted" are the classes (B,) that the model
             predicts where the ascent begins, as in the authors' code. "true" are those of the
             batch. None is "predicted", and "true" with `loss`. It refuses labels (B, K) whose rows
-            do not sum to 1, as those of several labels an image: they need a `loss`.
+            do not sum to 1, as those of several labels per image: they need a `loss`.
         normalize: v2.Normalize or (mean, std) that the images have been through already.
         p: Share of each batch that is perturbed, drawn at random. The cost falls with it. None
             follows the model, which needs class labels: the share grows to one half as the model
@@ -393,7 +393,7 @@ class LatentAdversarial(LatentTransform):
         return images.clone().index_copy_(0, chosen[:count], attacked[:count])
 
     def _check_several(self, labels: Tensor) -> None:
-        """Refuse several labels an image, unless the predicted ones were asked for."""
+        """Refuse several labels per image, unless the predicted ones were asked for."""
         if self.labels == "predicted" and self._chosen:
             return
         place = labels.device
@@ -454,7 +454,7 @@ class LatentAdversarial(LatentTransform):
         if self.loss is not None:
             raise ValueError(
                 "consistency has a loss of its own, the divergence between two predictions of one "
-                "class an image: call it on a LatentAdversarial without loss="
+                "class per image: call it on a LatentAdversarial without loss="
             )
         if attacks and not self.random_start:
             raise ValueError(

@@ -85,13 +85,13 @@ def predict_classes(logits: Tensor) -> Tensor:
 
 
 def refuse_several_predicted(loss: Loss | None) -> None:
-    """Refuse a loss of several labels an image, as a prediction is one class.
+    """Refuse a loss of several labels per image, as a prediction is one class.
 
     Raises:
         ValueError: It is one of torch's.
     """
     if is_multilabel(loss):
-        raise ValueError(f"{PREDICTED}, and this loss= takes several labels an image; {TRUE}")
+        raise ValueError(f"{PREDICTED}, and this loss= takes several labels per image; {TRUE}")
 
 
 def ascend(

@@ -13,7 +13,7 @@ Wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 IGNORED = -100  # F.cross_entropy gives such labels no loss
 OWN_LOSS = "pass loss=, e.g. one from F.binary_cross_entropy_with_logits"
-SEVERAL_LABELS = f"for several labels an image {OWN_LOSS}"
+SEVERAL_LABELS = f"for several labels per image {OWN_LOSS}"
 ROUNDING = 0.01  # of a row's sum, in bfloat16
 MULTILABEL = (
     nn.BCEWithLogitsLoss,

@@ -124,7 +124,7 @@ def count_right(logits: Tensor, labels: Any) -> Tensor:
     shape = (len(logits), *logits.shape[2:])
     whole = isinstance(labels, Tensor) and labels.shape == logits.shape
     if whole and labels.is_cpu and has_several(labels):  # elsewhere a check is a sync
-        raise ValueError(f"{FOLLOWS}, which needs one class an image, got several; {GIVE_P}")
+        raise ValueError(f"{FOLLOWS}, which needs one class per image, got several; {GIVE_P}")
     if not isinstance(labels, Tensor) or not (whole or labels.shape == shape):
         found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         where = "" if isinstance(labels, Tensor) else "say where they are with labels_getter=, or "
