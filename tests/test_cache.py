@@ -100,6 +100,24 @@ def test_sizes_that_are_padded_and_masks(tmp_path):
     assert not torch.equal(image, given)
 
 
+def test_a_mask_that_is_worked_out_sees_uint8_images_and_labels(tmp_path):
+    seen = []
+
+    def bright(sample):
+        seen.append(sample)
+        return (sample[0] > 128).any(dim=-3)
+
+    data = samples()
+    cached = LatentCache(data, tmp_path, LatentPerturb(0.5, flow=random_glow(), mask=bright))
+    image, given = cached[3][0], data[3][0]
+    (images, labels) = seen[0]
+    assert torch.equal(images[0], given)
+    assert labels.tolist() == [3]
+    dark = ~(given > 128).any(dim=0)
+    assert torch.equal(image[:, dark], given[:, dark])
+    assert not torch.equal(image, given)
+
+
 def test_a_conditional_flow(tmp_path):
     data = [(torch.full((3, 8, 8), 127, dtype=torch.uint8), label) for label in range(4)]
     cached = LatentCache(data, tmp_path, LatentPerturb(0.01, flow=ByClass()))

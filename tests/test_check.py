@@ -11,7 +11,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2.functional import to_pil_image
 
 from latent_aug import TrainConfig, check_flow, load_flow, train_flow
-from latent_aug.diagnostics.check import find_greatest, pad_images, word_remedy
+from latent_aug.diagnostics.check import (
+    estimate_minutes,
+    find_greatest,
+    pad_images,
+    word_remedy,
+)
 from latent_aug.diagnostics.verdict import interpret_figures
 from latent_aug.images.datasets import UInt8Images
 
@@ -103,6 +108,12 @@ def test_a_flow_that_is_a_little_off_is_usable(usual):
     assert found.minutes > 0
     assert f"usable on these images at linf eps {found.eps:.3g}. Fine-tuning helps" in str(found)
     assert usual.minutes is None
+
+
+def test_minutes_are_for_batches_of_the_images_that_there_are():
+    flow, pixels = load_flow("glow-fashionmnist"), smooth()[:2].to(torch.uint8)
+    few, many = (estimate_minutes(flow, pixels, size) for size in (2, 64))
+    assert many > 8 * few
 
 
 def test_mostly_black_images_are_a_remark(usual):

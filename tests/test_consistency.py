@@ -442,6 +442,12 @@ class TestErrors:
         with pytest.raises(error, match=words):
             hook(model).consistency(batch)
 
+    @pytest.mark.parametrize("perturb", [None, lambda images: images])
+    def test_no_images_have_no_loss(self, model, perturb):
+        loss = hook(model).consistency(IMAGES[:0], perturb=perturb)
+        assert loss == 0
+        loss.backward()
+
     def test_a_divergence_as_loss_of_predicted_classes_names_it(self, model):
         loss = nn.KLDivLoss(reduction="batchmean")
         attack = hook(model, loss=loss, labels="predicted")

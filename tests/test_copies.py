@@ -201,6 +201,40 @@ def test_a_conditional_flow_is_told_the_labels(tmp_path):
         augment([image for image, _ in images], tmp_path / "none", flow=ByClass())
 
 
+def test_a_conditional_flow_needs_all_of_its_classes(data, tmp_path):
+    with pytest.raises(ValueError, match=r"the images are of 3 classes .* the flow has 4"):
+        augment(data, tmp_path / "out", flow=ByClass())
+
+
+def test_a_mask_is_one_for_all_images(data, tmp_path):
+    masks = torch.ones(10, 16, 16)
+    perturb = LatentPerturb(0.25, flow=random_glow(), mask=masks)
+    with pytest.raises(ValueError, match=r"mask must be \(H, W\).*\(10, 16, 16\)"):
+        augment_images(EncodedImages(data), perturb, AugmentConfig(output=tmp_path / "out"))
+
+
+def test_settings_of_a_transform_of_one_s_own_are_settings(data, tmp_path):
+    class Scaled(LatentPerturb):
+        def __init__(self, scale, **options):
+            super().__init__(0.25, **options)
+            self.scale = scale
+
+        def noise(self, draws, eps, mask):
+            return self.scale * super().noise(draws, eps, mask)
+
+    def write(scale):
+        transform = Scaled(scale, flow=random_glow())
+        transform(torch.rand(1, 3, 16, 16))  # what it has counted is no setting
+        settings = AugmentConfig(output=tmp_path / "out", shard_size=4)
+        return augment_images(EncodedImages(data), transform, settings, progress=False)
+
+    assert write(1.0).written == 3
+    assert write(1.0).found == 3
+    for scale in (2.0, torch.ones(1)):
+        with pytest.raises(ValueError, match="copies with other settings"):
+            write(scale)
+
+
 def test_images_that_the_flow_cannot_perturb_are_counted(tmp_path):
     class Broken(Identity):
         def decode(self, z, y=None):

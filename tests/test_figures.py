@@ -98,6 +98,16 @@ def test_attacks_and_conditional_flows():
             assert (drawn[3][1] - drawn[0][1]).abs().max() > 0
 
 
+@pytest.mark.parametrize("channels", [2, 5])
+def test_images_of_other_channels_are_drawn_as_colours_or_grey(channels):
+    images = torch.rand(1, channels, 8, 8)
+    figure = preview(LatentPerturb(0.3, flow=random_glow(channels=channels)), images, eps=[0.3])
+    FigureCanvasAgg(figure).draw()
+    drawn = figure.subfigs[0].axes[0].images[0].get_array()
+    kept = images[0, : 3 if channels == 5 else 1].permute(1, 2, 0)
+    assert np.allclose(np.atleast_3d(drawn), kept)
+
+
 def test_what_cannot_be_drawn_is_an_error():
     with pytest.raises(ValueError, match="at least one image"):
         preview(LatentPerturb(flow=random_glow()), torch.rand(0, 3, 16, 16))

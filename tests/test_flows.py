@@ -16,7 +16,16 @@ from conftest import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_aug import Flow, Glow, LatentAdversarial, LatentPerturb, functional, load_flow, preview
+from latent_aug import (
+    Flow,
+    Glow,
+    LatentAdversarial,
+    LatentPerturb,
+    check_flow,
+    functional,
+    load_flow,
+    preview,
+)
 from latent_aug.flows import engine
 
 
@@ -238,6 +247,12 @@ class TestSample:
     def test_bad_arguments_are_named(self, glow, arguments, words):
         with pytest.raises(ValueError, match=words):
             glow.sample(**{"count": 1, **arguments})
+
+    def test_the_only_size_may_be_a_list_as_in_json(self):
+        flow = Identity()
+        flow.size = [8, 16]
+        assert flow.sample(1).shape == flow.sample(1, size=(8, 16)).shape == (1, 3, 8, 16)
+        assert check_flow(flow, torch.full((4, 3, 8, 16), 90, dtype=torch.uint8)).eps > 0
 
     def test_another_size_than_the_only_one_is_refused(self):
         with pytest.raises(ValueError, match=r"size must be \(16, 16\)"):

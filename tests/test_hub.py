@@ -5,6 +5,8 @@ import hashlib
 import inspect
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -299,6 +301,32 @@ def test_weights_can_be_pinned_by_their_sha256():
     assert load_flow("glow-fashionmnist", sha256=known.upper()).channels == 1
     with pytest.raises(OSError, match=f"'glow-fashionmnist' have SHA-256 {known}.*trained anew"):
         load_flow("glow-fashionmnist", sha256=64 * "0")
+
+
+def test_a_pickle_imports_the_class_of_a_user_s_flow(tmp_path):
+    (tmp_path / "own_flows.py").write_text(
+        "from latent_aug import Flow\n"
+        "class Own(Flow):\n"
+        "    channels = 3\n"
+        "    config = {}\n"
+        "    @classmethod\n"
+        "    def from_config(cls, config): return cls()\n"
+        "    def encode(self, x, y=None): return x\n"
+        "    def decode(self, z, y=None): return z\n"
+    )
+    (tmp_path / "make.py").write_text(
+        "import pickle, own_flows\n"
+        "from latent_aug import LatentPerturb, load_flow\n"
+        "own_flows.Own().save_pretrained('saved')\n"
+        "transform = LatentPerturb(flow=load_flow('saved'))\n"
+        "open('pickled', 'wb').write(pickle.dumps(transform))\n"
+    )
+    read = "import pickle; print(type(pickle.load(open('pickled', 'rb')).flow).__name__)"
+    for arguments in (["make.py"], ["-c", read]):
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+    assert done.stdout.split() == ["Own"]
 
 
 def test_a_pickle_refuses_other_weights_of_the_same_name(saved):

@@ -207,6 +207,17 @@ class TestLatentLoader:
         LatentLoader(DataLoader(data[2]), v2.Identity()).set_epoch(1)
         assert [schedule.epoch for schedule in schedules] == [1, 1, 1]
 
+    def test_set_epoch_reaches_schedules_under_any_attribute_of_a_data_set(self):
+        told, schedule = data(), LatentSchedule([(1, None), (1, None)])
+        told.augment = v2.Compose([schedule])
+        LatentLoader(DataLoader(told), v2.Identity()).set_epoch(1)
+        assert schedule.epoch == 1
+
+    def test_labels_before_images_are_named(self):
+        turned = TensorDataset(*reversed(data().tensors))
+        with pytest.raises(ValueError, match="put images before labels"):
+            next(iter(LatentLoader(DataLoader(turned, 4), perturb())))
+
     def test_set_epoch_reaches_batch_sampler_data_set_and_collate(self):
         class Told(TensorDataset):
             def set_epoch(self, epoch):

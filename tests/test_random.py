@@ -150,6 +150,9 @@ def test_a_pil_mask_beside_a_pil_image_passes_through(glow, mode):
         lambda image, mask: (image, mask, mask.copy()),
         lambda image, mask: {"x": image, "mask": mask},
         lambda image, mask: {"mask": mask, "x": image},
+        lambda image, mask: (image, [mask, mask.copy()]),
+        lambda image, mask: (image, {"masks": [mask]}),
+        lambda image, mask: {"x": [image], "masks": [mask]},
     ],
 )
 def test_pil_masks_pass_wherever_they_lie(glow, arrange):
@@ -164,6 +167,13 @@ def test_pil_masks_pass_wherever_they_lie(glow, arrange):
                 assert other.tobytes() != one.tobytes()
             else:
                 assert other is one
+
+
+def test_a_list_of_colours_and_greys_holds_images(glow):
+    given = {"x": [pil("L"), pil("RGB")]}
+    result = LatentPerturb(1.0, flow=glow)(given)
+    for one, other in zip(result["x"], given["x"], strict=True):
+        assert not np.array_equal(np.asarray(one), np.asarray(other))
 
 
 def test_a_pil_mask_that_may_be_an_image_is_refused(glow, grey_glow):

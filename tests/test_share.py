@@ -130,6 +130,18 @@ class TestShare:
         assert all(torch.equal(value, after[name]) for name, value in before.items())
         assert model.norm.training
 
+    def test_labels_may_be_of_any_integers(self):
+        attack = LatentAdversarial(Answers(1.0), flow=Identity())
+        attack(make_images(make_labels(8)), make_labels(8).to(torch.uint16))
+        assert attack.share > 0
+
+    def test_labels_are_as_many_as_images(self):
+        attack = LatentAdversarial(Answers(1.0), flow=Identity())
+        for _ in range(2):  # as many as are looked at, the second time
+            with pytest.raises(ValueError, match=r"labels must be a tensor of 8 entries, got \(2,"):
+                attack(make_images(make_labels(8)), make_labels(2))
+            attack(make_images(make_labels(8)), make_labels(8))
+
     def test_needs_labels(self):
         attack = LatentAdversarial(Answers(1.0), flow=Identity())
         message = r"follows the model's accuracy.*got NoneType.*labels_getter=.*p=0.5"

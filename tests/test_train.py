@@ -9,12 +9,13 @@ import sys
 import pytest
 import torch
 from conftest import stripes
+from PIL import Image
 
 from latent_aug import Glow, LatentPerturb, TrainConfig, load_flow, train_flow
 from latent_aug.flows.backend import list_settings
 from latent_aug.images.datasets import UInt8Images
 from latent_aug.training.processes import Processes
-from latent_aug.training.report import append_to_log, read_minutes
+from latent_aug.training.report import PAIRS_NAME, SAMPLES_NAME, append_to_log, read_minutes
 from latent_aug.training.train import Run
 
 
@@ -196,6 +197,17 @@ def test_a_short_run_is_not_averaged_with_its_untrained_weights(tmp_path):
     before.initialize(stripes() / 255)
     gained = before.bits_per_dim(stripes() / 255).mean() - flow.bits_per_dim(stripes() / 255).mean()
     assert gained > 0.3
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_images_of_other_channels_are_trained_and_drawn_as_colours_or_grey(tmp_path, channels):
+    images = stripes().expand(-1, channels, -1, -1)
+    flow = Glow(channels, levels=1, steps=1, hidden=4)
+    train_flow(flow, images, config(tmp_path, steps=2), progress=False)
+    assert load_flow(tmp_path).channels == channels
+    for name in (SAMPLES_NAME, PAIRS_NAME):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.mode == "RGB"
 
 
 def test_sizes_are_checked_before_anything_is_written(tmp_path):

@@ -242,6 +242,7 @@ class OwnStatistics(Strategy):
 STRATEGIES: dict[str, Callable[..., Strategy] | None] = {
     "none": None,
     "the default": Strategy,
+    "the default, training mode": partial(Strategy, model_mode="unchanged"),
     "twice as strong": partial(Strategy, norm="rms", eps=2 / (3 * 32 * 32) ** 0.5),
     "at most a quarter": partial(AtMost, highest=0.25),
     "at most half, squared": partial(AtMost, highest=0.5, power=2.0),
@@ -269,6 +270,7 @@ STRATEGIES: dict[str, Callable[..., Strategy] | None] = {
 ON_RANDAUGMENT = (
     "none",
     "the default",
+    "the default, training mode",
     "twice as strong",
     "predicted labels",
 )

@@ -255,7 +255,7 @@ def check_flow(
         by_flips,
         tuple(findings),
         word_remedy(loaded, pixels),
-        None if suits else estimate_minutes(loaded, chosen),
+        None if suits else estimate_minutes(loaded, chosen, min(TUNING_BATCH, len(pixels))),
     )
 
 
@@ -264,7 +264,7 @@ def pick_perturbation(figures: dict[str, Any], eps: float) -> dict[str, Any]:
     return next(found for found in figures["perturbations"] if found["eps"] == eps)
 
 
-def estimate_minutes(flow: Flow, pixels: Tensor) -> float | None:
+def estimate_minutes(flow: Flow, pixels: Tensor, batch_size: int) -> float | None:
     """Estimate the minutes that fine-tuning on such uint8 images takes on this machine.
 
     It is None for a flow that `latent-aug train` does not train.
@@ -282,7 +282,7 @@ def estimate_minutes(flow: Flow, pixels: Tensor) -> float | None:
             loss.backward()
             float(loss.detach())  # waits for an accelerator
             seconds.append(time.perf_counter() - started)
-    return seconds[-1] / len(x) * TUNING_BATCH * TUNING_STEPS / 60
+    return seconds[-1] / len(x) * batch_size * TUNING_STEPS / 60
 
 
 def check_arguments(

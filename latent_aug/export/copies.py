@@ -22,6 +22,7 @@ from latent_aug.export.shards import Sample, encode_image, write_files, write_ta
 from latent_aug.images.conversion import GREY_MODES
 from latent_aug.images.datasets import (
     EncodedImages,
+    check_class_count,
     check_dataset,
     get_class_names,
     get_image,
@@ -215,6 +216,13 @@ class Job:
             raise ValueError(
                 "mask must be None or a tensor: a callable would see images and labels alone"
             )
+        if isinstance(transform.mask, Tensor) and transform.mask.ndim > 2:
+            raise ValueError(
+                f"mask must be (H, W) for all images, got {tuple(transform.mask.shape)}: copies "
+                "are made in another order"
+            )
+        if transform.flow.num_classes:
+            check_class_count(dataset, transform.flow.num_classes)
         self.channels = transform.flow.channels
         if self.channels not in (1, 3):
             raise ValueError(f"files have 1 or 3 channels, the flow's images have {self.channels}")
@@ -407,7 +415,9 @@ class Job:
         free = ("output", "skip_unreadable")  # may differ when the job goes on
         config = {k: v for k, v in asdict(self.config).items() if k not in free}
         read = (self.read(index) for index in spread_indices(self.count, 16))
+        own = {} if type(self.transform) is LatentPerturb else {"own": describe_own(self.transform)}
         return {
+            **own,
             **config,
             "transform": repr(self.transform),
             "away": self.transform.away,
@@ -419,6 +429,15 @@ class Job:
             "labels": self.hash_labels(),
             "shards": self.shards,
         }
+
+
+def describe_own(transform: LatentPerturb) -> dict[str, Any]:
+    """Describe the settings of a user's transform: those of its own that are plain or tensors."""
+    usual = vars(LatentPerturb(flow=transform.flow))
+    own = {name: value for name, value in vars(transform).items() if name not in usual}
+    tensors = {name: hash_tensors([v]) for name, v in own.items() if isinstance(v, Tensor)}
+    plain = {name: v for name, v in own.items() if isinstance(v, (bool, int, float, str))}
+    return {**plain, **tensors}
 
 
 def needs_quotes(name: str) -> bool:

@@ -256,12 +256,13 @@ class Flow(nn.Module):
         """Return the (H, W) of images to draw, the flow's own by default."""
         if size is None:
             side = SAMPLED_SIDE + -SAMPLED_SIDE % self.multiple
-            return self.size or (side, side)
+            height, width = self.size or (side, side)
+            return height, width
         sides = size if isinstance(size, (tuple, list)) else (size, size)
         if len(sides) != 2:
             raise ValueError(f"size must be a number or (height, width), got {size!r}")
         height, width = (require_positive("size", side) for side in sides)
-        if self.size not in (None, (height, width)):
+        if self.size is not None and (height, width) != tuple(self.size):
             raise ValueError(f"size must be {self.size}, the only one of this flow, got {size!r}")
         if height % self.multiple or width % self.multiple:
             raise ValueError(f"size must divide by {self.multiple} for this flow, got {size!r}")

@@ -302,12 +302,19 @@ class HeldFlow:
         path, when = self.flow.read_from or (Path(), 0)
         if self.flow.loaded_from and get_write_time(path) == when and self.flow.is_as_loaded():
             name, revision, (_, fingerprint) = self.flow.loaded_from
-            return _hold_by_name, (name, revision, fingerprint)
+            return _hold_by_name, (name, revision, fingerprint, type(self.flow))
         return HeldFlow, (self.flow,)
 
 
-def _hold_by_name(name: str, revision: str | None, fingerprint: str | None = None) -> HeldFlow:
+def _hold_by_name(
+    name: str,
+    revision: str | None,
+    fingerprint: str | None = None,
+    kind: type[Flow] = Flow,
+) -> HeldFlow:
     """Load the flow that a pickle names; refuse one of other weights.
+
+    Reading its class from the pickle has imported the module of a user's flow.
 
     Raises:
         OSError: The flow of this name has other weights than the pickled one had.

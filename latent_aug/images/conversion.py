@@ -77,6 +77,11 @@ def make_stand_in(image: Any, channels: int) -> Tensor:
     return pixel.expand(batch_shape(image))
 
 
+def select_drawn(images: Tensor) -> Tensor:
+    """Select the channels of images (..., C, H, W) that a picture shows: three, or else one."""
+    return images[..., : 3 if images.shape[-3] >= 3 else 1, :, :]
+
+
 def batch_shape(pixels: Tensor) -> tuple[int, ...]:
     """(B, C, H, W) of a tensor (..., C, H, W)."""
     count = math.prod(pixels.shape[:-3])  # -1 would be ambiguous for an empty batch
@@ -88,12 +93,7 @@ def check_image(image: Any, channels: int) -> None:
     if isinstance(image, Image.Image):
         check_pil(image, channels)
         return
-    if image.ndim < 3:
-        raise ValueError(
-            f"an image has the shape (..., C, H, W), got a tensor of shape {tuple(image.shape)}; "
-            "the first plain tensor of a sample is taken as its image, so put images before "
-            "labels, or wrap them in tv_tensors.Image"
-        )
+    check_dimensions(image)
     if image.shape[-3] != channels:
         raise ValueError(
             f"the flow maps images of {channels} channels, got a tensor of {image.shape[-3]} "
@@ -104,6 +104,16 @@ def check_image(image: Any, channels: int) -> None:
         raise TypeError(
             f"images must be uint8 or floating point, got {image.dtype}; "
             f"{advise_conversion(image.dtype)}"
+        )
+
+
+def check_dimensions(image: Tensor) -> None:
+    """Refuse a tensor of fewer than three dimensions."""
+    if image.ndim < 3:
+        raise ValueError(
+            f"an image has the shape (..., C, H, W), got a tensor of shape {tuple(image.shape)}; "
+            "the first plain tensor of a sample is taken as its image, so put images before "
+            "labels, or wrap them in tv_tensors.Image"
         )
 
 

@@ -355,12 +355,7 @@ def read_classes(dataset: Any, num_classes: int) -> Tensor:
         ValueError: A sample has no class, or none in 0 to num_classes - 1, or the dataset names
             another number of classes.
     """
-    names = get_class_names(dataset)
-    if names and len(names) != num_classes:
-        raise ValueError(
-            f"the images are of {len(names)} classes ({', '.join(names[:5])}, ...), the "
-            f"flow has {num_classes}: as classes are numbered in their order, all must be there"
-        )
+    check_class_count(dataset, num_classes)
     found = getattr(dataset, "targets", getattr(dataset, "labels", None))
     if getattr(dataset, "target_transform", None) is not None:
         found = None  # samples have what it makes of these
@@ -380,6 +375,20 @@ def read_classes(dataset: Any, num_classes: int) -> Tensor:
             f"{sorted(set(labels.flatten().tolist()))[:20]}"
         )
     return labels.long()
+
+
+def check_class_count(dataset: Any, num_classes: int) -> None:
+    """Refuse a dataset that names another number of classes than a flow has.
+
+    Raises:
+        ValueError: It does.
+    """
+    names = get_class_names(dataset)
+    if names and len(names) != num_classes:
+        raise ValueError(
+            f"the images are of {len(names)} classes ({', '.join(names[:5])}, ...), the "
+            f"flow has {num_classes}: as classes are numbered in their order, all must be there"
+        )
 
 
 def check_same_classes(images: Any, held_out: Any) -> None:
@@ -424,7 +433,7 @@ def read_images(
 def check_size(images: UInt8Images, flow: Flow, name: str = "images") -> None:
     """Refuse images of another size than the one that a flow maps, if it maps one only."""
     height, width = images.shape[1:]
-    if flow.size is not None and (height, width) != flow.size:
+    if flow.size is not None and (height, width) != tuple(flow.size):
         raise ValueError(
             f"{name} are {height}x{width}, this flow maps {flow.size[0]}x{flow.size[1]} only: "
             "resize them, or use another flow"

@@ -348,6 +348,8 @@ class LatentAdversarial(LatentTransform):
     def _follow_accuracy(self, adaptive: AdaptiveShare, batch: Any, key: Any, labels: Any) -> None:
         """See how many clean images the model has right, for the share that is attacked."""
         images = batch[key].detach().as_subclass(Tensor)
+        if isinstance(labels, Tensor):
+            check_labels(labels, len(images), anything=True)
         chosen = adaptive.select_probed(len(images), images.device)
         if len(chosen):
             ask = build_ask(self.forward, batch, key, chosen)

@@ -128,7 +128,8 @@ class LatentCache(Dataset[Any]):
         rows = [self._read(range(self.count)[index]) for index in indices]
         read = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         x, labels = read["images"] / 255, read.get("labels")
-        perturbed = self.perturb.from_latents(read["latents"], x, (x, labels))
+        sample = read["images"], labels
+        perturbed = self.perturb.from_latents(read["latents"], x, sample)
         images = from_float(perturbed, torch.uint8)
         samples = images if labels is None else zip(images, labels, strict=True)
         return [self._finish(sample) for sample in samples]

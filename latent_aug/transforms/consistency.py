@@ -71,7 +71,8 @@ def measure_change(
         entropy: The weight of the prediction's entropy, which is added.
 
     Returns:
-        The Kullback-Leibler divergence KL(targets, prediction), and the entropy, in nats: a scalar.
+        The Kullback-Leibler divergence KL(targets, prediction), and the entropy, in nats: a scalar,
+        which is 0 for no samples.
 
     Source: Miyato et al. 2018, equation 5. Entropy: Grandvalet and Bengio 2004.
 
@@ -88,7 +89,8 @@ def measure_change(
     if entropy:
         possible = likely.masked_fill(likely == -torch.inf, 0.0)
         each = each - entropy * (possible.exp() * possible).sum(dim=1)
-    return torch.where(counted, each, 0.0).mean().to(logits.dtype)
+    total = torch.where(counted, each, 0.0).sum()
+    return (total / max(1, each.numel())).to(logits.dtype)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate, default_convert, get_worker_info
 from torchvision import tv_tensors
 
-from latent_aug.images.conversion import is_tv_tensor
+from latent_aug.images.conversion import check_dimensions, is_tv_tensor
 from latent_aug.images.samples import (
     get_image_key,
     has_one_each,
@@ -21,7 +21,7 @@ from latent_aug.images.samples import (
     replace_items,
 )
 from latent_aug.transforms.random import LatentPerturb
-from latent_aug.transforms.schedule import has_hooks, walk_parts
+from latent_aug.transforms.schedule import LatentSchedule, has_hooks, walk_parts
 from latent_aug.utils.arguments import require_natural
 from latent_aug.utils.randomness import get_rank, mix_seeds, sample_seed, use_seed
 
@@ -165,7 +165,11 @@ class LatentLoader:
         return getattr(self.loader, name)
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell loader, sampler, data set and transforms, and schedules in them, the next epoch."""
+        """Tell loader, sampler, data set and transforms, and schedules in them, the next epoch.
+
+        The transforms of a data set are its attributes `transform` and `transforms`. A schedule is
+        found under any attribute, also inside a Compose.
+        """
         self._epoch = epoch - 1
         loader: Any = self.loader
         batches = getattr(loader, "batch_sampler", None)
@@ -265,10 +269,12 @@ class LatentDataLoader(LatentLoader, DataLoader[Any]):  # type: ignore[misc]  # 
 
 
 def walk_data(data: Any) -> Iterator[Any]:
-    """Walk over a data set, its transforms, and the data sets that it wraps."""
+    """Walk over a data set, its transforms, schedules, and the data sets that it wraps."""
     yield data
     for name in ("transform", "transforms"):
         yield from walk_parts(getattr(data, name, None))
+    for value in getattr(data, "__dict__", {}).values():
+        yield from (part for part in walk_parts(value) if isinstance(part, LatentSchedule))
     inside = [getattr(data, "dataset", None)]  # of a Subset
     several = getattr(data, "datasets", None)  # of a ConcatDataset
     inside += several if isinstance(several, (list, tuple)) else []
@@ -368,7 +374,12 @@ def perturb_each(transform: Callable[..., Any], batch: Any, key: Any) -> Any:
 
 
 def mark_images(images: Tensor) -> Tensor:
-    """Mark a tensor as images, so that transforms of structures find them."""
+    """Mark a tensor as images, so that transforms of structures find them.
+
+    Raises:
+        ValueError: It cannot be images.
+    """
+    check_dimensions(images)
     return images if is_tv_tensor(images) else tv_tensors.Image(images, device=images.device)
 
 

@@ -388,13 +388,14 @@ def begins_with_images(sample: Any, channels: int) -> bool:
 def find_pil_masks(sample: Any) -> list[Image.Image]:
     """Find the PIL masks of a sample: images without colour, after one of another mode.
 
-    In a mapping they may also come before it, where it has colours.
+    In a mapping they may also come before it, where it has colours. A list holds masks alone or
+    none.
 
     Raises:
         TypeError: There are two images of the same mode, and the second could be a mask.
     """
     found = list(list_marked(sample))
-    modes = [image.mode if isinstance(image, Image.Image) else "" for image in found]
+    modes = [find_mode(images) for images in found]
     if len(found) == 2 and modes[0] == modes[1] and modes[1].startswith(MASK_MODES):
         raise TypeError(
             f"two PIL images of mode {modes[0]} may be an image and its mask: wrap a mask in "
@@ -404,15 +405,25 @@ def find_pil_masks(sample: Any) -> list[Image.Image]:
     first = coloured[0] if isinstance(sample, Mapping) and coloured else next(iter(modes), "")
     return [
         image
-        for image, mode in zip(found, modes, strict=True)
+        for images, mode in zip(found, modes, strict=True)
         if mode.startswith(MASK_MODES) and mode != first
+        for image in images
     ]
 
 
-def list_marked(sample: Any) -> Iterator[Any]:
-    """List what is an image by its type in nested tuples and mappings. Lists hold only images."""
+def find_mode(images: list[Any]) -> str:
+    """Find the PIL mode that images have in common, or nothing."""
+    modes = {image.mode if isinstance(image, Image.Image) else "" for image in images}
+    return modes.pop() if len(modes) == 1 else ""
+
+
+def list_marked(sample: Any) -> Iterator[list[Any]]:
+    """List what is an image by its type in nested tuples and mappings, those of a list together."""
     if isinstance(sample, MARKED):
-        yield sample
+        yield [sample]
+    elif isinstance(sample, list):
+        if images := [part for part in sample if isinstance(part, MARKED)]:
+            yield images
     elif isinstance(sample, (tuple, Mapping)):
         for part in sample.values() if isinstance(sample, Mapping) else sample:
             yield from list_marked(part)

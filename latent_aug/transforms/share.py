@@ -132,9 +132,9 @@ def count_right(logits: Tensor, labels: Any) -> Tensor:
             f"{FOLLOWS}, which needs class labels (B,) or probabilities of {classes} classes, got "
             f"{found}; {where}{GIVE_P}"
         )
-    right = (labels.argmax(dim=1) if whole else labels).to(logits.device)
+    right = (labels.argmax(dim=1) if whole else labels).to(logits.device, torch.int64)
     counted = ((right >= 0) & (right < classes)).flatten().float()
     hits = (logits.detach().argmax(dim=1) == right).flatten() * counted
     counts = torch.zeros(classes, device=logits.device)
-    counts.index_add_(0, right.flatten().long().clamp(0, classes - 1), counted)
+    counts.index_add_(0, right.flatten().clamp(0, classes - 1), counted)
     return torch.cat([hits.sum()[None], counts])
