@@ -8,7 +8,7 @@ from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from latent_aug import LatentPerturb
+from latent_aug import LatentPerturb, check_flow
 from latent_aug.transforms import functional as LF
 from latent_aug.transforms.regions import build_mask, mark_levels
 
@@ -329,3 +329,5 @@ def test_a_flow_that_miscounts_its_levels():
 
     with pytest.raises(ValueError, match="says it has 3 levels, but its split_levels gives 1"):
         LatentPerturb(0.3, flow=Miscounting(), levels=-1)(torch.rand(3, 8, 8))
+    with pytest.raises(ValueError, match="says it has 3 levels, but its split_levels gives 1"):
+        check_flow(Miscounting(), torch.full((4, 3, 8, 8), 90, dtype=torch.uint8))

@@ -16,6 +16,7 @@ from latent_aug.flows import Flow
 from latent_aug.images.conversion import from_float
 from latent_aug.images.datasets import UInt8Images, stack_images
 from latent_aug.transforms import functional as LF
+from latent_aug.transforms.regions import split_latent
 from latent_aug.utils.randomness import sample_normal
 
 SETTINGS = (("linf", 0.1), ("linf", 0.25), ("linf", 0.4), ("l2", 10.0), ("l2", 20.0))
@@ -71,7 +72,7 @@ def measure_flow(
         largest = torch.maximum(largest, (back - x).abs().max())  # keeps NaN, as max() may not
         same = (from_float(back, torch.uint8) == pixels.to(device)).flatten(1).all(dim=1)
         identical += int(same.sum())
-        for sums, level in zip(moments, flow.split_levels(z), strict=True):
+        for sums, level in zip(moments, split_latent(flow, z), strict=True):
             found = (level.numel(), level.sum().item(), level.square().sum().item())
             sums += torch.tensor(found, dtype=sums.dtype, device=sums.device)
         for figures, (norm, eps) in zip(perturbed, settings, strict=True):

@@ -135,12 +135,22 @@ def take_rows(region: Tensor | None, rows: Tensor) -> Tensor | None:
 
 def mark_levels(flow: Flow, z: Tensor, levels: tuple[int, ...]) -> Tensor:
     """Make a mask (1, C, H, W) of ones where a latent like z holds one of the levels."""
-    parts = flow.split_levels(torch.zeros_like(z[:1]))
+    parts = split_latent(flow, torch.zeros_like(z[:1]))
+    return flow.join_levels(
+        [torch.full_like(part, float(level in levels)) for level, part in enumerate(parts)]
+    )
+
+
+def split_latent(flow: Flow, z: Tensor) -> list[Tensor]:
+    """Split a latent by a flow's `split_levels`.
+
+    Raises:
+        ValueError: It gives another number of levels than the flow says it has.
+    """
+    parts = flow.split_levels(z)
     if len(parts) != flow.levels:
         raise ValueError(
             f"{type(flow).__name__} says it has {flow.levels} levels, but its split_levels gives "
             f"{len(parts)}"
         )
-    return flow.join_levels(
-        [torch.full_like(part, float(level in levels)) for level, part in enumerate(parts)]
-    )
+    return parts
