@@ -130,9 +130,9 @@ SECTIONS = [
         title="The paper's Table 1 in a tenth of its epochs",
         text="A ResNet-18 of half the paper's width, cropped and mirrored images, 20 epochs. The "
         "attack makes one step. At the paper's learning rate of 0.1 the network learns with every "
-        "image attacked. At predicted labels it gains three points with the model in training mode, "
-        "and loses three with it in evaluation mode. At true labels it loses seven in evaluation "
-        "mode. So short a training gains nothing by the default.",
+        "image attacked. At predicted labels it gains three points with the model in training "
+        "mode, and loses three with it in evaluation mode. At true labels it loses seven in "
+        "evaluation mode. So short a training gains nothing by the default.",
         columns={"2,500": "table1-tenth"},
         timed="2,500",
     ),
