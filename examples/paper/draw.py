@@ -132,7 +132,8 @@ SECTIONS = [
         "attack makes one step. At the paper's learning rate of 0.1 the network learns with every "
         "image attacked. At predicted labels it gains three points with the model in training "
         "mode, and loses three with it in evaluation mode. At true labels it loses seven in "
-        "evaluation mode. So short a training gains nothing by the default.",
+        "evaluation mode, and twelve in training mode. So short a training gains nothing by the "
+        "default.",
         columns={"2,500": "table1-tenth"},
         timed="2,500",
     ),
