@@ -294,7 +294,7 @@ def test_folders_of_any_name_are_classes(tmp_path, names, form):
 
 def test_what_failed_before_any_copy_can_be_corrected(data, tmp_path):
     with pytest.raises(ValueError, match="maps images of size"):
-        augment(data, tmp_path / "out", flow=random_dense(side=8))
+        augment(data, tmp_path / "out", flow=random_dense(side=8, classes=3))
     augment(data, tmp_path / "out", eps=0.1)
     with pytest.raises(ValueError, match="copies with other settings"):
         augment(data, tmp_path / "out", eps=0.2)

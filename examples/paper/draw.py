@@ -379,7 +379,7 @@ def draw_plot(points: Points, axis: str, path: Path, label: str = "accuracy (%)"
         errors = [measure_deviation(values) for values in own.values()]
         style = "osD"[number // 10 % 3] + "-"  # as there are ten colours
         axes.errorbar(list(own), means, yerr=errors, fmt=style, capsize=2, label=method)
-    axes.set_ylabel(label)
+    axes.set(ylabel=label)
     label_axes(axis, axes, sorted({place for own in points.values() for place in own}))
     figure.legend(loc="outside right upper", fontsize=7)
     figure.savefig(path, dpi=120)
