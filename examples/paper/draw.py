@@ -122,8 +122,8 @@ SECTIONS = [
         gains="The next table has the gain in equal time: over what RandAugment reaches on the "
         "same draws of labels, interpolated between its runs of several lengths. With 500 labels "
         "the attack on RandAugment's images gains one to two points, and more than three at twice "
-        "its strength, `eps=2`. With 2,500 labels it is a point behind in the shorter training, and "
-        "about equal in the longer ones.",
+        "its strength, `eps=2`. With 2,500 labels it is a point behind in the shorter training, "
+        "and about equal in the longer ones.",
         plot=MINUTES,
         picture="cifar10",
     ),
