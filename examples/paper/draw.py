@@ -358,14 +358,9 @@ def draw_section(section: Section) -> list[str]:
 def draw_gains(section: Section, runs: dict[str, Runs]) -> list[str]:
     """Table and plot of what methods gain over the section's peer, by labelled images."""
     gains = {heading: measure_gains(own, section.peer) for heading, own in runs.items()}
-    points: Points = defaultdict(dict)
-    for heading, own in gains.items():
-        for method, values in own.items():
-            if values:
-                points[method][runs[heading][method][0]["train_images"]] = values
-    drawn = {method: own for method, own in points.items() if len(own) > 1}
     path = PICTURES / f"{section.picture}_gains.png"
-    draw_plot(drawn, IMAGES, path, f"gain over {section.peer} in equal time (points)")
+    label = f"gain over {section.peer} in equal time (points)"
+    draw_plot(place_by_images(runs, gains), IMAGES, path, label)
     table = draw_table({heading: write_gains(own) for heading, own in gains.items()})
     picture = f"![Gain against {IMAGES}]({path.relative_to(ROOT)})"
     return [section.gains, "", *table, "", picture, ""]
@@ -380,8 +375,7 @@ def draw_plot(points: Points, axis: str, path: Path, label: str = "accuracy (%)"
         errors = [measure_deviation(values) for values in own.values()]
         style = "osD"[number // 10 % 3] + "-"  # as there are ten colours
         axes.errorbar(list(own), means, yerr=errors, fmt=style, capsize=2, label=method)
-    axes.set(ylabel=label)
-    label_axes(axis, axes, sorted({place for own in points.values() for place in own}))
+    label_axes(axis, label, axes, sorted({place for own in points.values() for place in own}))
     figure.legend(loc="outside right upper", fontsize=7)
     figure.savefig(path, dpi=120)
 
@@ -391,21 +385,32 @@ def find_points(section: Section, runs: dict[str, Runs]) -> Points:
 
     By minutes, "RandAugment, twice as long" is a point of RandAugment.
     """
+    if section.plot == IMAGES:
+        accuracies = {
+            heading: {method: list_accuracies(own) for method, own in column.items()}
+            for heading, column in runs.items()
+        }
+        return place_by_images(runs, accuracies)
     points: Points = defaultdict(dict)
-    if section.plot == MINUTES:
-        for method, own in runs.get(section.timed, {}).items():
-            if (took := measure_time(own)[0]) is not None:
-                points[LONGER.sub("", method)][took] = list_accuracies(own)
-        return points
-    for column in runs.values():
+    for method, own in runs.get(section.timed, {}).items():
+        if (took := measure_time(own)[0]) is not None:
+            points[LONGER.sub("", method)][took] = list_accuracies(own)
+    return points
+
+
+def place_by_images(runs: dict[str, Runs], values: dict[str, dict[str, list[float]]]) -> Points:
+    """The values of each column by its labelled images, of methods of two columns or more."""
+    points: Points = defaultdict(dict)
+    for heading, column in values.items():
         for method, own in column.items():
-            points[method][own[0]["train_images"]] = list_accuracies(own)
+            if own:
+                points[method][runs[heading][method][0]["train_images"]] = own
     return {method: own for method, own in points.items() if len(own) > 1}
 
 
-def label_axes(axis: str, axes: Any, ticks: Iterable[float] = ()) -> None:
-    """Label the axes of accuracies drawn against minutes or images."""
-    axes.set(xscale="log", xlabel=axis)
+def label_axes(axis: str, label: str, axes: Any, ticks: Iterable[float]) -> None:
+    """Label the axes of what is drawn against minutes or images."""
+    axes.set(xscale="log", xlabel=axis, ylabel=label)
     if axis == MINUTES:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.xaxis.set_major_formatter("{x:g}")
