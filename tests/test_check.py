@@ -148,7 +148,9 @@ def test_what_no_eps_can_do_is_said():
             return torch.rand(len(x), 2)
 
     found = check_flow("glow-fashionmnist", smooth(20), classifier=Random())
-    assert any("no eps flips 5%" in problem for problem in found.problems)
+    assert any("no eps flips 5%" in remark for remark in found.remarks)
+    assert found.eps == found.by_change > found.by_flips
+    assert found.fits
     found = check_flow("glow-fashionmnist", smooth(), grey_levels=250)
     assert any("no eps changes pixels by 250" in problem for problem in found.problems)
     assert "suggested" not in str(found)
@@ -262,7 +264,8 @@ def test_few_images_are_called_rough(usual):
 
 def test_a_classifier_of_one_answer_is_no_measure():
     found = check_flow("glow-fashionmnist", smooth(), classifier=Projection(threshold=1e6))
-    assert any("puts 100% of the images into one class" in p for p in found.problems)
+    assert any("puts 100% of the images into one class" in p for p in found.remarks)
+    assert found.fits
     with pytest.raises(ValueError, match=r"classifier fails on images of shape \(12, 1, 28, 28\)"):
         check_flow("glow-fashionmnist", smooth(), classifier=nn.Conv2d(3, 1, 1))
     with pytest.raises(TypeError, match=r"classifier must be an nn\.Module, got a str"):

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import shutil
 import sys
 import tarfile
 from http.client import IncompleteRead
@@ -185,6 +186,21 @@ def test_linked_folders_are_classes_and_hidden_ones_are_not(folder, tmp_path):
     images = EncodedImages(data)
     assert images.classes == ["class0", "class1"]
     assert images.labels == [0] * 12 + [1] * 12
+
+
+def test_a_class_of_images_that_are_not_read_is_refused(folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    other = data / "class2"
+    other.mkdir()
+    for name in ("notes.txt", ".hidden.gif"):
+        (other / name).write_text("no image")
+        assert EncodedImages(data).classes == ["class0", "class1"]
+    (data / "class0" / "1.gif").write_text("beside images that are read")
+    assert len(EncodedImages(data)) == 24
+    Image.new("L", (8, 8)).save(other / "1.GIF", "GIF")
+    with pytest.raises(ValueError, match=r"images of class2 are of kinds .* \(\.gif, .*to PNG"):
+        EncodedImages(data)
 
 
 def test_a_flat_tar_has_no_classes(tmp_path):

@@ -58,7 +58,7 @@ class FlowCheck:
         by_change: The eps that changes pixels by the asked number of grey levels on average,
             or `HIGHEST` if none does.
         by_flips: The greatest eps that flips no more than the asked share of the classifier's
-            predictions, `LOWEST` if there is none. None without a classifier.
+            predictions, `LOWEST` if there is none, which limits nothing. None without a classifier.
         findings: What the figures show, each with the best grade that it allows.
         remedy: The way to a flow that suits: for a flow of the package the command that fine-tunes
             it.
@@ -177,7 +177,8 @@ def check_flow(
         norm: Of the eps to suggest: "linf", "l2" or "rms".
         grey_levels: Mean absolute change of a pixel, of 255, that the suggested eps aims at.
         classifier: Your trained model. The suggested eps then also flips no more than `flips` of
-            its predictions.
+            its predictions. What it shows of an untrained one is a remark, as the flow is not to
+            blame.
         flips: Greatest share of predictions that may flip.
         normalize: v2.Normalize or (mean, std) that the classifier's inputs go through. The images
             come without it, in [0, 1].
@@ -226,7 +227,8 @@ def check_flow(
     if classifier is not None:
         counter = Flips(classifier, Normalization(normalize, loaded.channels), perturb)
         by_flips = find_greatest(lambda eps: counter.share(eps) <= flips)
-        eps = min(by_change, by_flips)
+        if by_flips > LOWEST:
+            eps = min(by_change, by_flips)
     figures = measure_flow(
         loaded,
         read_images(loaded, pair_with_classes(pad_images(chosen, loaded), y)),
@@ -241,10 +243,14 @@ def check_flow(
     if counter is not None:
         for perturbation in figures["perturbations"]:
             perturbation["flipped"] = counter.share(perturbation["eps"])
-        findings += [Finding(text, "usable") for text in counter.explain_doubts()]
+        findings += [Finding(text, "suits") for text in counter.explain_doubts()]
     if by_flips is not None and by_flips <= LOWEST:
-        text = f"no eps flips {flips:.0%} or less of the predictions"
-        findings.append(Finding(text, "not usable"))
+        text = (
+            f"no eps flips {flips:.0%} or less of the predictions, not even {LOWEST:g}, which "
+            "nobody sees: the classifier is not trained, or its inputs need normalize; the "
+            "suggested eps is by change alone"
+        )
+        findings.append(Finding(text, "suits"))
     suits = choose_grade(findings) == "suits"
     findings += advise_copy(pixels, loaded)
     return FlowCheck(

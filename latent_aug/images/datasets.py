@@ -35,6 +35,7 @@ from latent_aug.utils.arguments import require_positive
 KEPT_BYTES = 2**30  # of decoded images
 MOST_CLASSES = 1_000_000  # of a tar, whose largest number may be a mistake
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+UNREAD = (".gif", ".heic", ".heif", ".avif", ".jfif", ".jp2", ".tga")  # images of other kinds
 
 
 class EncodedImages(Dataset[Image.Image]):
@@ -53,15 +54,19 @@ class EncodedImages(Dataset[Image.Image]):
 
     Raises:
         FileNotFoundError: The path does not exist, or holds no image.
-        ValueError: The file is no tar, or a ``.cls`` member is no number or missing.
+        ValueError: The file is no tar, or a ``.cls`` member is no number or missing. A class's
+            folder holds images of kinds that are not read, and no others.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.files: list[Path | bytes] = []
         path, numbers = Path(path), {}
+        unread: list[str] = []
         if path.is_dir():
-            self.files += sorted(list_images(path))
-            self.names = [Path(file).relative_to(path).as_posix() for file in self.files]  # type: ignore[arg-type]
+            found = [file.relative_to(path).as_posix() for file in sorted(list_files(path))]
+            self.names = [name for name in found if is_image(name)]
+            self.files += [path / name for name in self.names]
+            unread = [name for name in found if name.lower().endswith(UNREAD)]
         elif path.is_file():
             try:
                 content = read_tar(path)
@@ -77,6 +82,7 @@ class EncodedImages(Dataset[Image.Image]):
         self.classes, self.labels = (
             label_by_number(self.names, numbers) if numbers else label_by_folder(self.names)
         )
+        check_unread(path, self.names, unread)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -92,8 +98,8 @@ class EncodedImages(Dataset[Image.Image]):
             raise OSError(f"image {self.names[index]} cannot be read: {error}") from error
 
 
-def list_images(folder: Path) -> Iterator[Path]:
-    """List the image files of a folder tree, also through links, but no hidden ones."""
+def list_files(folder: Path) -> Iterator[Path]:
+    """List the files of a folder tree, also through links, but no hidden ones."""
     resolved = cache(Path.resolve)
     for root, folders, names in os.walk(folder, followlinks=True):
         place = Path(root)
@@ -101,7 +107,7 @@ def list_images(folder: Path) -> Iterator[Path]:
             folders.clear()  # a link to a folder that it lies in
             continue
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (place / name for name in names if is_image(name))
+        yield from (place / name for name in names if not name.startswith("."))
 
 
 def is_image(name: str) -> bool:
@@ -144,6 +150,25 @@ def label_by_folder(names: list[str]) -> tuple[list[str], list[int] | None]:
     classes = sorted({part[0] for part in parts})
     index = {name: number for number, name in enumerate(classes)}
     return classes, [index[part[0]] for part in parts]
+
+
+def check_unread(path: Path, names: list[str], unread: list[str]) -> None:
+    """Refuse a folder with a class of which no image is read.
+
+    Args:
+        path: The folder.
+        names: The images that are read.
+        unread: Images of other kinds.
+
+    Raises:
+        ValueError: A class has images of other kinds alone.
+    """
+    classes, wanted = (set(label_by_folder(part)[0]) for part in (names, [*names, *unread]))
+    if classes < wanted:
+        raise ValueError(
+            f"{path}: the images of {', '.join(sorted(wanted - classes))} are of kinds that are "
+            f"not read ({', '.join(UNREAD)}): convert them to PNG, or take the folder away"
+        )
 
 
 def label_by_number(
