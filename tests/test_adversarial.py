@@ -583,6 +583,22 @@ def test_with_eps_scales_the_steps(model):
     assert (attack.eps, attack.alpha) == ((1.0, 1.0), (0.25, 0.5))
 
 
+def test_settings_may_be_changed_while_training(model, batch):
+    attack = LatentAdversarial(model, flow=Identity())
+    assert torch.equal(attack.step(batch)[0], batch[0])
+    attack.p = 1.0
+    attack.eps = 2
+    assert (attack.share, attack.eps, attack.alpha) == (1.0, (2.0, 2.0), (2.0, 2.0))
+    assert (attack.step(batch)[0] != batch[0]).flatten(1).any(1).all()
+    attack.alpha = 0.5
+    assert attack.alpha == (0.5, 0.5)
+    attack.p = None
+    assert attack.share == 0.0
+    for name in ("eps", "alpha", "p"):
+        with pytest.raises(ValueError, match=name):
+            setattr(attack, name, -1.0)
+
+
 def test_a_flow_without_a_choice_of_gradient(model, batch):
     assert paper_attack(model, flow=Identity(), gradient="auto").step(batch)
     with pytest.raises(ValueError, match=r"Identity\.decode takes no gradient argument"):

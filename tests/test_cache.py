@@ -34,6 +34,15 @@ def test_eps_0_gives_the_data_set_back(tmp_path):
         assert label == index
 
 
+def test_its_directory_stays_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cached = LatentCache(samples(), "cache", LatentPerturb(0.0, flow=random_glow()))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert torch.equal(cached[0][0], samples()[0][0])
+    assert cached.__getitems__([]) == []
+
+
 def test_it_is_the_transform_on_the_same_images(tmp_path):
     transform = LatentPerturb(0.3, flow=random_glow(), clip=0.2, away=True)
     data = samples()

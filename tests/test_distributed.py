@@ -6,6 +6,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import Identity, convolutional_classifier, in_processes, random_glow
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torchvision.transforms import v2
 
@@ -130,6 +132,25 @@ def draws():
     }
 
 
+def attack_sharded():
+    """Shares and changed images of a sharded model, which has all right in the first process only.
+
+    Each pass of one process waits for the other's.
+    """
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 2))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[-1.0], [1.0]]).expand(2, 768))
+        model[1].bias.copy_(torch.tensor([384.0, -384.0]))
+    fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
+    attack, found = LatentAdversarial(model, flow=random_glow()), []
+    brighter = torch.arange(8) % 2
+    images = (0.25 + 0.5 * brighter)[:, None, None, None].expand(8, 3, 16, 16).contiguous()
+    for _ in range(4):
+        attacked = attack(images, (brighter + dist.get_rank()) % 2)
+        found.append((attack.share, int((attacked != images).flatten(1).any(1).sum())))
+    return found
+
+
 def everything():
     """What each process runs, in one go: its start takes longest."""
     model = nn.parallel.DistributedDataParallel(convolutional_classifier().eval())
@@ -137,6 +158,7 @@ def everything():
         "trained": {name: train(options) for name, options in OPTIONS.items()},
         "perturbed": perturbed_epoch(model),
         "drawn": draws(),
+        "sharded": attack_sharded(),
     }
 
 
@@ -176,3 +198,10 @@ def test_ranks_of_one_seed_draw_differently(found):
     first, second = (found[rank]["drawn"] for rank in range(RANKS))
     different = {name for name in first if not torch.equal(first[name], second[name])}
     assert different == {"transform", "attack", "loader", "torchvision's", "workers"}
+
+
+def test_a_sharded_model_is_passed_equally_often_where_shares_differ(found):
+    first, second = (found[rank]["sharded"] for rank in range(RANKS))
+    assert all(share > 0 for share, _ in first)
+    assert any(count > 0 for _, count in first)
+    assert second == [(0.0, 0)] * 4

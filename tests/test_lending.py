@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Identity, convolutional_classifier, paper_attack, same_trace, trace_of
 from torch import nn
+from torch.fx.immutable_collections import immutable_list
 from torch.nn.utils import parametrizations, parametrize
 
 from latent_aug.transforms.lending import find_modules, lend, remember
@@ -216,6 +217,25 @@ class TestStateBesideBuffers:
         change(state)
         assert repr(state) != repr(make())
 
+    def test_containers_that_refuse_changes_are_left_or_put_back(self, batch):
+        class Refusing(dict):
+            def update(self, *_):
+                raise TypeError("no update")
+
+        class Keeping(Linear):
+            def __init__(self):
+                super().__init__()
+                self.sizes = immutable_list([1, 2])
+                self.last = Refusing(step=0)
+
+            def forward(self, x):
+                self.last["step"] += 1
+                return self.body(x)
+
+        model = Keeping()
+        attacked(model, batch)
+        assert (model.sizes, model.last) == ([1, 2], {"step": 0})
+
     def test_the_promise_ends_here(self, batch):
         """Private attributes, other objects, and parameters that a forward pass writes to."""
 
@@ -297,6 +317,29 @@ class TestModulesBesideTheModel:
         before = trace_of(neck)
         attacked(Linear(), batch, forward=lambda model, batch: model(batch[0]) + neck(batch[0]))
         assert same_trace(trace_of(neck), before)
+
+    def test_of_a_list_that_the_model_does_not_know_are_lent_too(self, batch):
+        class Hiding(Linear):
+            def __init__(self):
+                super().__init__()
+                self.norms = [nn.BatchNorm2d(3)]
+
+            def forward(self, x):
+                return self.body(self.norms[0](x))
+
+        model = Hiding().train()
+        attacked(model, batch)
+        assert model.norms[0].training
+        assert model.norms[0].num_batches_tracked == 0
+
+    def test_a_data_set_beside_a_loss_is_not_searched(self):
+        class Entries(list):
+            def __iter__(self):
+                raise AssertionError("it is long")
+
+        trainer = types.SimpleNamespace(model=nn.Linear(2, 2))
+        trainer.data = types.SimpleNamespace(samples=Entries([("path", 0)] * 1000))
+        assert list(find_modules(lambda: trainer)) == [trainer.model]
 
     def test_a_callable_without_modules_reaches_none(self):
         assert not list(find_modules(F.cross_entropy))

@@ -826,6 +826,20 @@ def test_resolution_with_a_mask_and_a_limit(glow):
     assert "resolution=16" in repr(LatentPerturb(flow=glow, resolution=16))
 
 
+def test_eps_and_p_may_be_changed(glow):
+    image = torch.rand(3, 16, 16)
+    transform = LatentPerturb(0.0, flow=glow)
+    transform.eps = 0.5
+    assert not torch.equal(transform(image), image)
+    transform.p = 0.0
+    assert torch.equal(transform(image), image)
+    with pytest.raises(ValueError, match="eps must be finite and at least 0"):
+        transform.eps = -1
+    with pytest.raises(ValueError, match=r"p must lie in \[0, 1\]"):
+        transform.p = 2
+    assert (transform.eps, transform.p) == ((0.5, 0.5), 0.0)
+
+
 def test_with_eps_gives_a_copy(glow):
     original = LatentPerturb((0.1, 0.2), flow=glow, p=0.5)
     changed = original.with_eps(2.0)

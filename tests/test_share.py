@@ -130,6 +130,29 @@ class TestShare:
         assert all(torch.equal(value, after[name]) for name, value in before.items())
         assert model.norm.training
 
+    def test_sees_a_model_in_training_mode_as_it_is_used_afterwards(self):
+        model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 2))
+        modes = []
+        model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+        attack = LatentAdversarial(model, flow=Identity(), model_mode="unchanged")
+        attack._adaptive.value = HIGHEST
+        attack_often(attack, 1, count=64)
+        assert modes[0] is False
+        assert model.training
+
+    @pytest.mark.parametrize("listed", [torch.Tensor.tolist, torch.Tensor.numpy])
+    def test_lists_of_labels_are_to_be_tensors(self, listed):
+        images, labels = make_images(make_labels(8)), listed(make_labels(8))
+        for options in ({}, {"p": 0.5, "labels": "true"}):
+            attack = LatentAdversarial(Answers(1.0), flow=Identity(), **options)
+            with pytest.raises(ValueError, match=r"make a tensor of them, as torch\.as_tensor"):
+                attack(images, labels)
+
+    def test_labels_are_no_fractions(self):
+        attack = LatentAdversarial(Answers(1.0), flow=Identity())
+        with pytest.raises(ValueError, match=r"needs integers \(B,\), got torch.float32"):
+            attack(make_images(make_labels(8)), make_labels(8) + 0.7)
+
     def test_labels_may_be_of_any_integers(self):
         attack = LatentAdversarial(Answers(1.0), flow=Identity())
         attack(make_images(make_labels(8)), make_labels(8).to(torch.uint16))
@@ -180,6 +203,11 @@ class TestCounts:
         logits = torch.rand(2, 3, 4, 4)
         right, *counts = count_right(logits, logits.argmax(dim=1)).tolist()
         assert right == sum(counts) == 32
+
+    def test_do_not_depend_on_the_usual_dtype(self, request):
+        request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+        torch.set_default_dtype(torch.float64)
+        assert count_right(torch.eye(2), torch.tensor([0, 0])).tolist() == [1, 2, 0]
 
     def test_of_nothing_change_nothing(self):
         share = AdaptiveShare()

@@ -24,7 +24,7 @@ from latent_aug.transforms.ascent import (
 )
 from latent_aug.transforms.asking import Ask, Forward, build_ask
 from latent_aug.transforms.batch_checks import check_images, check_labels
-from latent_aug.transforms.classifier import mixes_samples, refuse_several
+from latent_aug.transforms.classifier import mixes_samples, refuse_several, talks
 from latent_aug.transforms.consistency import (
     keep_statistics,
     make_targets,
@@ -63,9 +63,10 @@ class LatentAdversarial(LatentTransform):
     Images that the flow cannot perturb come back as they were, and `fallbacks` counts them.
 
     The model may run under autocast, in half precision, compiled, or frozen in part. DataParallel
-    and DistributedDataParallel are looked through. In "eval" mode the attack never talks to other
-    processes, as SyncBatchNorm in training mode would. Under float16 small gradients survive, as
-    they are scaled up. Activation checkpointing needs ``use_reentrant=False``.
+    and DistributedDataParallel are looked through. Where FSDP or, in training mode, SyncBatchNorm
+    waits for other processes, each makes the passes even if it attacks nothing. Under float16 small
+    gradients survive, as they are scaled up. Activation checkpointing needs
+    ``use_reentrant=False``.
 
     Args:
         model: The classifier: images (B, C, H, W) to logits (B, K).
@@ -90,8 +91,8 @@ class LatentAdversarial(LatentTransform):
         normalize: v2.Normalize or (mean, std) that the images have been through already.
         p: Share of each batch that is perturbed, drawn at random. The cost falls with it. None
             follows the model, which needs class labels: the share grows to one half as the model
-            gets clean images right, and is nothing while it is at chance. `share` tells where it
-            stands.
+            gets clean images right, and is nothing while it is at chance. It looks at them in
+            evaluation mode. `share` tells where it stands.
         clip: Greatest distance from the original image, in [0, 1] units: per pixel for "linf",
             as l2 norm otherwise.
         random_start: Begin at a random point of the ball, not at its centre.
@@ -164,7 +165,7 @@ class LatentAdversarial(LatentTransform):
             flow,
             eps=USUAL_EPS[known] if eps is None else eps,
             norm=known,
-            p=HIGHEST if p is None else p,
+            p=p,
             clip=clip,
             resolution=resolution,
             normalize=normalize,
@@ -174,10 +175,9 @@ class LatentAdversarial(LatentTransform):
             generator=generator,
         )
         self.fits_size = eps is None and norm == "l2"
-        self._adaptive = AdaptiveShare() if p is None else None
         self.model, self.loss, self.forward = model, loss, forward
         self.steps = require_positive("steps", steps)
-        self.alpha = self._choose_alpha() if alpha is None else require_range("alpha", alpha)
+        self.alpha = alpha
         self._chosen = labels is not None
         if labels is None:
             labels = "predicted" if loss is None else "true"
@@ -211,10 +211,27 @@ class LatentAdversarial(LatentTransform):
         """The share of a batch that is attacked now: p, or what follows the model's accuracy."""
         return self.p if self._adaptive is None else self._adaptive.value
 
-    def _choose_alpha(self) -> tuple[float, float]:
-        """Choose the step size: one step crosses the whole radius, several go half as far."""
-        share = 1.0 if self.steps == 1 else 0.5
+    @property
+    def p(self) -> float:
+        """The greatest share of a batch that is attacked. Set anew it holds, or follows if None."""
+        return self._p
+
+    @p.setter
+    def p(self, p: float | None) -> None:
+        self._p = HIGHEST if p is None else require_probability("p", p)
+        self._adaptive = AdaptiveShare() if p is None else None
+
+    @property
+    def alpha(self) -> tuple[float, float]:
+        """The step size as a range (low, high). It may be set anew."""
+        if self._alpha is not None:
+            return self._alpha
+        share = 1.0 if self.steps == 1 else 0.5  # one step crosses the radius, several half of it
         return share * self.eps[0], share * self.eps[1]
+
+    @alpha.setter
+    def alpha(self, alpha: Range | None) -> None:
+        self._alpha = None if alpha is None else require_range("alpha", alpha)
 
     @run_uncompiled
     def step(self, batch: Any) -> Any:
@@ -302,7 +319,8 @@ class LatentAdversarial(LatentTransform):
         key = get_image_key(batch)
         check_images(batch[key], self.flow.channels)
         images = batch[key].detach().as_subclass(Tensor)
-        clean = self._ask_without_trace(images, build_ask(self.forward, batch, key))
+        ask = build_ask(self.forward, batch, key)
+        clean = self._ask_without_trace(images, ask, mode=self.model_mode)
         targets, counted = make_targets(clean, threshold=threshold, temperature=temperature)
         if augment is not None:
             images = map_images("augment", augment, images)
@@ -325,9 +343,9 @@ class LatentAdversarial(LatentTransform):
         The copy counts for itself, its p is 1, and it has no `generator`.
         """
         result = super().with_eps(require_number("eps", eps))
-        result._adaptive = None
-        share = eps / self.eps[1] if self.eps[1] else 1.0
-        result.alpha = (share * self.alpha[0], share * self.alpha[1])
+        if self._alpha is not None:
+            share = eps / self.eps[1] if self.eps[1] else 1.0
+            result.alpha = (share * self.alpha[0], share * self.alpha[1])
         return result
 
     def _replace(self, batch: Any, key: Any, labels: Any) -> Tensor:
@@ -353,7 +371,8 @@ class LatentAdversarial(LatentTransform):
         chosen = adaptive.select_probed(len(images), images.device)
         if len(chosen):
             ask = build_ask(self.forward, batch, key, chosen)
-            logits = self._ask_without_trace(images[chosen], ask)
+            # In training mode BatchNorm would see a few images alone.
+            logits = self._ask_without_trace(images[chosen], ask, mode="eval")
             adaptive.update(count_right(logits, select_entry(labels, chosen, len(images))))
 
     def _attack_share(
@@ -374,7 +393,8 @@ class LatentAdversarial(LatentTransform):
         region = read_region(self.mask, batch, images)
         candidates = len(images) if among is None else len(among)
         count = self._count_attacked(share * candidates)
-        if not count:
+        waits = count == 0 and len(images) > 0 and talks(self.model, self.model_mode)
+        if not count and not waits:
             self._to_unit_range(to_float(images))  # the wrong range is to be seen at once
             return images.clone()
         if count == len(images):
@@ -383,7 +403,9 @@ class LatentAdversarial(LatentTransform):
         like = to_float(images.new_empty(0))
         order = self._draws.sample_uniform((candidates,), like).argsort()
         chosen = order[:count] if among is None else among[order[:count]]
-        if count == 1:  # a single image may be too few for the model: another comes along
+        if waits:  # for the passes of this process: it makes them, and drops what comes of them
+            chosen = torch.zeros(1, dtype=torch.int64, device=images.device)
+        if count <= 1:  # a single image may be too few for the model: another comes along
             chosen = torch.cat([chosen, (chosen + 1) % len(images)])
         attacked = self._attack(
             images[chosen].contiguous(memory_format=find_layout(images)),
@@ -443,11 +465,11 @@ class LatentAdversarial(LatentTransform):
         with torch.no_grad():
             return latents.perturb(delta)
 
-    def _ask_without_trace(self, images: Tensor, ask: Ask) -> Tensor:
-        """Ask the model for logits, in the mode of the attack."""
+    def _ask_without_trace(self, images: Tensor, ask: Ask, *, mode: str) -> Tensor:
+        """Ask the model for logits, in a mode as `model_mode` names it."""
         # Under no_grad autocast could cache half-precision weights that have no gradient, and the
         # pass with gradients would then take those.
-        lent = lend(self.model, self.model_mode, beside=(self.forward,))
+        lent = lend(self.model, mode, beside=(self.forward,))
         with lent as model, torch.enable_grad():
             return ask(model, images).detach()
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from latent_aug.images.conversion import advise_conversion
 from latent_aug.images.samples import LABEL_KEYS
+
+MAKE_TENSOR = "make a tensor of them, as torch.as_tensor(labels)"
 
 
 def check_images(images: Any, channels: int) -> None:
@@ -66,8 +70,20 @@ def check_labels(labels: Any, count: int, *, anything: bool) -> None:
     if anything and not isinstance(labels, Tensor):
         return
     if not isinstance(labels, Tensor) or labels.ndim < 1 or len(labels) != count:
-        found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        second = "if they are not second in the batch, name labels_getter="
         raise ValueError(
-            f"labels must be a tensor of {count} entries, got {found}; if they are not "
-            "second in the batch, name labels_getter="
+            f"labels must be a tensor of {count} entries, got {describe_labels(labels)}; "
+            f"{MAKE_TENSOR if is_listed(labels) else second}"
         )
+
+
+def describe_labels(labels: Any) -> str:
+    """Say in words what came as labels."""
+    return str(tuple(labels.shape)) if isinstance(labels, Tensor) else type(labels).__name__
+
+
+def is_listed(labels: Any) -> bool:
+    """Whether labels are numbers in a list, a tuple or an array, which a tensor can be made of."""
+    if isinstance(labels, (list, tuple)):
+        return len(labels) > 0 and all(isinstance(label, Real) for label in labels)
+    return isinstance(labels, np.ndarray)

@@ -84,7 +84,7 @@ class LatentCache(Dataset[Any]):
         if then is not None and not callable(then):
             raise TypeError(f"then must be callable or None, got {then!r}")
         require_positive("batch_size", batch_size)
-        self.directory, self.perturb, self.then = Path(directory), perturb, then
+        self.directory, self.perturb, self.then = Path(directory).absolute(), perturb, then
         self.count = len(dataset)
         self._open: dict[int, Any] = {}
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -126,6 +126,8 @@ class LatentCache(Dataset[Any]):
     def __getitems__(self, indices: Iterable[int]) -> list[Any]:
         """Perturb and decode the samples of a batch at once, for a `DataLoader`."""
         rows = [self._read(range(self.count)[index]) for index in indices]
+        if not rows:
+            return []
         read = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         x, labels = read["images"] / 255, read.get("labels")
         sample = read["images"], labels

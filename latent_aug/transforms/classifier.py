@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,6 +36,26 @@ def mixes_samples(model: nn.Module) -> bool:
         isinstance(module, nn.modules.batchnorm._BatchNorm)
         and (module.training or module.running_mean is None)
         for module in model.modules()
+    )
+
+
+def talks(model: nn.Module, mode: str) -> bool:
+    """Whether a pass of a model under attack talks to other processes, which wait for it.
+
+    SyncBatchNorm does in training mode, and all that FSDP shards.
+
+    Args:
+        model: The user's model.
+        mode: "eval" for evaluation mode, anything else for the mode that the model is in.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
+    from torch.distributed import fsdp  # it takes long to import
+
+    return any(
+        isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel))
+        or (isinstance(module, nn.SyncBatchNorm) and module.training and mode != "eval")
+        for module in unwrap(model).modules()
     )
 
 

@@ -124,7 +124,6 @@ class LatentTransform:
     The arguments are those of the subclasses, which also say what they mean.
 
     Attributes:
-        eps: The size of a perturbation as a range (low, high).
         normalization: The normalization that images have been through.
         fallback_counter: The count of images that the flow could not perturb.
         fits_size: Whether eps is that of 3 x 32 x 32, and as strong at any other size.
@@ -138,7 +137,7 @@ class LatentTransform:
         *,
         eps: Range,
         norm: LF.Norm | None,
-        p: float,
+        p: float | None,
         clip: float | None,
         resolution: int | None,
         normalize: Any,
@@ -151,8 +150,8 @@ class LatentTransform:
         if labels_getter != "default" and not callable(labels_getter):
             raise TypeError(f"labels_getter must be 'default' or callable, got {labels_getter!r}")
         self._held, self.labels_getter = HeldFlow(flow), labels_getter
-        self.eps, self.norm = require_range("eps", eps), norm
-        self.p, self.clip = require_probability("p", p), require_distance("clip", clip, norm)
+        self.eps, self.norm = eps, norm
+        self.p, self.clip = p, require_distance("clip", clip, norm)
         self.resolution = None if resolution is None else require_positive("resolution", resolution)
         self.normalization = Normalization(normalize, self.flow.channels)
         # In a tuple a mask that is a network stays out of a transform's parameters, as the flow.
@@ -165,6 +164,24 @@ class LatentTransform:
         """Leave out what it has seen, so that its pickle and hash do not change by use."""
         seen = ("_checked_devices", "_seen_labels")
         return self.__dict__ | {name: set() for name in seen if name in self.__dict__}
+
+    @property
+    def eps(self) -> tuple[float, float]:
+        """The size of a perturbation as a range (low, high). It may be set anew."""
+        return self._eps
+
+    @eps.setter
+    def eps(self, eps: Range) -> None:
+        self._eps = require_range("eps", eps)
+
+    @property
+    def p(self) -> float:
+        """The share of the samples that is perturbed. It may be set anew."""
+        return self._p
+
+    @p.setter
+    def p(self, p: float | None) -> None:
+        self._p = require_probability("p", p)
 
     @property
     def flow(self) -> Flow:
@@ -206,7 +223,7 @@ class LatentTransform:
         Its counts are its own.
         """
         result = self.with_generator(None)
-        result.eps, result.p = require_range("eps", eps), 1.0
+        result.eps, result.p = eps, 1.0
         return result
 
     def with_generator(self, generator: torch.Generator | None) -> Self:

@@ -9,8 +9,8 @@ import functools
 import inspect
 import threading
 import types
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -25,6 +25,8 @@ from latent_aug.transforms.classifier import unwrap
 Restore = Callable[[], None]
 PLAIN = (bool, int, float, str, tuple, type(None))  # attributes that nothing changes in place
 DEEPEST = 4  # containers in containers that are looked into
+LARGEST = 100  # entries of a container that may hold modules: one of more is data
+CONTAINERS = (OrderedDict, dict, list, set, deque)  # the first that fits says how one is refilled
 
 _returned = threading.Condition()
 _borrowers: dict[int, int] = {}  # the thread that has a module, by the module's id
@@ -54,7 +56,8 @@ def lend(model: nn.Module, mode: str, *, beside: Iterable[Any] = ()) -> Iterator
         ValueError: The model is lazy and has not seen a batch.
     """
     model = unwrap(model)
-    found = [model, *(module for value in beside for module in find_modules(value))]
+    found = [model, *list_hidden(model)]
+    found += [module for value in beside for module in find_modules(value)]
     modules = list(dict.fromkeys(inner for module in found for inner in module.modules()))
     parameters = [p for module in modules for p in module.parameters(recurse=False)]
     buffers = (b for module in modules for b in module._buffers.values())
@@ -94,12 +97,20 @@ def reserve(modules: list[nn.Module]) -> Iterator[None]:
             _returned.notify_all()
 
 
+def list_hidden(model: nn.Module) -> Iterator[nn.Module]:
+    """List modules that a model keeps in plain containers, where it does not know them."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, (list, tuple, dict)) and not name.startswith("_"):
+                yield from find_modules(value, depth=1)
+
+
 def find_modules(value: Any, depth: int = DEEPEST) -> Iterator[nn.Module]:
     """Find the modules that a callable reaches by its closure, globals, arguments or attributes."""
     if isinstance(value, nn.Module):
         yield unwrap(value)
         return
-    inside: Iterable[Any] = ()
+    inside: Collection[Any] = ()
     if isinstance(value, functools.partial):
         inside = (value.func, *value.args, *value.keywords.values())
     elif isinstance(value, types.MethodType):
@@ -114,7 +125,8 @@ def find_modules(value: Any, depth: int = DEEPEST) -> Iterator[nn.Module]:
         inside = value
     elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType, Tensor)):
         inside = vars(value).values()
-    for entry in tuple(inside) if depth else ():
+    entries = tuple(inside) if depth and len(inside) <= LARGEST else ()
+    for entry in entries:
         yield from find_modules(entry, depth - 1)
 
 
@@ -241,7 +253,7 @@ def remember(value: Any, depth: int = DEEPEST) -> Restore | None:
         return None if value.requires_grad else remember_tensor(value)
     if isinstance(value, np.ndarray):
         return remember_array(value)
-    if isinstance(value, (dict, list, set, deque)):
+    if isinstance(value, CONTAINERS):
         return remember_items(value, depth)
     return None
 
@@ -309,14 +321,17 @@ def remember_items(container: Any, depth: int = DEEPEST) -> Restore:
         for restore_content in inner:
             if restore_content is not None:
                 restore_content()
-        if isinstance(container, dict) and holds_same(container, items):
+        if holds_same(container, items):
             return
-        container.clear()
-        container.extend(items) if hasattr(container, "extend") else container.update(items)
+        kind: Any = next(kind for kind in CONTAINERS if isinstance(container, kind))
+        kind.clear(container)  # not as a subclass may do it, which may refuse
+        (kind.extend if hasattr(kind, "extend") else kind.update)(container, items)
 
     return restore
 
 
-def holds_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
-    """Whether two dicts hold the very same objects in the same order."""
-    return list(one) == list(other) and all(one[name] is other[name] for name in one)
+def holds_same(one: Any, other: Any) -> bool:
+    """Whether two containers of one type hold the very same objects in the same order."""
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(one[name] is other[name] for name in one)
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))

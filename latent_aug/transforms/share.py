@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latent_aug.transforms.batch_checks import MAKE_TENSOR, describe_labels, is_listed
 from latent_aug.transforms.classifier import count_classes, has_several
 
 HIGHEST = 0.5  # of each batch, as Stutz et al. 2019
@@ -126,15 +127,20 @@ def count_right(logits: Tensor, labels: Any) -> Tensor:
     if whole and labels.is_cpu and has_several(labels):  # elsewhere a check is a sync
         raise ValueError(f"{FOLLOWS}, which needs one class per image, got several; {GIVE_P}")
     if not isinstance(labels, Tensor) or not (whole or labels.shape == shape):
-        found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
-        where = "" if isinstance(labels, Tensor) else "say where they are with labels_getter=, or "
+        advice = f"say where they are with labels_getter=, or {GIVE_P}"
+        if isinstance(labels, Tensor):
+            advice = GIVE_P
+        elif is_listed(labels):
+            advice = MAKE_TENSOR
         raise ValueError(
             f"{FOLLOWS}, which needs class labels (B,) or probabilities of {classes} classes, got "
-            f"{found}; {where}{GIVE_P}"
+            f"{describe_labels(labels)}; {advice}"
         )
+    if not whole and labels.is_floating_point():
+        raise ValueError(f"{FOLLOWS}, which needs integers (B,), got {labels.dtype}; {GIVE_P}")
     right = (labels.argmax(dim=1) if whole else labels).to(logits.device, torch.int64)
     counted = ((right >= 0) & (right < classes)).flatten().float()
     hits = (logits.detach().argmax(dim=1) == right).flatten() * counted
-    counts = torch.zeros(classes, device=logits.device)
+    counts = counted.new_zeros(classes)
     counts.index_add_(0, right.flatten().clamp(0, classes - 1), counted)
     return torch.cat([hits.sum()[None], counts])
