@@ -52,6 +52,9 @@ def test_train_writes_a_flow_and_its_card(folder, tmp_path):
     assert f"Suggested: eps {float(f'{found.eps:.2g}'):g} with" in card
     assert all(finding.text in result.output for finding in found.findings)
     assert f"latent-aug train DATA --init {output}" in result.output
+    assert f"latent-aug train DATA --init {output.name} " in card
+    assert "on this machine" in result.output
+    assert "on this machine" not in card
     assert "(preview.png)" in card
     with Image.open(output / "preview.png") as picture:
         assert picture.width > 300

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -68,6 +69,25 @@ def contents(output):
 def as_worker(monkeypatch, rank, count):
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(count))
+
+
+def test_ranks_are_counted_from_0(data, tmp_path, monkeypatch):
+    as_worker(monkeypatch, 3, 3)
+    with pytest.raises(ValueError, match="RANK must lie in 0 to WORLD_SIZE - 1, which is 2, got 3"):
+        augment(data, tmp_path / "out")
+
+
+def test_other_labels_are_other_images(tmp_path):
+    images = [Image.new("RGB", (16, 16), (60 + 20 * i, 100, 100)) for i in range(8)]
+    augment([(image, 0) for image in images], tmp_path / "out")
+    with pytest.raises(ValueError, match="another data"):
+        augment([(image, 1) for image in images], tmp_path / "out")
+
+
+def test_an_image_beside_the_classes_takes_all_labels(data, tmp_path):
+    shutil.copy(data / "cat" / "1.png", data / "preview.png")
+    with pytest.warns(UserWarning, match=r"no labels: preview\.png beside the folders of the cl"):
+        augment(data, tmp_path / "out")
 
 
 def test_shards_hold_every_copy_with_its_label(data, tmp_path):

@@ -2,10 +2,12 @@
 
 import gzip
 import io
+import os
 import shutil
 import sys
 import tarfile
 from http.client import IncompleteRead
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -188,19 +190,79 @@ def test_linked_folders_are_classes_and_hidden_ones_are_not(folder, tmp_path):
     assert images.labels == [0] * 12 + [1] * 12
 
 
-def test_a_class_of_images_that_are_not_read_is_refused(folder, tmp_path):
+@pytest.mark.parametrize("outer", ["", "all"])
+@pytest.mark.parametrize("content", [None, "1.gif", "notes.txt"])
+def test_a_class_of_no_images_is_warned_of(folder, tmp_path, outer, content, recwarn):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data / "all")
+    (data / "all" / ".hidden").mkdir()
+    (data / "all" / "class0" / "empty").mkdir()
+    (data / "all" / "class0" / "1.gif").write_text("beside images that are read")
+    assert len(EncodedImages(data)) == 24
+    assert not recwarn
+    other = data / outer / "class2"
+    other.mkdir()
+    if content:
+        (other / content).write_text("no image")
+    name = (Path(outer) / "class2").as_posix()
+    with pytest.warns(UserWarning, match=rf"no image is read in {name}, .* no such class"):
+        images = EncodedImages(data)
+    assert images.classes == ["class0", "class1"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
+    scan = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "class0":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(OSError, match=r"Permission denied.*class0"):
+        EncodedImages(folder)
+
+
+def test_images_beside_the_folders_of_classes_are_named(folder, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(folder, data)
-    other = data / "class2"
-    other.mkdir()
-    for name in ("notes.txt", ".hidden.gif"):
-        (other / name).write_text("no image")
-        assert EncodedImages(data).classes == ["class0", "class1"]
-    (data / "class0" / "1.gif").write_text("beside images that are read")
-    assert len(EncodedImages(data)) == 24
-    Image.new("L", (8, 8)).save(other / "1.GIF", "GIF")
-    with pytest.raises(ValueError, match=r"images of class2 are of kinds .* \(\.gif, .*to PNG"):
-        EncodedImages(data)
+    assert EncodedImages(data).stray == []
+    for name in ("a.png", "b.png"):
+        shutil.copy(data / "class0" / "000.png", data / name)
+    images = EncodedImages(data)
+    assert (images.stray, images.classes) == (["a.png", "b.png"], [])
+    with pytest.raises(ValueError, match=r"a\.png and 1 others beside the folders of the classes"):
+        UInt8Images(images, 1, num_classes=2)
+
+
+def test_hidden_members_of_a_tar_are_left_out(folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    shutil.copytree(folder / "class0", data / ".ipynb_checkpoints")
+    shutil.copytree(folder / "class0", data / "class1" / ".thumbs")
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(data, "./data")
+    one, other = EncodedImages(data), EncodedImages(tmp_path / "x.tar")
+    assert (one.classes, one.labels) == (other.classes, other.labels)
+
+
+def test_a_sample_of_a_tar_has_one_image(tmp_path):
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, "PNG")
+    content = {"0.png": file.getvalue(), "0.mask.png": file.getvalue(), "0.cls": b"1"}
+    with pytest.raises(ValueError, match=r"0\.mask\.png and 0\.png are of one sample"):
+        EncodedImages(tar_of(tmp_path / "x.tar", content))
+
+
+def test_images_that_do_not_fit_are_named(folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    Image.new("RGB", (16, 16), "red").save(data / "class1" / "colour.png")
+    with pytest.raises(ValueError, match=r"image class1/colour\.png: the images have colours"):
+        UInt8Images(EncodedImages(data), 1)
+    Image.new("L", (20, 16)).save(data / "class1" / "colour.png")
+    with pytest.raises(ValueError, match=r"image class1/colour\.png is \(1, 16, 20\)"):
+        UInt8Images(EncodedImages(data), 1)
 
 
 def test_a_flat_tar_has_no_classes(tmp_path):

@@ -221,6 +221,13 @@ class TestWeights:
             load_flow(saved)
 
 
+def test_a_home_directory_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    random_glow().save_pretrained("~/copy")
+    assert load_flow("~/copy").fingerprint() == load_flow(tmp_path / "copy").fingerprint()
+
+
 def test_a_card_in_another_encoding_is_no_obstacle(saved):
     (saved / "README.md").write_bytes("Größe".encode("latin-1"))
     assert load_flow(saved).card == saved / "README.md"

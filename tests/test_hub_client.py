@@ -1,5 +1,6 @@
 """The hub's own client against a hub on 127.0.0.1."""
 
+import copy
 import hashlib
 import os
 import pickle
@@ -157,6 +158,20 @@ def test_a_bundled_flow_is_pushed_with_its_card(hub, monkeypatch):
     assert f"`{hashlib.sha256(files['model.safetensors']).hexdigest()}`" in card
     assert "bits per dimension" in card
     assert 'LatentPerturb(eps=0.25, flow="someone/fashion")' in card
+
+
+@pytest.mark.parametrize("change", [copy.copy, copy.deepcopy])
+def test_a_card_names_the_repository_wherever_the_flow_lay(hub, monkeypatch, tmp_path, change):
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    original = load_flow("glow-fashionmnist")
+    original.save_pretrained(tmp_path / "renamed")
+    advice = "`latent-aug train DATA --init glow-fashionmnist --output DIRECTORY`\n"
+    text = original.card.read_text() + advice
+    (tmp_path / "renamed" / "README.md").write_text(text)
+    change(load_flow(tmp_path / "renamed")).push_to_hub("someone/moved")
+    card = hub.commits["someone/moved", hub.heads["someone/moved"]]["README.md"].decode()
+    assert 'flow="someone/moved"' in card
+    assert "DATA --init someone/moved --output" in card
 
 
 def test_a_card_s_pictures_are_pushed_with_it_until_the_weights_change(hub, monkeypatch, tmp_path):

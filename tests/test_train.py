@@ -324,7 +324,7 @@ def test_a_flow_is_not_overwritten(tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["README.md", "config.json", "samples.png"])
+@pytest.mark.parametrize("name", ["README.md", "config.json", "figures.json", "log.jsonl"])
 def test_other_files_are_not_overwritten(tmp_path, name):
     (tmp_path / name).write_bytes(b"somebody's")
     with pytest.raises(ValueError, match=f"holds {name}, which would be overwritten"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,7 +82,7 @@ def train(
     At the end it is measured on up to 10,000 held-out images, or 2,000 training images, and the
     eps that suits them is printed.
     """
-    output = Path(config.output)
+    output = Path(config.output).expanduser()
     for source in (data, validation):
         if source is not None:
             check_apart(output, source)
@@ -113,7 +114,10 @@ def train(
         minutes=read_minutes(output),
         licence=licence,
         eps=float(f"{found.eps:.2g}"),
-        verdict=found.verdict,
+        # Neither where it lies here nor this machine's speed is for others.
+        verdict=replace(found, minutes=None).verdict.replace(
+            shlex.quote(str(directory)), shlex.quote(directory.name)
+        ),
         note=note,
         dataset=dataset,
         size=config.size,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -122,7 +122,7 @@ def build_classifier() -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(1568, 10))
 
 
-@lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)
 def load_clothes() -> Clothes:
     """Read the bundled classifier and images."""
     with safe_open(CLOTHES, framework="pt") as file:
@@ -134,8 +134,9 @@ def load_clothes() -> Clothes:
     return Clothes(model.eval(), images, labels, about)
 
 
+@functools.cache
 def get_flow(name: str) -> Flow:
-    """Get the flow of this name.
+    """Get the flow of this name, always the same one, so that the hub is asked once.
 
     Raises:
         ValueError: It needs labels, which the page does not have.
@@ -229,7 +230,7 @@ def perturb_subject(subject: Subject, settings: Settings) -> Moved:
     transform = LatentPerturb(
         settings.eps,
         norm=settings.norm,
-        flow=subject.flow,
+        flow=get_flow(subject.flow),
         resolution=subject.resolution,
         mask=build_box_mask(subject.x, settings),
         levels=settings.level,
@@ -265,7 +266,7 @@ def attack_subject(
             alpha=alpha,
             steps=number,
             norm=settings.norm,
-            flow=subject.flow,
+            flow=get_flow(subject.flow),
             resolution=subject.resolution,
             labels="true",
             p=1.0,

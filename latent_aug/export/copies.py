@@ -27,8 +27,10 @@ from latent_aug.images.datasets import (
     get_class_names,
     get_image,
     hash_tensors,
+    naming,
     spread_indices,
     to_uint8,
+    word_stray,
 )
 from latent_aug.images.orientation import UPRIGHT, read_orientation
 from latent_aug.transforms.random import LatentPerturb
@@ -122,11 +124,10 @@ class Item(NamedTuple):
     orientation: int
 
     def hash(self) -> str:
-        """Hash the pixels and the orientation."""
-        orientation = (
-            [torch.tensor(self.orientation, device="cpu")] if self.orientation != UPRIGHT else []
-        )
-        return hash_tensors([self.image, *orientation])
+        """Hash the pixels, and the orientation and the label where there are any."""
+        more: list[Any] = [self.orientation] if self.orientation != UPRIGHT else []
+        more += [] if self.label is None else [[self.label]]
+        return hash_tensors([self.image, *(torch.tensor(n, device="cpu") for n in more)])
 
 
 def augment_images(
@@ -230,7 +231,7 @@ class Job:
         self.generator = torch.Generator()
         self.transform = transform.with_generator(self.generator)
         self.device = torch.device(device) if device else choose_device()
-        self.output = Path(config.output)
+        self.output = Path(config.output).expanduser()
         self.classes: list[str] = get_class_names(dataset)
         self.unreadable, self.left_out = 0, set[int]()  # samples, and the images that they are of
         self._order: tuple[int, list[int]] = (-1, [])  # the last one's copy and order
@@ -311,7 +312,8 @@ class Job:
                 self.left_out.add(index)
                 warnings.warn(f"left out: {error}", stacklevel=2)
             return None
-        image = to_uint8(sample, self.channels, self.config.size)
+        with naming(self.dataset, index):
+            image = to_uint8(sample, self.channels, self.config.size)
         source = get_image(sample)
         is_pil = isinstance(source, Image.Image)
         return Item(
@@ -361,7 +363,9 @@ class Job:
             ValueError: The output holds copies of other settings, or something else.
         """
         self.output.mkdir(parents=True, exist_ok=True)
-        if self.config.form == "folder" and not self.is_labelled():
+        if stray := word_stray(self.dataset):
+            warnings.warn(f"copies get no labels: {stray}", stacklevel=4)
+        elif self.config.form == "folder" and not self.is_labelled():
             warnings.warn(
                 "the images have no classes (their outermost folders), so that copies lie in "
                 f"{self.output} itself, where ImageFolder does not look for them",

@@ -360,7 +360,7 @@ class Flow(nn.Module):
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         # Before anything is written. save_file would make files that only their owner may read.
         weights = save(tensors, {DIGEST_KEY: compute_digest(config, tensors)})
-        directory = Path(directory)
+        directory = Path(directory).expanduser()
         directory.mkdir(parents=True, exist_ok=True)
         # The large file first: where it fails, a flow that was there stays as it was.
         write_whole(directory / WEIGHTS_NAME, weights)
@@ -397,8 +397,10 @@ class Flow(nn.Module):
         """Write the card of what is pushed, and its pictures only: others may be private."""
         text = self._read_card(directory / WEIGHTS_NAME)
         if self.card and text:
-            named = text.replace(f'flow="{self.card.parent.name}"', f'flow="{repo_id}"')
-            (directory / CARD_NAME).write_text(named, encoding="utf-8")
+            for name in re.findall('flow="([^"]*)"', text)[:1]:  # the one it had when it was made
+                text = text.replace(f'flow="{name}"', f'flow="{repo_id}"')
+                text = text.replace(f"DATA --init {name} ", f"DATA --init {repo_id} ")
+            (directory / CARD_NAME).write_text(text, encoding="utf-8")
             for path in self.card.parent.glob("*.png"):
                 if f"]({path.name})" in text:
                     shutil.copy(path, directory)
@@ -408,7 +410,8 @@ class Flow(nn.Module):
 
     def _read_card(self, weights: Path) -> str:
         """Read the card, with the SHA-256 of these weights. It is empty where it is not theirs."""
-        if not self.card or not self.is_as_loaded():
+        unchanged = self.loaded_from is not None and self.loaded_from[2][1] == self.fingerprint()
+        if not self.card or not unchanged:
             return ""
         text = self.card.read_text(encoding="utf-8", errors="replace")
         named = re.search(f"SHA-256 of `{WEIGHTS_NAME}`: `([0-9a-f]+)`", text)

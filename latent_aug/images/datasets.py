@@ -7,8 +7,10 @@ import io
 import os
 import posixpath
 import tarfile
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from http.client import HTTPException
 from lzma import LZMAError
@@ -35,7 +37,6 @@ from latent_aug.utils.arguments import require_positive
 KEPT_BYTES = 2**30  # of decoded images
 MOST_CLASSES = 1_000_000  # of a tar, whose largest number may be a mistake
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-UNREAD = (".gif", ".heic", ".heif", ".avif", ".jfif", ".jp2", ".tga")  # images of other kinds
 
 
 class EncodedImages(Dataset[Image.Image]):
@@ -51,22 +52,22 @@ class EncodedImages(Dataset[Image.Image]):
             folder.
         labels: The index of each image's class, or -1 for an image without one. None without
             classes.
+        stray: The names of images that lie in no folder, where others lie in one. They are why
+            there are no classes.
 
     Raises:
         FileNotFoundError: The path does not exist, or holds no image.
-        ValueError: The file is no tar, or a ``.cls`` member is no number or missing. A class's
-            folder holds images of kinds that are not read, and no others.
+        OSError: A folder cannot be read.
+        ValueError: The file is no tar, or a ``.cls`` member is no number or missing. A sample of a
+            tar with ``.cls`` members has several images.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.files: list[Path | bytes] = []
-        path, numbers = Path(path), {}
-        unread: list[str] = []
+        path, numbers = Path(path).expanduser(), {}
         if path.is_dir():
-            found = [file.relative_to(path).as_posix() for file in sorted(list_files(path))]
-            self.names = [name for name in found if is_image(name)]
-            self.files += [path / name for name in self.names]
-            unread = [name for name in found if name.lower().endswith(UNREAD)]
+            self.files += sorted(list_images(path))
+            self.names = [Path(file).relative_to(path).as_posix() for file in self.files]  # type: ignore[arg-type]
         elif path.is_file():
             try:
                 content = read_tar(path)
@@ -82,7 +83,15 @@ class EncodedImages(Dataset[Image.Image]):
         self.classes, self.labels = (
             label_by_number(self.names, numbers) if numbers else label_by_folder(self.names)
         )
-        check_unread(path, self.names, unread)
+        inside = sum("/" in name for name in self.names)
+        self.stray = [name for name in self.names if inside and "/" not in name]
+        empty = find_without_images(path, self.names) if self.classes and path.is_dir() else []
+        if empty:
+            warnings.warn(
+                f"{path}: no image is read in {', '.join(empty)}, so that there is no such class; "
+                f"read are {', '.join(EXTENSIONS)}",
+                stacklevel=2,
+            )
 
     def __len__(self) -> int:
         return len(self.files)
@@ -98,21 +107,34 @@ class EncodedImages(Dataset[Image.Image]):
             raise OSError(f"image {self.names[index]} cannot be read: {error}") from error
 
 
-def list_files(folder: Path) -> Iterator[Path]:
-    """List the files of a folder tree, also through links, but no hidden ones."""
+def list_images(folder: Path) -> Iterator[Path]:
+    """List the image files of a folder tree, also through links, but no hidden ones.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     resolved = cache(Path.resolve)
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         place = Path(root)
         if any(resolved(above) == resolved(place) for above in place.parents):
             folders.clear()  # a link to a folder that it lies in
             continue
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (place / name for name in names if not name.startswith("."))
+        yield from (place / name for name in names if is_image(name))
 
 
 def is_image(name: str) -> bool:
     """Whether the name of a file says that it is an image."""
-    return name.lower().endswith(EXTENSIONS) and not Path(name).name.startswith(".")
+    return name.lower().endswith(EXTENSIONS) and not is_hidden(Path(name).name)
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a file is hidden, or a folder that it lies in."""
+    return any(part.startswith(".") and part != ".." for part in path.split("/"))
 
 
 def read_tar(path: Path) -> dict[str, bytes]:
@@ -120,7 +142,8 @@ def read_tar(path: Path) -> dict[str, bytes]:
     content = {}
     with tarfile.open(path) as tar:
         for member in tar:
-            if not (is_image(member.name) or member.name.endswith(".cls")):
+            name = posixpath.normpath(member.name)  # "./a.png" lies in no folder
+            if is_hidden(name) or not (is_image(name) or name.endswith(".cls")):
                 continue
             try:  # of a link, too
                 file = tar.extractfile(member)
@@ -129,7 +152,6 @@ def read_tar(path: Path) -> dict[str, bytes]:
                     f"{path}: {member.name} is a link to {member.linkname}, which is not there"
                 ) from error
             if file is not None:
-                name = posixpath.normpath(member.name)  # "./a.png" lies in no folder
                 content[name] = file.read()
     return content
 
@@ -152,31 +174,29 @@ def label_by_folder(names: list[str]) -> tuple[list[str], list[int] | None]:
     return classes, [index[part[0]] for part in parts]
 
 
-def check_unread(path: Path, names: list[str], unread: list[str]) -> None:
-    """Refuse a folder with a class of which no image is read.
-
-    Args:
-        path: The folder.
-        names: The images that are read.
-        unread: Images of other kinds.
-
-    Raises:
-        ValueError: A class has images of other kinds alone.
-    """
-    classes, wanted = (set(label_by_folder(part)[0]) for part in (names, [*names, *unread]))
-    if classes < wanted:
-        raise ValueError(
-            f"{path}: the images of {', '.join(sorted(wanted - classes))} are of kinds that are "
-            f"not read ({', '.join(UNREAD)}): convert them to PNG, or take the folder away"
-        )
+def find_without_images(folder: Path, names: list[str]) -> list[str]:
+    """Find the folders without images beside classes, and beside the folders around those."""
+    parts, around, found = [name.split("/") for name in names], folder, []
+    while parts:
+        read = {part[0] for part in parts}
+        there = [p.name for p in around.iterdir() if p.is_dir() and not is_hidden(p.name)]
+        found += sorted((around / name).relative_to(folder).as_posix() for name in {*there} - read)
+        if len(read) > 1 or any(len(part) < 3 for part in parts):
+            break
+        around, parts = around / parts[0][0], [part[1:] for part in parts]
+    return found
 
 
 def label_by_number(
     names: list[str], numbers: dict[str, bytes]
 ) -> tuple[list[str], list[int] | None]:
     """Give classes and labels by the ``.cls`` member of each image's sample."""
-    labels = []
+    labels: list[int] = []
+    images: dict[str, str] = {}
     for name in names:
+        first = images.setdefault(get_sample_key(name), name)
+        if first != name:
+            raise ValueError(f"images {first} and {name} are of one sample: leave one in the tar")
         try:
             labels.append(int(numbers[get_sample_key(name)]))
         except (KeyError, ValueError) as error:
@@ -283,6 +303,21 @@ def to_uint8(sample: Any, channels: int, size: int | None = None) -> Tensor:
     return from_float(image, torch.uint8)
 
 
+def name_image(dataset: Any, index: int) -> str:
+    """Name an image for a message: by its file, or by its index where it has none."""
+    names = dataset.names if isinstance(dataset, EncodedImages) else None
+    return f"image {index if names is None else names[index]}"
+
+
+@contextmanager
+def naming(dataset: Any, index: int) -> Iterator[None]:
+    """Name the image in the errors that it gives rise to."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{name_image(dataset, index)}: {error}") from error
+
+
 class UInt8Images(Dataset[Tensor]):
     """A dataset's images as uint8 (C, H, W), decoded once and kept if all fit into `keep_bytes`.
 
@@ -317,7 +352,7 @@ class UInt8Images(Dataset[Tensor]):
         self.num_classes = num_classes
         self.kept: Tensor | None = None
         self.labels = read_classes(dataset, num_classes) if num_classes else None
-        self.shape = to_uint8(self.read(0), channels, size).shape
+        self.shape = self.convert(0).shape
         if self.count * self.shape.numel() <= keep_bytes:
             self.kept = torch.stack([self[i] for i in range(self.count)])
 
@@ -327,13 +362,19 @@ class UInt8Images(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         if self.kept is not None:
             return self.kept[index]
-        image = to_uint8(self.read(index), self.channels, self.size)
+        image = self.convert(index)
         if image.shape != self.shape:
             raise ValueError(
-                f"image {index} is {tuple(image.shape)}, the first one {tuple(self.shape)}; "
-                "give a size to resize and crop to"
+                f"{name_image(self.dataset, index)} is {tuple(image.shape)}, the first one "
+                f"{tuple(self.shape)}; give a size to resize and crop to"
             )
         return image
+
+    def convert(self, index: int) -> Tensor:
+        """Read an image as uint8 (C, H, W) of the wanted channels and size."""
+        sample = self.read(index)
+        with naming(self.dataset, index):
+            return to_uint8(sample, self.channels, self.size)
 
     def read(self, index: int) -> Any:
         """Read a sample of the dataset.
@@ -390,9 +431,10 @@ def read_classes(dataset: Any, num_classes: int) -> Tensor:
             device="cpu",
         )
     except (TypeError, IndexError, KeyError, ValueError) as error:
+        stray = word_stray(dataset)
         raise ValueError(
             "a class-conditional flow needs (image, class) samples or a dataset with `targets` "
-            "or `labels`"
+            f"or `labels`{stray and '; ' + stray}"
         ) from error
     if labels.shape != (len(dataset),) or labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(
@@ -400,6 +442,15 @@ def read_classes(dataset: Any, num_classes: int) -> Tensor:
             f"{sorted(set(labels.flatten().tolist()))[:20]}"
         )
     return labels.long()
+
+
+def word_stray(dataset: Any) -> str:
+    """Say why a folder has no classes though images lie in folders. Empty where that is not so."""
+    stray = dataset.stray if isinstance(dataset, EncodedImages) else []
+    if not stray:
+        return ""
+    others = f" and {len(stray) - 1} others" if len(stray) > 1 else ""
+    return f"{stray[0]}{others} beside the folders of the classes: move what has no class away"
 
 
 def check_class_count(dataset: Any, num_classes: int) -> None:

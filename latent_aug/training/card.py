@@ -15,7 +15,7 @@ from latent_aug.diagnostics.measure import measure_flow, write_rows
 from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
 from latent_aug.flows.base import CARD_NAME, WEIGHTS_NAME
 from latent_aug.images.datasets import UInt8Images
-from latent_aug.training.report import PICTURE_NAME
+from latent_aug.training.report import FIGURES_NAME, PICTURE_NAME
 from latent_aug.transforms.random import LatentPerturb
 from latent_aug.utils.files import compute_sha256
 
@@ -178,7 +178,7 @@ def write_card(
     )
     # A path that is no UTF-8 comes with surrogates, which cannot be encoded otherwise.
     (output / CARD_NAME).write_bytes(text.encode("utf-8", "backslashreplace"))
-    (output / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (output / FIGURES_NAME).write_text(json.dumps(figures, indent=2) + "\n")
     return figures
 
 

@@ -16,7 +16,7 @@ from latent_aug.images.datasets import UInt8Images, stack_images
 
 LOG_NAME = "log.jsonl"
 SAMPLES_NAME, PAIRS_NAME = "samples.png", "reconstructions.png"
-PICTURE_NAME = "preview.png"  # of the card
+PICTURE_NAME, FIGURES_NAME = "preview.png", "figures.json"  # of the card
 
 
 def append_to_log(output: Path, entry: dict[str, Any]) -> None:
@@ -25,6 +25,14 @@ def append_to_log(output: Path, entry: dict[str, Any]) -> None:
     torn = path.exists() and not path.read_bytes().endswith(b"\n")  # as the machine went down
     with path.open("a") as log:
         log.write("\n" * torn + json.dumps(entry) + "\n")
+
+
+def is_log(path: Path) -> bool:
+    """Whether a file is the log of a run."""
+    if not path.is_file():
+        return False
+    with path.open(errors="replace") as log:
+        return "train_bits_per_dim" in log.readline()
 
 
 def read_minutes(output: Path) -> float:

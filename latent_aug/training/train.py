@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import time
 from collections.abc import Iterator
@@ -52,18 +53,21 @@ from latent_aug.training.recipe import (
     make_average_update,
 )
 from latent_aug.training.report import (
+    FIGURES_NAME,
     LOG_NAME,
     PAIRS_NAME,
     PICTURE_NAME,
     SAMPLES_NAME,
     append_to_log,
+    is_log,
     measure_bits_per_dim,
     save_pictures,
 )
-from latent_aug.utils.files import describe_changes, refuse_changes, remove_partial, replace_file
+from latent_aug.utils.files import describe_changes, refuse_changes, remove_partial, write_whole
 
 AnyFlow = TypeVar("AnyFlow", bound=Flow)
-WRITTEN = (CARD_NAME, CONFIG_NAME, PICTURE_NAME, SAMPLES_NAME, PAIRS_NAME)  # beside weights and log
+WRITTEN = (CARD_NAME, FIGURES_NAME, CONFIG_NAME, PICTURE_NAME, SAMPLES_NAME, PAIRS_NAME)
+"""What a run writes beside weights and log."""
 
 
 def train_flow(
@@ -200,7 +204,7 @@ class Run:
                 f"each needs one, got {self.batch_size}"
             )
         self.step, self.seconds = 0, 0.0
-        self.path = Path(config.output) / RUN_NAME
+        self.path = Path(config.output).expanduser() / RUN_NAME
         self.identity = self.describe()
         processes.require_same("the flow, its recipe and its images", self.identity)
         if processes.is_main:
@@ -361,8 +365,9 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replace_file(self.path, flush=True) as partial:
-            torch.save(state, partial)
+        content = io.BytesIO()  # torch's own writing to a full disk says nothing about it
+        torch.save(state, content)
+        write_whole(self.path, content.getvalue())
 
     def report(self, held_out: UInt8Images | None, loss: float) -> None:
         """Log the bits/dim, and save pictures of the averaged flow's images."""
@@ -406,8 +411,8 @@ class Run:
                     f"output {output} holds a flow and no state of its training, so it would be "
                     f"overwritten. Choose another output (to train it further: --init {output})"
                 )
-            taken = [name for name in WRITTEN if (output / name).exists()]
-            if taken and not (output / LOG_NAME).exists():  # no run was begun there
+            taken = [name for name in (*WRITTEN, LOG_NAME) if (output / name).exists()]
+            if taken and not is_log(output / LOG_NAME):  # no run was begun there
                 raise ValueError(
                     f"output {output} holds {taken[0]}, which would be overwritten. Choose another "
                     "output"

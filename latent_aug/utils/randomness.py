@@ -59,11 +59,17 @@ def get_rank_and_count() -> tuple[int, int]:
 
     Loader workers know them from their environment, as torch.distributed is not set up there.
     The same holds for processes of torchrun or accelerate that never set it up.
+
+    Raises:
+        ValueError: The rank in the environment is not below the number of processes.
     """
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
-    own, count = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    return (int(own), int(count)) if own.isdecimal() and count.isdecimal() else (0, 1)
+    given = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
+    own, count = map(int, given) if all(text.isdecimal() for text in given) else (0, 1)
+    if own >= count:
+        raise ValueError(f"RANK must lie in 0 to WORLD_SIZE - 1, which is {count - 1}, got {own}")
+    return own, count
 
 
 def mix_seeds(*numbers: int) -> int:
