@@ -4,6 +4,7 @@ import copy
 import hashlib
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -163,11 +164,9 @@ def test_a_bundled_flow_is_pushed_with_its_card(hub, monkeypatch):
 @pytest.mark.parametrize("change", [copy.copy, copy.deepcopy])
 def test_a_card_names_the_repository_wherever_the_flow_lay(hub, monkeypatch, tmp_path, change):
     monkeypatch.setenv("HF_TOKEN", hub.token)
-    original = load_flow("glow-fashionmnist")
-    original.save_pretrained(tmp_path / "renamed")
-    advice = "`latent-aug train DATA --init glow-fashionmnist --output DIRECTORY`\n"
-    text = original.card.read_text() + advice
-    (tmp_path / "renamed" / "README.md").write_text(text)
+    shutil.copytree(load_flow("glow-fashionmnist").card.parent, tmp_path / "renamed")
+    with (tmp_path / "renamed" / "README.md").open("a") as card:
+        card.write("`latent-aug train DATA --init glow-fashionmnist --output DIRECTORY`\n")
     change(load_flow(tmp_path / "renamed")).push_to_hub("someone/moved")
     card = hub.commits["someone/moved", hub.heads["someone/moved"]]["README.md"].decode()
     assert 'flow="someone/moved"' in card
