@@ -125,6 +125,15 @@ def test_killed_while_saving_and_resumed_is_as_if_undisturbed(tmp_path):
     assert steps == [*range(1, 8), 12]  # resumed at the sixth, which was whole
 
 
+def test_a_state_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("unexpected pos 65088 vs 64980")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match=r"run\.pt cannot be written: unexpected pos"):
+        train_flow(small_flow(), stripes(), config(tmp_path), progress=False)
+
+
 def test_seeds_decide(tmp_path):
     trained = []
     for seed in (0, 1, 2**40):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import time
 from collections.abc import Iterator
@@ -63,7 +62,7 @@ from latent_aug.training.report import (
     measure_bits_per_dim,
     save_pictures,
 )
-from latent_aug.utils.files import describe_changes, refuse_changes, remove_partial, write_whole
+from latent_aug.utils.files import describe_changes, refuse_changes, remove_partial, replace_file
 
 AnyFlow = TypeVar("AnyFlow", bound=Flow)
 WRITTEN = (CARD_NAME, FIGURES_NAME, CONFIG_NAME, PICTURE_NAME, SAMPLES_NAME, PAIRS_NAME)
@@ -354,7 +353,11 @@ class Run:
         return flow
 
     def save(self) -> None:
-        """Replace the saved state as a whole: a kill leaves the old one or the new one."""
+        """Replace the saved state as a whole: a kill leaves the old one or the new one.
+
+        Raises:
+            OSError: It cannot be written.
+        """
         state = {
             **self.identity,
             "dtype_name": self.dtype_name,
@@ -365,9 +368,11 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()  # torch's own writing to a full disk says nothing about it
-        torch.save(state, content)
-        write_whole(self.path, content.getvalue())
+        with replace_file(self.path, flush=True) as partial:
+            try:
+                torch.save(state, partial)
+            except RuntimeError as error:  # as on a full disk, of which torch says nothing
+                raise OSError(f"{self.path} cannot be written: {error}") from error
 
     def report(self, held_out: UInt8Images | None, loss: float) -> None:
         """Log the bits/dim, and save pictures of the averaged flow's images."""
