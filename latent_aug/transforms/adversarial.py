@@ -393,8 +393,8 @@ class LatentAdversarial(LatentTransform):
         region = read_region(self.mask, batch, images)
         candidates = len(images) if among is None else len(among)
         count = self._count_attacked(share * candidates)
-        waits = count == 0 and len(images) > 0 and talks(self.model, self.model_mode)
-        if not count and not waits:
+        joins = len(images) > 0 and talks(self.model, self.model_mode)
+        if not count and not joins:
             self._to_unit_range(to_float(images))  # the wrong range is to be seen at once
             return images.clone()
         if count == len(images):
@@ -403,7 +403,7 @@ class LatentAdversarial(LatentTransform):
         like = to_float(images.new_empty(0))
         order = self._draws.sample_uniform((candidates,), like).argsort()
         chosen = order[:count] if among is None else among[order[:count]]
-        if waits:  # for the passes of this process: it makes them, and drops what comes of them
+        if not count:  # other processes wait for the passes, whose result is dropped
             chosen = torch.zeros(1, dtype=torch.int64, device=images.device)
         if count <= 1:  # a single image may be too few for the model: another comes along
             chosen = torch.cat([chosen, (chosen + 1) % len(images)])
