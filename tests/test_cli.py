@@ -274,7 +274,7 @@ def test_colours_are_not_checked_against_a_grey_flow(tmp_path):
     Image.new("RGB", (28, 28), "red").save(tmp_path / "red.png")
     result = call("check", "glow-fashionmnist", tmp_path)
     assert result.exit_code == 1
-    assert "error: the images have colours" in result.output
+    assert "error: image red.png: the images have colours" in result.output
 
 
 def test_pictures_are_known_to_be_drawable_early(tmp_path):
