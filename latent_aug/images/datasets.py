@@ -83,8 +83,8 @@ class EncodedImages(Dataset[Image.Image]):
         self.classes, self.labels = (
             label_by_number(self.names, numbers) if numbers else label_by_folder(self.names)
         )
-        inside = sum("/" in name for name in self.names)
-        self.stray = [name for name in self.names if inside and "/" not in name]
+        in_folders = self.labels is None and any("/" in name for name in self.names)
+        self.stray = [name for name in self.names if "/" not in name] if in_folders else []
         empty = find_without_images(path, self.names) if self.classes and path.is_dir() else []
         if empty:
             warnings.warn(
@@ -315,7 +315,8 @@ def naming(dataset: Any, index: int) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
-        raise type(error)(f"{name_image(dataset, index)}: {error}") from error
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name_image(dataset, index)}: {error}") from error
 
 
 class UInt8Images(Dataset[Tensor]):
