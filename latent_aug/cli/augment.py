@@ -50,7 +50,7 @@ def augment(
     Under torchrun or accelerate launch the processes take the shards in turn. Labels are the
     outermost folders of DATA, the .cls members of a tar, or the data set's own.
     """
-    output = Path(config.output).expanduser()
+    output = Path(config.output)
     check_apart(output, data)
     loaded = load_flow(flow)
     if network_dtype != "float32":

@@ -82,7 +82,7 @@ def train(
     At the end it is measured on up to 10,000 held-out images, or 2,000 training images, and the
     eps that suits them is printed.
     """
-    output = Path(config.output).expanduser()
+    output = Path(config.output)
     for source in (data, validation):
         if source is not None:
             check_apart(output, source)

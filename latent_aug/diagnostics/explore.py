@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -122,7 +122,7 @@ def build_classifier() -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(1568, 10))
 
 
-@functools.lru_cache(maxsize=1)
+@lru_cache(maxsize=1)
 def load_clothes() -> Clothes:
     """Read the bundled classifier and images."""
     with safe_open(CLOTHES, framework="pt") as file:
@@ -134,7 +134,7 @@ def load_clothes() -> Clothes:
     return Clothes(model.eval(), images, labels, about)
 
 
-@functools.cache
+@cache
 def get_flow(name: str) -> Flow:
     """Get the flow of this name, always the same one, so that the hub is asked once.
 

@@ -38,6 +38,7 @@ from latent_aug.utils.arguments import (
     require_choice,
     require_fields,
     require_natural,
+    require_path,
     require_positive,
 )
 from latent_aug.utils.files import claim_directory, remove_partial, replace_file, write_whole
@@ -86,6 +87,7 @@ class AugmentConfig:
     skip_unreadable: bool = False
 
     def __post_init__(self) -> None:
+        require_fields(self, require_path, "output")
         require_fields(self, require_positive, "copies", "shard_size", "batch_size", "quality")
         if self.size is not None:
             require_fields(self, require_positive, "size")
@@ -125,9 +127,12 @@ class Item(NamedTuple):
 
     def hash(self) -> str:
         """Hash the pixels, and the orientation and the label where there are any."""
-        more: list[Any] = [self.orientation] if self.orientation != UPRIGHT else []
-        more += [] if self.label is None else [[self.label]]
-        return hash_tensors([self.image, *(torch.tensor(n, device="cpu") for n in more)])
+        tensors = [self.image]
+        if self.orientation != UPRIGHT:
+            tensors.append(torch.tensor(self.orientation, device="cpu"))
+        if self.label is not None:  # of another shape, so that neither passes for the other
+            tensors.append(torch.tensor([self.label], device="cpu"))
+        return hash_tensors(tensors)
 
 
 def augment_images(
@@ -231,7 +236,7 @@ class Job:
         self.generator = torch.Generator()
         self.transform = transform.with_generator(self.generator)
         self.device = torch.device(device) if device else choose_device()
-        self.output = Path(config.output).expanduser()
+        self.output = Path(config.output)
         self.classes: list[str] = get_class_names(dataset)
         self.unreadable, self.left_out = 0, set[int]()  # samples, and the images that they are of
         self._order: tuple[int, list[int]] = (-1, [])  # the last one's copy and order

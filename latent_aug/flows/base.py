@@ -397,9 +397,9 @@ class Flow(nn.Module):
         """Write the card of what is pushed, and its pictures only: others may be private."""
         text = self._read_card(directory / WEIGHTS_NAME)
         if self.card and text:
-            for name in re.findall('flow="([^"]*)"', text)[:1]:  # the one it had when it was made
-                text = text.replace(f'flow="{name}"', f'flow="{repo_id}"')
-                text = text.replace(f"DATA --init {name} ", f"DATA --init {repo_id} ")
+            if named := re.search('flow="([^"]*)"', text):  # by the name it had when it was made
+                text = text.replace(named[0], f'flow="{repo_id}"')
+                text = text.replace(f"DATA --init {named[1]} ", f"DATA --init {repo_id} ")
             (directory / CARD_NAME).write_text(text, encoding="utf-8")
             for path in self.card.parent.glob("*.png"):
                 if f"]({path.name})" in text:

@@ -52,8 +52,6 @@ class EncodedImages(Dataset[Image.Image]):
             folder.
         labels: The index of each image's class, or -1 for an image without one. None without
             classes.
-        stray: The names of images that lie in no folder, where others lie in one. They are why
-            there are no classes.
 
     Raises:
         FileNotFoundError: The path does not exist, or holds no image.
@@ -83,8 +81,6 @@ class EncodedImages(Dataset[Image.Image]):
         self.classes, self.labels = (
             label_by_number(self.names, numbers) if numbers else label_by_folder(self.names)
         )
-        in_folders = self.labels is None and any("/" in name for name in self.names)
-        self.stray = [name for name in self.names if "/" not in name] if in_folders else []
         empty = find_without_images(path, self.names) if self.classes and path.is_dir() else []
         if empty:
             warnings.warn(
@@ -92,6 +88,12 @@ class EncodedImages(Dataset[Image.Image]):
                 f"read are {', '.join(EXTENSIONS)}",
                 stacklevel=2,
             )
+
+    @property
+    def stray(self) -> list[str]:
+        """The images in no folder where others lie in one: they are why there are no classes."""
+        in_folders = self.labels is None and any("/" in name for name in self.names)
+        return [name for name in self.names if "/" not in name] if in_folders else []
 
     def __len__(self) -> int:
         return len(self.files)
@@ -123,13 +125,13 @@ def list_images(folder: Path) -> Iterator[Path]:
         if any(resolved(above) == resolved(place) for above in place.parents):
             folders.clear()  # a link to a folder that it lies in
             continue
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not is_hidden(name)]
         yield from (place / name for name in names if is_image(name))
 
 
 def is_image(name: str) -> bool:
     """Whether the name of a file says that it is an image."""
-    return name.lower().endswith(EXTENSIONS) and not is_hidden(Path(name).name)
+    return name.lower().endswith(EXTENSIONS) and not is_hidden(name)
 
 
 def is_hidden(path: str) -> bool:
@@ -162,11 +164,18 @@ def get_sample_key(name: str) -> str:
     return folder + slash + end.partition(".")[0]
 
 
+def split_names(names: list[str]) -> tuple[list[str], list[list[str]]]:
+    """Split names into the folders around all images, and the parts of each name below those."""
+    around, parts = [], [name.split("/") for name in names]
+    while all(len(part) > 2 and part[0] == parts[0][0] for part in parts):
+        around.append(parts[0][0])
+        parts = [part[1:] for part in parts]
+    return around, parts
+
+
 def label_by_folder(names: list[str]) -> tuple[list[str], list[int] | None]:
     """Give classes and labels by outermost folder. A folder around all others does not count."""
-    parts = [name.split("/") for name in names]
-    while all(len(part) > 2 and part[0] == parts[0][0] for part in parts):
-        parts = [part[1:] for part in parts]
+    _, parts = split_names(names)
     if any(len(part) < 2 for part in parts):
         return [], None
     classes = sorted({part[0] for part in parts})
@@ -176,14 +185,13 @@ def label_by_folder(names: list[str]) -> tuple[list[str], list[int] | None]:
 
 def find_without_images(folder: Path, names: list[str]) -> list[str]:
     """Find the folders without images beside classes, and beside the folders around those."""
-    parts, around, found = [name.split("/") for name in names], folder, []
-    while parts:
-        read = {part[0] for part in parts}
-        there = [p.name for p in around.iterdir() if p.is_dir() and not is_hidden(p.name)]
-        found += sorted((around / name).relative_to(folder).as_posix() for name in {*there} - read)
-        if len(read) > 1 or any(len(part) < 3 for part in parts):
-            break
-        around, parts = around / parts[0][0], [part[1:] for part in parts]
+    around, parts = split_names(names)
+    levels = [*({name} for name in around), {part[0] for part in parts}]
+    found: list[str] = []
+    for depth, read in enumerate(levels):
+        place = folder.joinpath(*around[:depth])
+        there = {p.name for p in place.iterdir() if p.is_dir() and not is_hidden(p.name)}
+        found += sorted((place / name).relative_to(folder).as_posix() for name in there - read)
     return found
 
 
@@ -194,11 +202,12 @@ def label_by_number(
     labels: list[int] = []
     images: dict[str, str] = {}
     for name in names:
-        first = images.setdefault(get_sample_key(name), name)
+        key = get_sample_key(name)
+        first = images.setdefault(key, name)
         if first != name:
             raise ValueError(f"images {first} and {name} are of one sample: leave one in the tar")
         try:
-            labels.append(int(numbers[get_sample_key(name)]))
+            labels.append(int(numbers[key]))
         except (KeyError, ValueError) as error:
             message = f"image {name} has no .cls member with a class's number beside it"
             raise ValueError(message) from error

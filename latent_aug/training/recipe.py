@@ -19,6 +19,7 @@ from latent_aug.utils.arguments import (
     require_fields,
     require_natural,
     require_number,
+    require_path,
     require_positive,
     require_probability,
 )
@@ -99,6 +100,7 @@ class TrainConfig:
     timeout_minutes: float = 10.0
 
     def __post_init__(self) -> None:
+        require_fields(self, require_path, "output")
         require_fields(self, require_positive, *COUNTS)
         require_fields(self, require_natural, *NATURAL)
         if self.size is not None:

@@ -65,8 +65,15 @@ from latent_aug.training.report import (
 from latent_aug.utils.files import describe_changes, refuse_changes, remove_partial, replace_file
 
 AnyFlow = TypeVar("AnyFlow", bound=Flow)
-WRITTEN = (CARD_NAME, FIGURES_NAME, CONFIG_NAME, PICTURE_NAME, SAMPLES_NAME, PAIRS_NAME)
-"""What a run writes beside weights and log."""
+WRITTEN = (  # beside the weights
+    CARD_NAME,
+    FIGURES_NAME,
+    CONFIG_NAME,
+    PICTURE_NAME,
+    SAMPLES_NAME,
+    PAIRS_NAME,
+    LOG_NAME,
+)
 
 
 def train_flow(
@@ -203,7 +210,7 @@ class Run:
                 f"each needs one, got {self.batch_size}"
             )
         self.step, self.seconds = 0, 0.0
-        self.path = Path(config.output).expanduser() / RUN_NAME
+        self.path = Path(config.output) / RUN_NAME
         self.identity = self.describe()
         processes.require_same("the flow, its recipe and its images", self.identity)
         if processes.is_main:
@@ -416,7 +423,7 @@ class Run:
                     f"output {output} holds a flow and no state of its training, so it would be "
                     f"overwritten. Choose another output (to train it further: --init {output})"
                 )
-            taken = [name for name in (*WRITTEN, LOG_NAME) if (output / name).exists()]
+            taken = [name for name in WRITTEN if (output / name).exists()]
             if taken and not is_log(output / LOG_NAME):  # no run was begun there
                 raise ValueError(
                     f"output {output} holds {taken[0]}, which would be overwritten. Choose another "

@@ -62,10 +62,10 @@ class LatentAdversarial(LatentTransform):
 
     Images that the flow cannot perturb come back as they were, and `fallbacks` counts them.
 
-    The model may run under autocast, in half precision, compiled, or frozen in part. DataParallel
-    and DistributedDataParallel are looked through. Where FSDP or, in training mode, SyncBatchNorm
-    waits for other processes, each makes the passes even if it attacks nothing. Under float16 small
-    gradients survive, as they are scaled up. Activation checkpointing needs
+    The model may run under autocast or in half precision. It may be compiled, or frozen in part.
+    DataParallel and DistributedDataParallel are looked through. Where FSDP or, in training mode,
+    SyncBatchNorm waits for other processes, each makes the passes even if it attacks nothing. Under
+    float16 small gradients survive, as they are scaled up. Activation checkpointing needs
     ``use_reentrant=False``.
 
     Args:
@@ -90,9 +90,9 @@ class LatentAdversarial(LatentTransform):
             do not sum to 1, as those of several labels per image: they need a `loss`.
         normalize: v2.Normalize or (mean, std) that the images have been through already.
         p: Share of each batch that is perturbed, drawn at random. The cost falls with it. None
-            follows the model, which needs class labels: the share grows to one half as the model
-            gets clean images right, and is nothing while it is at chance. It looks at them in
-            evaluation mode. `share` tells where it stands.
+            follows the model, and needs class labels. The share is nothing while the model is at
+            chance. It grows to one half as the model gets clean images right, in evaluation mode.
+            `share` tells where it stands.
         clip: Greatest distance from the original image, in [0, 1] units: per pixel for "linf",
             as l2 norm otherwise.
         random_start: Begin at a random point of the ball, not at its centre.
@@ -393,8 +393,7 @@ class LatentAdversarial(LatentTransform):
         region = read_region(self.mask, batch, images)
         candidates = len(images) if among is None else len(among)
         count = self._count_attacked(share * candidates)
-        joins = len(images) > 0 and talks(self.model, self.model_mode)
-        if not count and not joins:
+        if not count and not (len(images) and talks(self.model, self.model_mode)):
             self._to_unit_range(to_float(images))  # the wrong range is to be seen at once
             return images.clone()
         if count == len(images):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 Range = float | tuple[float, float]
@@ -43,6 +45,17 @@ def require_range(name: str, value: Any) -> tuple[float, float]:
     if low > high:
         raise ValueError(f"{name} must be (low, high) with low at most high, got {value!r}")
     return float(low), float(high)
+
+
+def require_path(name: str, value: Any) -> Path:
+    """Accept a path, and expand the tilde of a home directory.
+
+    Raises:
+        TypeError: It is no path.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a path, got {value!r}")
+    return Path(value).expanduser()
 
 
 def require_size(name: str, value: Any) -> float:
