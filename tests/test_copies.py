@@ -344,6 +344,15 @@ def test_other_settings_do_not_go_into_the_same_output(data, tmp_path):
         augment(data, data)
 
 
+def test_copies_go_on_when_their_flow_was_moved(data, tmp_path):
+    flow = tmp_path / "flow"
+    random_glow().save_pretrained(flow)
+    augment(data, tmp_path / "out", flow=str(flow))
+    (tmp_path / "out" / "shard-000001.tar").unlink()
+    moved = flow.rename(tmp_path / "moved")
+    assert augment(data, tmp_path / "out", flow=str(moved)).written == 1
+
+
 def test_an_image_that_cannot_be_read_is_named(data, tmp_path):
     (data / "cat" / "7.png").write_bytes(b"no image")
     with pytest.raises(OSError, match=r"image cat/7\.png cannot be read"):

@@ -198,16 +198,21 @@ def test_a_class_of_no_images_is_warned_of(folder, tmp_path, outer, content, rec
     (data / "all" / ".hidden").mkdir()
     (data / "all" / "class0" / "empty").mkdir()
     (data / "all" / "class0" / "1.gif").write_text("beside images that are read")
-    assert len(EncodedImages(data)) == 24
+    with tarfile.open(tmp_path / "before.tar", "w") as tar:
+        tar.add(data, ".")
+    assert len(EncodedImages(data)) == len(EncodedImages(tmp_path / "before.tar")) == 24
     assert not recwarn
     other = data / outer / "class2"
     other.mkdir()
     if content:
         (other / content).write_text("no image")
     name = (Path(outer) / "class2").as_posix()
-    with pytest.warns(UserWarning, match=rf"no image is read in {name}, .* no such class"):
-        images = EncodedImages(data)
-    assert images.classes == ["class0", "class1"]
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        tar.add(data, ".")
+    for path in (data, tmp_path / "data.tar"):
+        with pytest.warns(UserWarning, match=rf"no image is read in {name}, .* no such class"):
+            images = EncodedImages(path)
+        assert images.classes == ["class0", "class1"]
 
 
 def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):

@@ -423,12 +423,13 @@ class Job:
         mask = self.transform.mask
         free = ("output", "skip_unreadable")  # may differ when the job goes on
         config = {k: v for k, v in asdict(self.config).items() if k not in free}
+        settings = self.transform.list_settings(with_flow=False)
         read = (self.read(index) for index in spread_indices(self.count, 16))
         own = {} if type(self.transform) is LatentPerturb else {"own": describe_own(self.transform)}
         return {
             **own,
             **config,
-            "transform": repr(self.transform),
+            "transform": f"{type(self.transform).__name__}({settings})",
             "away": self.transform.away,
             "mask": hash_tensors([mask]) if isinstance(mask, Tensor) else None,
             "flow": self.transform.flow.fingerprint(),

@@ -62,13 +62,13 @@ class EncodedImages(Dataset[Image.Image]):
 
     def __init__(self, path: str | Path) -> None:
         self.files: list[Path | bytes] = []
-        path, numbers = Path(path).expanduser(), {}
+        path, numbers, folders = Path(path).expanduser(), {}, None
         if path.is_dir():
             self.files += sorted(list_images(path))
             self.names = [Path(file).relative_to(path).as_posix() for file in self.files]  # type: ignore[arg-type]
         elif path.is_file():
             try:
-                content = read_tar(path)
+                content, folders = read_tar(path)
             except (tarfile.TarError, EOFError, zlib.error, LZMAError) as error:
                 raise ValueError(f"{path} is no folder and no readable tar") from error
             numbers = {get_sample_key(n): data for n, data in content.items() if not is_image(n)}
@@ -81,7 +81,8 @@ class EncodedImages(Dataset[Image.Image]):
         self.classes, self.labels = (
             label_by_number(self.names, numbers) if numbers else label_by_folder(self.names)
         )
-        empty = find_without_images(path, self.names) if self.classes and path.is_dir() else []
+        by_folder = self.classes and not numbers
+        empty = find_without_images(self.names, path, folders) if by_folder else []
         if empty:
             warnings.warn(
                 f"{path}: no image is read in {', '.join(empty)}, so that there is no such class; "
@@ -139,13 +140,16 @@ def is_hidden(path: str) -> bool:
     return any(part.startswith(".") and part != ".." for part in path.split("/"))
 
 
-def read_tar(path: Path) -> dict[str, bytes]:
-    """Read the images and ``.cls`` members of a tar, by name."""
-    content = {}
+def read_tar(path: Path) -> tuple[dict[str, bytes], set[str]]:
+    """Read the images and ``.cls`` members of a tar, by name, and name its folders."""
+    content, folders = {}, set[str]()
     with tarfile.open(path) as tar:
         for member in tar:
             name = posixpath.normpath(member.name)  # "./a.png" lies in no folder
-            if is_hidden(name) or not (is_image(name) or name.endswith(".cls")):
+            if is_hidden(name):
+                continue
+            folders.add(name if member.isdir() else posixpath.dirname(name))
+            if not (is_image(name) or name.endswith(".cls")):
                 continue
             try:  # of a link, too
                 file = tar.extractfile(member)
@@ -155,7 +159,7 @@ def read_tar(path: Path) -> dict[str, bytes]:
                 ) from error
             if file is not None:
                 content[name] = file.read()
-    return content
+    return content, folders
 
 
 def get_sample_key(name: str) -> str:
@@ -183,15 +187,26 @@ def label_by_folder(names: list[str]) -> tuple[list[str], list[int] | None]:
     return classes, [index[part[0]] for part in parts]
 
 
-def find_without_images(folder: Path, names: list[str]) -> list[str]:
-    """Find the folders without images beside classes, and beside the folders around those."""
+def find_without_images(names: list[str], root: Path, folders: set[str] | None) -> list[str]:
+    """Find the folders without images beside classes, and beside the folders around those.
+
+    Args:
+        names: The names of the images.
+        root: What they lie in.
+        folders: All folders there, where it is a tar.
+    """
     around, parts = split_names(names)
     levels = [*({name} for name in around), {part[0] for part in parts}]
     found: list[str] = []
     for depth, read in enumerate(levels):
-        place = folder.joinpath(*around[:depth])
-        there = {p.name for p in place.iterdir() if p.is_dir() and not is_hidden(p.name)}
-        found += sorted((place / name).relative_to(folder).as_posix() for name in there - read)
+        above = around[:depth]
+        if folders is None:
+            there = {path.name for path in root.joinpath(*above).iterdir() if path.is_dir()}
+        else:
+            split = [folder.split("/") for folder in folders if folder]
+            there = {part[depth] for part in split if part[:depth] == above != part}
+        empty = sorted(name for name in there - read if not is_hidden(name))
+        found += ["/".join([*above, name]) for name in empty]
     return found
 
 

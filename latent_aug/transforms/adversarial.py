@@ -503,7 +503,7 @@ class LatentAdversarial(LatentTransform):
         return LF.random_start(z, eps, self.norm, mask=mask, generator=generator)
 
     def __repr__(self) -> str:
-        described = self._describe("alpha", "steps")
+        described = self.list_settings("alpha", "steps")
         return f"LatentAdversarial({described}{', at 3x32x32' if self.fits_size else ''})"
 
     def _word_share(self) -> str:

@@ -299,13 +299,14 @@ class LatentTransform:
                 stacklevel=3,
             )
 
-    def _describe(self, *more: str) -> str:
-        """List the arguments that matter, those named and those shared, for `print`."""
+    def list_settings(self, *more: str, with_flow: bool = True) -> str:
+        """List the arguments that matter, those named and those shared, as `print` shows them."""
         loaded = self.flow.loaded_from
         norm = ("norm",) if self.uses_norm else ()
         values = {name: getattr(self, name) for name in ("eps", *more, *norm)}
         values = {name: v[0] if is_point(v) else v for name, v in values.items()}
-        values["flow"] = loaded[0] if loaded else type(self.flow).__name__
+        if with_flow:
+            values["flow"] = loaded[0] if loaded else type(self.flow).__name__
         values |= {name: getattr(self, name) for name in ("p", "clip", "levels", "resolution")}
         shown = {name: repr(v) for name, v in values.items() if v is not None or name == "norm"}
         shown["p"] = self._word_share()

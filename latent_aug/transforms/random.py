@@ -349,7 +349,7 @@ class LatentPerturb(LatentTransform, v2.Transform):
 
     def extra_repr(self) -> str:
         """List the arguments that matter, for `print`."""
-        return self._describe()
+        return self.list_settings()
 
 
 def check_noise(noise: Any, draws: Tensor, name: str) -> Tensor:
