@@ -21,8 +21,8 @@ Every public name, with its signature, arguments, errors and an example that the
 itself: `latent-aug --help`.
 
 ## Transforms
-- LatentPerturb: noise make_params transform to_latents from_latents fallbacks flow with_eps
-- LatentAdversarial: step __call__ consistency share fallbacks flow with_eps
+- LatentPerturb: noise make_params transform to_latents from_latents eps p fallbacks flow with_eps
+- LatentAdversarial: step __call__ consistency eps alpha p share fallbacks flow with_eps
 - LatentSchedule: epoch current set_epoch step fallbacks
 ## Data
 - LatentCollate: __call__
@@ -31,7 +31,7 @@ itself: `latent-aug --help`.
 ## Flows
 - load_flow
 - Flow: encode decode log_prob bits_per_dim sample device split_levels join_levels config from_config save_pretrained push_to_hub
-- Glow: initialize
+- Glow: initialize decode compile_single_images
 - flows.ConditionalDenseFlow
 ## Training and looking
 - train_flow TrainConfig augment_images AugmentConfig export.copies.AugmentReport check_flow

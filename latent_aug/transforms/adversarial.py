@@ -91,8 +91,8 @@ class LatentAdversarial(LatentTransform):
         normalize: v2.Normalize or (mean, std) that the images have been through already.
         p: Share of each batch that is perturbed, drawn at random. The cost falls with it. None
             follows the model, and needs class labels. The share is nothing while the model is at
-            chance. It grows to one half as the model gets clean images right, in evaluation mode.
-            `share` tells where it stands.
+            chance. It grows towards one half as the model gets clean images right, in evaluation
+            mode. `share` tells where it stands.
         clip: Greatest distance from the original image, in [0, 1] units: per pixel for "linf",
             as l2 norm otherwise.
         random_start: Begin at a random point of the ball, not at its centre.
