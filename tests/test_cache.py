@@ -7,7 +7,7 @@ import torch
 from conftest import ByClass, Identity, random_glow
 from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision import transforms
+from torchvision import transforms, tv_tensors
 from torchvision.transforms import v2
 
 from latent_aug import LatentCache, LatentPerturb
@@ -208,6 +208,15 @@ class TestRefusals:
             ([(torch.zeros(3, 8, 8).byte(), "cat")], TypeError, "labels"),
             ([(torch.zeros(3, 8, 8).byte(), (3, 0.5))], TypeError, "labels"),
             ([(torch.zeros(3, 8, 8).byte(), label) for label in (1, None)], ValueError, "labels"),
+            (
+                [(i, tv_tensors.Mask(i[0])) for i, _ in samples()],
+                TypeError,
+                "plain tensors, got a Mask",
+            ),
+            # In the second shard:
+            ([*samples(4), *(image for image, _ in samples(2))], ValueError, "there for all"),
+            ([*samples(4), *((i, float(k)) for i, k in samples(2))], ValueError, "of one type"),
+            ([*samples(4), *samples(1, (3, 9, 9))], ValueError, "of one size"),
         ],
     )
     def test_of_data(self, tmp_path, data, error, words):
@@ -247,6 +256,22 @@ class Scaled(Identity):
 
     def decode(self, z, y=None):
         return z / self.k
+
+
+def test_torch_s_defaults_and_a_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data, perturb = samples(), LatentPerturb(0.0, flow=random_glow())
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            cached = LatentCache(data, "~/latents", perturb)
+            image, label = cached[3]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(image, data[3][0])
+    assert label == 3
+    assert (tmp_path / "latents").is_dir()
+    assert cached._read(0)["latents"].dtype == torch.float32
 
 
 def test_a_random_data_set_is_refused(tmp_path):

@@ -275,6 +275,15 @@ class TestOptions:
             assert same_trace(trace_of(model), before) is not update
             assert model[1].track_running_stats
 
+    def test_statistics_of_modules_beside_the_model(self):
+        body, head = nn.Flatten(), nn.BatchNorm1d(IMAGES[0].numel())
+        attack = LatentAdversarial(
+            body, flow=Identity(), p=1.0, forward=lambda model, batch: head(model(batch[0]))
+        )
+        for update in (False, True):
+            attack.consistency(IMAGES, update_statistics=update)
+            assert head.num_batches_tracked == update
+
     def test_statistics_of_the_batch_normalize_either_way(self, model):
         model[3].p = 0.0
         losses = [
@@ -289,7 +298,7 @@ class TestOptions:
 
         buffers = dict(model[1]._buffers)
         model[2].register_forward_pre_hook(fail)
-        with pytest.raises(RuntimeError, match="luck"), keep_statistics(model.train()):
+        with pytest.raises(RuntimeError, match="luck"), keep_statistics(model.train().modules()):
             model(IMAGES)
         assert all(model[1]._buffers[name] is buffer for name, buffer in buffers.items())
         assert model[1].num_batches_tracked == 0
@@ -408,6 +417,7 @@ class TestErrors:
             ({}, {"entropy": "all"}, TypeError, "entropy must be a number"),
             ({}, {"perturb": 0.25}, TypeError, "perturb must be callable"),
             ({}, {"augment": lambda x: [x]}, TypeError, "augment must give a tensor"),
+            ({}, {"perturb": lambda x: (255 * x).byte()}, TypeError, "perturb must give floats"),
             ({}, {"augment": lambda x: x[:2]}, ValueError, r"augment must give .*\(6, 3, 16, 16\)"),
         ],
     )

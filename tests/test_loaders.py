@@ -18,6 +18,7 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     SequentialSampler,
+    StackDataset,
     Subset,
     TensorDataset,
     default_collate,
@@ -204,7 +205,7 @@ class TestLatentLoader:
         data = [FakeData(2, transform=v2.Compose([schedule])) for schedule in schedules]
         chained = ConcatDataset([Subset(data[0], [0]), data[1]])
         LatentLoader(DataLoader(chained), v2.Identity()).set_epoch(1)
-        LatentLoader(DataLoader(data[2]), v2.Identity()).set_epoch(1)
+        LatentLoader(DataLoader(StackDataset(image=data[2])), v2.Identity()).set_epoch(1)
         assert [schedule.epoch for schedule in schedules] == [1, 1, 1]
 
     def test_set_epoch_reaches_schedules_under_any_attribute_of_a_data_set(self):

@@ -5,7 +5,7 @@ import copy
 import io
 import math
 import pickle
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from types import MappingProxyType
 
 import numpy as np
@@ -169,6 +169,53 @@ def test_pil_masks_pass_wherever_they_lie(glow, arrange):
                 assert other is one
 
 
+@pytest.mark.parametrize("arrange", [lambda x, *m: (x, *m), lambda x, *m: (x, {"masks": m})])
+def test_pil_masks_pass_beside_a_plain_tensor(glow, arrange):
+    image, mask = torch.rand(3, 16, 16), pil("L")
+    first, *_ = out = LatentPerturb(0.3, flow=glow)(arrange(image, mask, mask.convert("P")))
+    assert not torch.equal(first, image)
+    assert tree_flatten(out)[0][1] is mask
+    label = torch.tensor(3)
+    assert LatentPerturb(0.3, flow=glow)((label, mask))[0] is label
+    assert LatentPerturb(0.3, flow=glow)((label, mask))[1] is not mask
+
+
+@pytest.mark.parametrize(
+    ("sample", "images"),
+    [
+        (({"mask": torch.rand(3, 8, 8), "image": torch.rand(3, 8, 8)}, 7), [1]),
+        ((MappingProxyType({"label": torch.tensor(3), "image": torch.rand(3, 8, 8)}), 7), [1]),
+        (({"image": pil("RGB"), "depth": pil("RGB")}, 7), [0]),
+        (({"mask": pil("L"), "image": pil("RGB")}, 7), [1]),
+        ([{"image": torch.rand(3, 8, 8)}, {"image": torch.rand(3, 8, 8)}], [0, 1]),
+        ((torch.rand(3, 8, 8), {"image": torch.rand(3, 8, 8)}), [0]),
+        (({"image": torch.rand(3, 8, 8)}, {"image": "name.png"}), [0]),
+    ],
+)
+def test_a_mapping_that_a_sample_begins_with_names_its_image(glow, sample, images):
+    def list_leaves(value):
+        return [
+            leaf
+            for part in value
+            for leaf in (part.values() if isinstance(part, Mapping) else [part])
+        ]
+
+    before, after = list_leaves(sample), list_leaves(LatentPerturb(0.3, flow=glow)(sample))
+    changed = [number for number, leaf in enumerate(after) if leaf is not before[number]]
+    assert changed == images
+    assert all(not np.array_equal(np.asarray(before[k]), np.asarray(after[k])) for k in images)
+
+
+def test_a_class_beside_a_mapping_reaches_a_conditional_flow():
+    transform = LatentPerturb(0.3, flow=ByClass(), generator=torch.Generator().manual_seed(0))
+    image = torch.full((3, 8, 8), 0.5)
+    for sample in (
+        ({"image": image}, 2),
+        [{"image": image, "label": 2}, {"image": image, "label": 1}],
+    ):
+        assert not torch.equal(transform(sample)[0]["image"], image)
+
+
 def test_a_list_of_colours_and_greys_holds_images(glow):
     given = {"x": [pil("L"), pil("RGB")]}
     result = LatentPerturb(1.0, flow=glow)(given)
@@ -179,12 +226,26 @@ def test_a_list_of_colours_and_greys_holds_images(glow):
 def test_a_pil_mask_that_may_be_an_image_is_refused(glow, grey_glow):
     with pytest.raises(TypeError, match=r"two PIL images of mode L .* wrap a mask in"):
         LatentPerturb(0.3, flow=grey_glow)((pil("L"), pil("L")))
+    with pytest.raises(TypeError, match=r"two PIL images of mode L"):
+        LatentPerturb(0.3, flow=grey_glow)((pil("L"), pil("L"), pil("L")))
     two = [pil("L"), pil("L")]
     for one, other in zip(LatentPerturb(0.3, flow=grey_glow)(two), two, strict=True):
         assert not np.array_equal(np.asarray(one), np.asarray(other))
     views = pil("RGB"), pil("RGB")
     for one, other in zip(LatentPerturb(0.3, flow=glow)(views), views, strict=True):
         assert not np.array_equal(np.asarray(one), np.asarray(other))
+
+
+@pytest.mark.parametrize("mark", [lambda x: x, tv_tensors.Image, v2.ToPILImage()])
+def test_each_image_beside_a_target_has_its_own_draw(glow, mark):
+    images = [mark(torch.full((3, 16, 16), 0.5)) for _ in range(3)]
+    transform = LatentPerturb(0.3, flow=glow)
+    out, _ = transform((images, [{}] * 3))
+    assert len({np.asarray(image).tobytes() for image in out}) == 3
+    with pytest.raises(ValueError, match="channels"):
+        transform(([torch.rand(3, 16, 16), torch.rand(1, 16, 16)], [{}, {}]))
+    rgb, depth = torch.rand(3, 16, 16), torch.rand(1, 16, 16)  # of one sample
+    assert transform(([rgb, depth], 7))[0][1] is depth
 
 
 @pytest.mark.parametrize("kind", [tuple, list])

@@ -33,7 +33,7 @@ from latent_aug.transforms.consistency import (
 )
 from latent_aug.transforms.labels import prepare_labels, read_labels
 from latent_aug.transforms.latents import LatentTransform, find_layout, run_uncompiled
-from latent_aug.transforms.lending import lend
+from latent_aug.transforms.lending import lend, list_modules
 from latent_aug.transforms.regions import Levels, Mask, build_mask, read_region, take_rows
 from latent_aug.transforms.share import HIGHEST, AdaptiveShare, count_right
 from latent_aug.utils.arguments import (
@@ -94,7 +94,7 @@ class LatentAdversarial(LatentTransform):
             chance. It grows towards one half as the model gets clean images right, in evaluation
             mode. `share` tells where it stands.
         clip: Greatest distance from the original image, in [0, 1] units: per pixel for "linf",
-            as l2 norm otherwise.
+            as l2 norm otherwise. Rounding to 8 bits comes after it.
         random_start: Begin at a random point of the ball, not at its centre.
         model_mode: "eval" attacks the model in evaluation mode, "unchanged" in the mode it is in.
         mask: Zeros and ones, (H, W) or (B, H, W), or a callable that takes the batch and returns
@@ -333,7 +333,8 @@ class LatentAdversarial(LatentTransform):
             )
         else:
             images = map_images("perturb", perturb, images)
-        with nullcontext() if update_statistics else keep_statistics(self.model):
+        modules = list_modules(self.model, (self.forward,))
+        with nullcontext() if update_statistics else keep_statistics(modules):
             logits = build_ask(self.forward, batch, key)(self.model, images)
         return measure_change(logits, targets, counted, entropy=entropy)
 

@@ -16,11 +16,11 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from latent_aug.flows import Flow
-from latent_aug.images.conversion import from_float, to_batch
+from latent_aug.images.conversion import from_float, is_tv_tensor, to_batch, to_float
 from latent_aug.images.datasets import check_dataset, spread_indices
 from latent_aug.images.samples import find_labels, get_image_key
 from latent_aug.transforms.random import LatentPerturb
-from latent_aug.utils.arguments import require_positive
+from latent_aug.utils.arguments import require_path, require_positive
 from latent_aug.utils.files import claim_directory, write_whole
 
 INDEX_NAME = "index.json"
@@ -84,7 +84,8 @@ class LatentCache(Dataset[Any]):
         if then is not None and not callable(then):
             raise TypeError(f"then must be callable or None, got {then!r}")
         require_positive("batch_size", batch_size)
-        self.directory, self.perturb, self.then = Path(directory).absolute(), perturb, then
+        self.directory = Path(require_path("directory", directory)).expanduser().absolute()
+        self.perturb, self.then = perturb, then
         self.count = len(dataset)
         self._open: dict[int, Any] = {}
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -114,7 +115,8 @@ class LatentCache(Dataset[Any]):
             chosen = range(start, min(start + SHARD, self.count))
             if not is_whole(self._shard(start), len(chosen)):
                 logger.info("encoding samples %d to %d of %d", start, chosen.stop, self.count)
-                tensors = encode_samples(dataset, chosen, perturb, batch_size)
+                first = self._read(0) if start else {}
+                tensors = encode_samples(dataset, chosen, perturb, batch_size, first)
                 write_whole(self._shard(start), save(tensors))
 
     def __len__(self) -> int:
@@ -129,7 +131,7 @@ class LatentCache(Dataset[Any]):
         if not rows:
             return []
         read = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        x, labels = read["images"] / 255, read.get("labels")
+        x, labels = to_float(read["images"]), read.get("labels")
         sample = read["images"], labels
         perturbed = self.perturb.from_latents(read["latents"], x, sample)
         images = from_float(perturbed, torch.uint8)
@@ -152,7 +154,8 @@ class LatentCache(Dataset[Any]):
         if start not in self._open:
             self._open[start] = safe_open(self._shard(start), framework="pt")
         file = self._open[start]
-        return {name: file.get_slice(name)[row : row + 1][0] for name in file.keys()}  # noqa: SIM118
+        with torch.device("cpu"):  # safetensors follows the default device
+            return {name: file.get_slice(name)[row : row + 1][0] for name in file.keys()}  # noqa: SIM118
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
@@ -195,6 +198,11 @@ def read_sample(sample: Any, channels: int) -> tuple[Tensor, Tensor | None]:
         and not hasattr(label, "item")
     ):
         raise TypeError(f"labels must be numbers or tensors, got {label!r}")
+    if isinstance(label, Tensor) and is_tv_tensor(label):
+        raise TypeError(
+            f"labels must be numbers or plain tensors, got a {type(label).__name__}: a cache would "
+            "give it without its type, so that crops and flips in then= would leave it where it is"
+        )
     if isinstance(image, Tensor) and image.dtype != torch.uint8:
         raise TypeError(
             f"a cache is of uint8 or PIL images, got {image.dtype}: leave ToDtype and "
@@ -208,26 +216,33 @@ def read_sample(sample: Any, channels: int) -> tuple[Tensor, Tensor | None]:
 
 
 def encode_samples(
-    dataset: Any, chosen: range, perturb: LatentPerturb, batch_size: int
+    dataset: Any,
+    chosen: range,
+    perturb: LatentPerturb,
+    batch_size: int,
+    first: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Encode some samples: their latents, images and labels."""
+    """Encode some samples: their latents, images and labels, alike and like the first one's."""
     images, labels = zip(
         *(read_sample(dataset[i], perturb.flow.channels) for i in chosen), strict=True
     )
-    if len({image.shape for image in images}) > 1:
-        raise ValueError(
-            f"a cache is of images of one size, got {sorted({tuple(i.shape) for i in images})}; "
-            "resize them"
-        )
+    like = (first["images"], first.get("labels")) if first else (images[0], labels[0])
+    if len(shapes := {tuple(image.shape) for image in (like[0], *images)}) > 1:
+        raise ValueError(f"a cache is of images of one size, got {sorted(shapes)}; resize them")
     tensors = {"images": torch.stack(images)}
-    if len({None if label is None else (label.dtype, label.shape) for label in labels}) > 1:
+    if len({describe_label(label) for label in (like[1], *labels)}) > 1:
         raise ValueError("labels must be of one type and shape, and there for all samples or none")
     if labels[0] is not None:
         tensors["labels"] = torch.stack(labels)
     starts = range(0, len(images), batch_size)
     parts = [{k: t[i : i + batch_size] for k, t in tensors.items()} for i in starts]
-    latents = [perturb.to_latents(part["images"] / 255, part.get("labels")) for part in parts]
+    latents = [perturb.to_latents(to_float(part["images"]), part.get("labels")) for part in parts]
     return {**tensors, "latents": torch.cat(latents)}
+
+
+def describe_label(label: Tensor | None) -> Any:
+    """Describe what labels must have in common to be stacked."""
+    return None if label is None else (label.dtype, label.shape)
 
 
 def is_whole(shard: Path, rows: int) -> bool:

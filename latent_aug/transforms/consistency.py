@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,13 +94,13 @@ def measure_change(
 
 
 @contextmanager
-def keep_statistics(model: nn.Module) -> Iterator[None]:
+def keep_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Let BatchNorm use the statistics of a batch, and leave its running ones alone.
 
     It writes to copies of these. So its pass stays an ordinary one, which activation checkpointing
     can repeat in the backward pass. The repetition writes to the running ones.
     """
-    training = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    training = [m for m in modules if isinstance(m, _BatchNorm) and m.training]
     kept = [(module, dict(module._buffers)) for module in training]
     for module, buffers in kept:
         module._buffers.update({k: b if b is None else b.clone() for k, b in buffers.items()})
@@ -120,7 +120,7 @@ def map_images(name: str, function: Callable[[Tensor], Any], images: Tensor) -> 
         images: The images.
 
     Raises:
-        TypeError: It is no function, or gives no tensor.
+        TypeError: It is no function, or gives no tensor of floats.
         ValueError: It gives a tensor of another shape.
     """
     if not callable(function):
@@ -129,6 +129,8 @@ def map_images(name: str, function: Callable[[Tensor], Any], images: Tensor) -> 
         result = function(images)
     if not isinstance(result, Tensor):
         raise TypeError(f"{name} must give a tensor of images, got {type(result).__name__}")
+    if not result.is_floating_point():
+        raise TypeError(f"{name} must give floats in the range of its images, got {result.dtype}")
     if result.shape != images.shape:
         raise ValueError(
             f"{name} must give images of the shape {tuple(images.shape)} of its own, got "

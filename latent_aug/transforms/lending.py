@@ -55,10 +55,7 @@ def lend(model: nn.Module, mode: str, *, beside: Iterable[Any] = ()) -> Iterator
     Raises:
         ValueError: The model is lazy and has not seen a batch.
     """
-    model = unwrap(model)
-    found = [model, *list_hidden(model)]
-    found += [module for value in beside for module in find_modules(value)]
-    modules = list(dict.fromkeys(inner for module in found for inner in module.modules()))
+    modules = list_modules(model, beside)
     parameters = [p for module in modules for p in module.parameters(recurse=False)]
     buffers = (b for module in modules for b in module._buffers.values())
     if any(nn.parameter.is_lazy(t) for t in (*parameters, *buffers) if t is not None):
@@ -77,7 +74,15 @@ def lend(model: nn.Module, mode: str, *, beside: Iterable[Any] = ()) -> Iterator
             for module in modules:
                 if module.training and not keeps_training(module):
                     module.training = False
-        yield model
+        yield unwrap(model)
+
+
+def list_modules(model: nn.Module, beside: Iterable[Any] = ()) -> list[nn.Module]:
+    """List the modules of a model, and those that it and these functions reach otherwise."""
+    model = unwrap(model)
+    found = [model, *list_hidden(model)]
+    found += [module for value in beside for module in find_modules(value)]
+    return list(dict.fromkeys(inner for module in found for inner in module.modules()))
 
 
 @contextmanager

@@ -23,7 +23,14 @@ from latent_aug.images.samples import (
 from latent_aug.transforms.random import LatentPerturb
 from latent_aug.transforms.schedule import LatentSchedule, has_hooks, walk_parts
 from latent_aug.utils.arguments import require_natural
-from latent_aug.utils.randomness import get_rank, mix_seeds, sample_seed, use_seed
+from latent_aug.utils.randomness import (
+    get_rank,
+    has_copied_seed,
+    mix_seeds,
+    number_process,
+    sample_seed,
+    use_seed,
+)
 
 EXCLUDED = ("sampler", "batch_size", "shuffle", "drop_last")  # arguments beside a batch_sampler
 
@@ -35,7 +42,8 @@ class LatentCollate:
     workers may run it on the CPU. On a GPU it runs in the main process only (``num_workers=0``).
     Use `LatentLoader` to have both workers and a GPU.
 
-    A loader with ``batch_size=None`` gives it ready batches, which it perturbs as they are.
+    A loader with ``batch_size=None`` gives it ready batches, which it perturbs as they are. A list
+    of tensors alone is taken for samples, so give (images, others) as a tuple there.
 
     Args:
         transform: A `LatentPerturb`, a `LatentSchedule` of such, or any v2 transform of batches.
@@ -188,7 +196,10 @@ class LatentLoader:
         self._epoch += 1
         # Before the loader's own draws, whose order depends on its workers.
         if self.seed is None:
-            seed = mix_seeds(sample_seed(), get_rank() or 0)
+            rank = get_rank()
+            if rank is None and has_copied_seed():
+                rank = number_process()
+            seed = mix_seeds(sample_seed(), rank or 0)
         else:
             seed = mix_seeds(self.seed, self._epoch, get_rank() or 0)
         batches = self._perturb(iter(self.loader), seed)
@@ -276,7 +287,8 @@ def walk_data(data: Any) -> Iterator[Any]:
     for value in getattr(data, "__dict__", {}).values():
         yield from (part for part in walk_parts(value) if isinstance(part, LatentSchedule))
     inside = [getattr(data, "dataset", None)]  # of a Subset
-    several = getattr(data, "datasets", None)  # of a ConcatDataset
+    several = getattr(data, "datasets", None)  # of a ConcatDataset or a StackDataset
+    several = list(several.values()) if isinstance(several, Mapping) else several
     inside += several if isinstance(several, (list, tuple)) else []
     for part in inside:
         if part is not None:

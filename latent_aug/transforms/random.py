@@ -60,9 +60,9 @@ class LatentPerturb(LatentTransform, v2.Transform):
     It takes what v2 transforms take: PIL images, uint8 or float tensors and tv_tensors, alone or in
     any structure, and whole batches (..., C, H, W). Labels, boxes and masks pass through. So does
     a PIL mask in (image, mask) whose mode is not the image's. Of plain tensors the first is the
-    image, as in v2. In (list of images, targets) all in the list are. In a mapping the image is
-    under "pixel_values", "image", "images" or "img", and a further tv_tensors.Image counts too.
-    Type, dtype, shape and device of the result are the input's.
+    image, as in v2. In (list of images, list of targets) each image has a draw of its own. In a
+    mapping the image is under "pixel_values", "image", "images" or "img", and a further
+    tv_tensors.Image counts too. Type, dtype, shape and device of the result are the input's.
 
     Floats lie in [0, 1]: put it before Normalize, or pass `normalize`. Sizes that the flow cannot
     map are padded and cropped back. All frames of a video get the same noise. Like other v2
@@ -80,7 +80,7 @@ class LatentPerturb(LatentTransform, v2.Transform):
         flow: A `Flow`, or a name or path for `load_flow`.
         p: Probability that a sample is perturbed.
         clip: Greatest distance from the original image, in [0, 1] units: per pixel for "linf"
-            and None, as l2 norm otherwise.
+            and None, as l2 norm otherwise. Rounding to 8 bits comes after it.
         away: Point every component of the noise away from the latent's origin.
         resolution: Perturb a copy of the image, downscaled to this many pixels on its shorter
             side, and add the upsampled difference. This is for photographs, which are larger than
@@ -167,17 +167,37 @@ class LatentPerturb(LatentTransform, v2.Transform):
         The whole sample is at hand here, with the labels and the mask that may be in it.
         """
         sample: Any = inputs if len(inputs) > 1 else inputs[0]
-        key = find_image_key(sample) if isinstance(sample, Mapping) else None
+        if isinstance(sample, Mapping):
+            return self._perturb_mapping(sample, sample)
+        if begins_with_images(sample, self.flow.channels):
+            return self._perturb_first(sample)
+        if isinstance(sample, (tuple, list)) and sample and has_image_key(sample[0]):
+            alone = sum(map(has_image_key, sample)) == 1  # so that what lies beside it is its own
+            return rebuild_sequence(
+                sample,
+                [
+                    self._perturb_mapping(part, sample if alone else part)
+                    if has_image_key(part)
+                    else part
+                    for part in sample
+                ],
+            )
+        return self._perturb_part(sample, sample)
+
+    def _perturb_mapping(self, part: Mapping[Any, Any], sample: Any) -> Any:
+        """Perturb what lies under the image's key in a mapping, which the sample is or begins with.
+
+        A mapping without such a key is looked through as a tuple is.
+        """
+        key = find_image_key(part)
         if key is None:
-            if begins_with_images(sample, self.flow.channels):
-                return self._perturb_first(sample)
-            return self._perturb_part(sample, sample)
-        if isinstance(sample[key], (list, tuple)):
-            return replace_items(sample, {key: self._perturb_listed(sample, key)})
+            return self._perturb_part(part, sample)
+        if isinstance(part[key], (list, tuple)):
+            return replace_items(part, {key: self._perturb_listed(part, key)})
         marked = (tv_tensors.Image, tv_tensors.Video)
-        if isinstance(sample[key], marked):
-            return self._perturb_part(sample, sample, marked)
-        return replace_items(sample, {key: self._perturb_part(sample[key], sample)})
+        if isinstance(part[key], marked):
+            return self._perturb_part(part, sample, marked)
+        return replace_items(part, {key: self._perturb_part(part[key], sample)})
 
     def _perturb_part(self, part: Any, sample: Any, types: tuple[type, ...] = (object,)) -> Any:
         """Perturb the images in a part of the sample, found as v2 transforms find them.
@@ -185,11 +205,15 @@ class LatentPerturb(LatentTransform, v2.Transform):
         Only images of these types are perturbed.
         """
         flat, rebuild = flatten_structure(part)
-        masks = {id(mask) for mask in find_pil_masks(part)}
-        needed = [
-            needs and isinstance(value, types) and id(value) not in masks
-            for needs, value in zip(self._needs_transform_list(flat), flat, strict=True)
-        ]
+        first = None if isinstance(part, Mapping) else find_tensor_before_masks(flat)
+        if first is None:
+            masks = {id(mask) for mask in find_pil_masks(part)}
+            needed = [
+                needs and isinstance(value, types) and id(value) not in masks
+                for needs, value in zip(self._needs_transform_list(flat), flat, strict=True)
+            ]
+        else:
+            needed = [value is first for value in flat]
         images = [value for value, is_image in zip(flat, needed, strict=True) if is_image]
         params = self.make_params(images, sample)
         results = [
@@ -373,16 +397,41 @@ def check_noise(noise: Any, draws: Tensor, name: str) -> Tensor:
 
 
 def begins_with_images(sample: Any, channels: int) -> bool:
-    """Whether a tuple or list begins with a list of plain tensors that are images."""
+    """Whether a tuple or list begins with a list of images, each of a sample of its own.
+
+    So are images beside a list of targets, and plain tensors of the flow's channels. Other images
+    in a list are several of one sample.
+    """
     first = sample[0] if isinstance(sample, (tuple, list)) and sample else None
-    return (
-        isinstance(first, (tuple, list))
-        and len(first) > 0
-        and all(
-            v2.functional.is_pure_tensor(t) and t.ndim >= 3 and t.shape[-3] == channels
-            for t in first
-        )
+    if not isinstance(first, (tuple, list)) or not first:
+        return False
+    others = [value for value in sample[1:] if isinstance(value, (tuple, list))]
+    is_plain = all(v2.functional.is_pure_tensor(t) and t.ndim >= 3 for t in first)
+    if any(has_one_each(value, len(first)) for value in others):
+        return is_plain or all(isinstance(t, (Image.Image, tv_tensors.Image)) for t in first)
+    return is_plain and all(t.shape[-3] == channels for t in first)
+
+
+def has_image_key(part: Any) -> bool:
+    """Whether a part of a sample is a mapping that says where its image is."""
+    return isinstance(part, Mapping) and find_image_key(part) is not None
+
+
+def find_tensor_before_masks(values: list[Any]) -> Tensor | None:
+    """Find the plain tensor that is the image, as what comes after it may be its PIL masks.
+
+    torchvision would take the masks for images. None where it is right.
+    """
+    images = [
+        value
+        for value in values
+        if isinstance(value, MARKED) or (v2.functional.is_pure_tensor(value) and value.ndim >= 3)
+    ]
+    marked = [value for value in images if isinstance(value, MARKED)]
+    are_masks = all(
+        isinstance(value, Image.Image) and value.mode.startswith(MASK_MODES) for value in marked
     )
+    return images[0] if marked and are_masks and images[0] is not marked[0] else None
 
 
 def find_pil_masks(sample: Any) -> list[Image.Image]:
@@ -392,17 +441,17 @@ def find_pil_masks(sample: Any) -> list[Image.Image]:
     none.
 
     Raises:
-        TypeError: There are two images of the same mode, and the second could be a mask.
+        TypeError: There are several images of the same mode, and all but the first could be masks.
     """
     found = list(list_marked(sample))
     modes = [find_mode(images) for images in found]
-    if len(found) == 2 and modes[0] == modes[1] and modes[1].startswith(MASK_MODES):
-        raise TypeError(
-            f"two PIL images of mode {modes[0]} may be an image and its mask: wrap a mask in "
-            "tv_tensors.Mask, and pass two images as a list"
-        )
     coloured = [mode for mode in modes if not mode.startswith(MASK_MODES)]
     first = coloured[0] if isinstance(sample, Mapping) and coloured else next(iter(modes), "")
+    if modes.count(first) > 1 and first.startswith(MASK_MODES):
+        raise TypeError(
+            f"two PIL images of mode {first} may be an image and its mask: wrap a mask in "
+            "tv_tensors.Mask, and pass two images as a list"
+        )
     return [
         image
         for images, mode in zip(found, modes, strict=True)
