@@ -96,6 +96,8 @@ class Handler(BaseHTTPRequestHandler):
         fault = hub.fault(path) if self.command != "HEAD" else None
         if fault == "500":
             return self.reply(500, b"oops")
+        if fault == "html":
+            return self.reply(200, b"<html>Please log in</html>")
         for pattern, method in ROUTES:
             found = re.fullmatch(pattern, path)
             if found:

@@ -190,7 +190,11 @@ def test_eps_and_alpha_are_drawn_for_each_sample(norm):
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4))
     images, labels = torch.full((200, 3, 8, 8), 0.5), torch.zeros(200, dtype=torch.long)
     options = {"norm": norm, "flow": Identity(), "steps": 1, "random_start": False}
-    for ranges in ({"alpha": (0.1, 0.2), "eps": 0.24}, {"alpha": 0.3, "eps": (0.1, 0.2)}):
+    for ranges in (
+        {"alpha": (0.1, 0.2), "eps": 0.24},
+        {"alpha": 0.3, "eps": (0.1, 0.2)},
+        {"alpha": None, "eps": (0.1, 0.2)},  # each image's eps
+    ):
         attack = paper_attack(model, **options, **ranges)
         size = length(attack(images, labels) - images, norm)
         assert size.min() == pytest.approx(0.1, abs=0.01)
@@ -589,6 +593,8 @@ def test_settings_may_be_changed_while_training(model, batch):
     attack.p = 1.0
     attack.eps = 2
     assert (attack.share, attack.eps, attack.alpha) == (1.0, (2.0, 2.0), (2.0, 2.0))
+    assert not attack.fits_size  # as of an eps that is given from the start
+    assert LatentAdversarial(model, flow=Identity()).with_eps(2.0).fits_size
     assert (attack.step(batch)[0] != batch[0]).flatten(1).any(1).all()
     attack.alpha = 0.5
     assert attack.alpha == (0.5, 0.5)

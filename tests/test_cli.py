@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 import sys
 from dataclasses import MISSING, fields
@@ -225,9 +226,11 @@ def smooth_folder(root):
     return root
 
 
-def test_check_says_what_it_found(tmp_path):
-    data, picture = smooth_folder(tmp_path / "images"), tmp_path / "picture.png"
-    result = call("check", "glow-fashionmnist", data, "--picture", picture)
+def test_check_says_what_it_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    picture = tmp_path / "picture.png"
+    smooth_folder(tmp_path / "images")
+    result = call("check", "glow-fashionmnist", "~/images", "--picture=~/picture.png")
     assert "bits/dim" in result.output
     assert "suggested for LatentPerturb: norm='linf', eps=" in result.output
     assert "suits these images" in result.output
@@ -253,7 +256,19 @@ def test_check_with_a_classifier(tmp_path, monkeypatch):
     result = call(*arguments, "--normalize", "mymodels:nothing")
     assert result.exit_code == 1
     assert "error: normalize must be a v2.Normalize" in result.output
-    for name in ("mymodels:nothing", "mymodels:absent", "absent:load"):
+    (tmp_path / "broken.py").write_text("raise RuntimeError('no such weights')\n")
+    (tmp_path / "fails.py").write_text(
+        "from torch import nn\n"
+        "class Model(nn.Module):\n    def forward(self, x):\n        return {}[3]\n"
+        "model = Model()\n"
+    )
+    for name in (
+        "mymodels:nothing",
+        "mymodels:absent",
+        "absent:load",
+        "broken:model",
+        "fails:model",
+    ):
         result = call("check", "glow-fashionmnist", data, "--classifier", name)
         assert result.exit_code == 1
         assert "error:" in result.output
@@ -301,16 +316,18 @@ def test_preview_draws(tmp_path):
 
 def test_nothing_is_written_among_the_images(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(folder))
     for arguments in (
         ["train", ".", "--output", "flow", *SMALL],
         ["train", tmp_path, "--validation", ".", "--output", "flow", *SMALL],
         ["preview", "glow-fashionmnist", "."],
         ["check", "glow-fashionmnist", ".", "--picture", "check.png"],
         ["augment", ".", "copies"],
+        ["augment", "~", folder / "copies"],
     ):
         result = call(*arguments)
         assert result.exit_code == 1
-        assert "lies among the images of ." in result.output
+        assert re.search(r"lies among the images of [.~];", result.output)
     assert {path.name for path in folder.iterdir()} >= {"class0", "class1"}
     assert not {"flow", "preview.png", "check.png", "copies"} & {p.name for p in folder.iterdir()}
 

@@ -275,6 +275,17 @@ class TestOptions:
             assert same_trace(trace_of(model), before) is not update
             assert model[1].track_running_stats
 
+    def test_a_model_that_writes_to_its_input(self, model):
+        class Shifting(nn.Module):
+            def forward(self, x):
+                return model(x.sub_(0.5))
+
+        model.eval()
+        before = IMAGES.clone()
+        loss = hook(Shifting()).consistency(IMAGES, perturb=lambda images: images)
+        assert loss.abs() < 1e-12
+        assert torch.equal(IMAGES, before)
+
     def test_statistics_of_modules_beside_the_model(self):
         body, head = nn.Flatten(), nn.BatchNorm1d(IMAGES[0].numel())
         attack = LatentAdversarial(

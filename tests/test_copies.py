@@ -498,10 +498,14 @@ def test_bad_data_is_named(tmp_path):
         (["data", "data/out"], "lies among the images"),
         (["data", "out", "--copies", "0"], "copies must be"),
         (["data", "out", "--flow", "nothing"], "nothing"),
+        (["data", "out"], "RANK must lie in 0 to WORLD_SIZE - 1"),
     ],
 )
 def test_errors_are_one_line(data, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
+    if "RANK" in words:
+        monkeypatch.setenv("RANK", "3")
+        monkeypatch.setenv("WORLD_SIZE", "2")
     result = CliRunner().invoke(app, ["augment", *arguments])
     assert result.exit_code == 1
     assert result.output.startswith("error: ")

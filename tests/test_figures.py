@@ -98,6 +98,14 @@ def test_attacks_and_conditional_flows():
             assert (drawn[3][1] - drawn[0][1]).abs().max() > 0
 
 
+def test_an_attack_on_a_model_of_half_precision():
+    x, y = torch.rand(2, 3, 16, 16), torch.tensor([1, 2])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 4)).to(torch.bfloat16)
+    attack = LatentAdversarial(model, eps=4.0, flow=random_glow())
+    drawn = pictures(preview(attack, x.to(torch.bfloat16), y))
+    assert (drawn[3][1] - drawn[0][1]).abs().max() > 0
+
+
 @pytest.mark.parametrize("channels", [2, 5])
 def test_images_of_other_channels_are_drawn_as_colours_or_grey(channels):
     images = torch.rand(1, channels, 8, 8)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    ByClass,
     Identity,
     convolutional_classifier,
     images_and_classes,
@@ -183,7 +184,19 @@ def test_uniform_images_cost_eight_bits():
     assert Uniform().bits_per_dim(torch.rand(2, 3, 4, 4)).tolist() == pytest.approx([8.0, 8.0])
 
 
+def test_bits_of_8_bit_values_want_floats(glow):
+    with pytest.raises(TypeError, match=r"x must be floats, got torch\.uint8: divide"):
+        glow.bits_per_dim(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
+
+
 class TestSample:
+    def test_classes_may_be_a_list(self):
+        flow = ByClass()
+        assert torch.equal(
+            flow.sample(2, [0, 1], size=8, temperature=0.0),
+            flow.sample(2, torch.tensor([0, 1]), size=8, temperature=0.0),
+        )
+
     def test_images_are_decoded_normal_latents(self, any_flow):
         height, width = any_flow.size or (8, 24)
         generator = torch.Generator().manual_seed(1)

@@ -105,6 +105,23 @@ def test_wrong_bytes_are_refused_and_not_kept(hub):
     assert same(load_flow(REPO), random_glow())
 
 
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:9", "html"])
+def test_what_is_no_hub_is_named(hub, monkeypatch, endpoint):
+    if endpoint == "html":
+        hub.faults["/api/"] = "html"
+    else:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    with pytest.raises(OSError, match=rf"{REPO} could not be read from the hub at .*HF_ENDPOINT"):
+        load_flow(REPO)
+
+
+@pytest.mark.parametrize("name", ["my flows/x", "nothere/", "a/..", "a/b/c"])
+def test_what_is_no_repository_s_name_is_a_missing_directory(hub, name):
+    with pytest.raises(ValueError, match=f"there is no flow {name!r}"):
+        load_flow(name)
+    assert hub.calls == []
+
+
 @pytest.mark.parametrize("name", ["someone/nothing", "nobody/my-flow"])
 def test_an_unknown_repository_lists_what_is_bundled(hub, name):
     with pytest.raises(OSError, match=r"glow-cifar10.*glow-fashionmnist"):

@@ -172,6 +172,22 @@ class TestBuffers:
             attacked(writing, batch)
             assert same_trace(trace_of(writing), before)
 
+    def test_of_a_norm_that_is_written_to_behind_its_version(self, model, batch):
+        class Averaging(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = model
+
+            def forward(self, x):
+                self.inner[1].running_mean.data.mul_(0.9).add_(x.detach().mean())
+                return self.inner(x)
+
+        averaging = Averaging()
+        for _ in range(3):
+            before = trace_of(averaging)
+            attacked(averaging, batch)
+            assert same_trace(trace_of(averaging), before)
+
     def test_of_norms_are_copied_in_training_mode_only(self, model, monkeypatch):
         copied, clone = [], torch.Tensor.clone
         with lend(model, "eval"):

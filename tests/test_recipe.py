@@ -38,6 +38,7 @@ def test_a_short_training_warms_up_for_a_tenth_of_it(steps, warmup):
         {"ema": 2},
         {"crop": -1},
         {"noise": 25},
+        {"seed": 2**64},
         {"network_dtype": "float16"},
     ],
 )

@@ -53,6 +53,22 @@ def test_it_learns_and_writes_what_it_returns(tmp_path):
         assert (tmp_path / picture).stat().st_size > 0
 
 
+def test_arguments_of_another_type_are_named(tmp_path):
+    with pytest.raises(TypeError, match=r"flow must be a Flow, .* got 'glow-fashionmnist'"):
+        train_flow("glow-fashionmnist", stripes(), config(tmp_path))
+    with pytest.raises(TypeError, match="config must be a TrainConfig, got a dict"):
+        train_flow(small_flow(), stripes(), {"steps": 3})
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_whatever_mode_the_caller_is_in(tmp_path, mode):
+    expected = train_flow(small_flow(), stripes(), config(tmp_path / "a"), progress=False)
+    with mode():
+        found = train_flow(small_flow(), stripes(), config(tmp_path / "b"), progress=False)
+    assert torch.equal(weights(found), weights(expected))
+    assert not any(p.is_inference() for p in found.parameters())
+
+
 def test_noise_is_added_to_the_images(tmp_path, monkeypatch):
     seen, log_prob = [], Glow.log_prob
 

@@ -151,8 +151,8 @@ def import_object(option: str, name: str) -> Any:
     sys.path.insert(0, "")  # as python -m does
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ModuleNotFoundError, AttributeError) as error:
+    except Exception as error:  # of the user's own module
         raise ValueError(
-            f"--{option} {name}: {error}; modules are looked for in {Path.cwd()} and among the "
-            "installed ones"
+            f"--{option} {name}: {type(error).__name__}: {error}; modules are looked for in "
+            f"{Path.cwd()} and among the installed ones"
         ) from error

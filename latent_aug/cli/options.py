@@ -17,10 +17,16 @@ import typer
 from latent_aug.transforms.functional import Norm as Norm
 from latent_aug.utils.randomness import get_rank_and_count
 
+
+def expand_home(path: Path | None) -> Path | None:
+    """Expand the tilde of a home directory, which shells leave in ``--option=~/...``."""
+    return path and path.expanduser()
+
+
 DATA = typer.Argument(help="A folder of images, a tar of them, or torchvision:NAME.")
 ROOT = typer.Option(help="The directory of torchvision's data sets.")
 FLOW = typer.Argument(help="A bundled name, a directory, or org/repo on the hub.")
-PICTURE = typer.Option(help="The file to draw.")
+PICTURE = typer.Option(help="The file to draw.", callback=expand_home)
 SIZE = typer.Option(help="Resize and crop to this side, the one at which you perturb.")
 NORM = typer.Option(help="The norm of eps.")
 RESOLUTION = typer.Option(help="Perturb a copy downscaled to this; for photographs.")
@@ -96,8 +102,7 @@ def read_descriptions(config: type[Any]) -> dict[str, str]:
 @contextmanager
 def show_errors() -> Iterator[None]:
     """Show an error that a user can mend as a line, and end with exit code 1; warnings, too."""
-    rank, count = get_rank_and_count()
-    who = f"rank {rank}: " if count > 1 else ""
+    who = ""
 
     def show(message: Warning | str, *_: object) -> None:
         typer.echo(f"{who}warning: {message}", err=True)
@@ -105,6 +110,8 @@ def show_errors() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = show  # type: ignore[assignment]  # takes what it uses
+            rank, count = get_rank_and_count()
+            who = f"rank {rank}: " if count > 1 else ""
             yield
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         typer.echo(f"{who}error: {error}", err=True)
@@ -122,7 +129,8 @@ def check_apart(target: Path, data: str) -> None:
     Raises:
         ValueError: The target lies in the folder of images.
     """
-    if Path(data).is_dir() and target.resolve().is_relative_to(Path(data).resolve()):
+    folder = Path(data).expanduser()
+    if folder.is_dir() and target.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{target} lies among the images of {data}; write elsewhere")
 
 

@@ -46,9 +46,10 @@ class Flips:
         with lend(self.classifier, "eval") as model:
             try:
                 outputs = [model(part) for part in inputs.split(CHUNK)]
-            except RuntimeError as error:
+            except Exception as error:  # of the user's own code
                 raise ValueError(
-                    f"classifier fails on images of shape {tuple(inputs[:CHUNK].shape)}: {error}"
+                    f"classifier fails on images of shape {tuple(inputs[:CHUNK].shape)}: "
+                    f"{type(error).__name__}: {error}"
                 ) from error
         if not all(isinstance(logits, Tensor) and logits.ndim == 2 for logits in outputs):
             raise TypeError(

@@ -250,7 +250,8 @@ class Flow(nn.Module):
         z = temperature * sample_normal(shape, like, generator)
         if y is None and self.num_classes:
             y = torch.arange(count, device=z.device) % self.num_classes
-        return self.decode(z, None if y is None else y.to(z.device)).clamp(0, 1)
+        y = None if y is None else torch.as_tensor(y, device=z.device)
+        return self.decode(z, y).clamp(0, 1)
 
     def _choose_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
         """Return the (H, W) of images to draw, the flow's own by default."""
@@ -295,7 +296,12 @@ class Flow(nn.Module):
             x: Images (B, C, H, W), values v / 255.
             y: Their classes, for a conditional flow.
             generator: The generator of the noise, of any device. By default torch's global one.
+
+        Raises:
+            TypeError: x is no tensor of floats.
         """
+        if not x.is_floating_point():
+            raise TypeError(f"x must be floats, got {x.dtype}: divide 8-bit values by 255")
         noise = sample_uniform(x.shape, x, generator)
         return compute_bits(self.log_prob(dequantize(x, noise), y), x)
 

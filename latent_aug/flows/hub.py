@@ -114,7 +114,7 @@ def locate(name: str, revision: str | None = None) -> tuple[Path, tuple[str, str
         return path, (str(path.resolve()), None)
     if path.is_file():
         raise ValueError(f"{name} is a file: give the directory that holds it")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII):
         raise ValueError(
             f"there is no flow {name!r}: give a bundled name ({', '.join(bundled)}), an existing "
             'directory, or "org/repo" on the Hugging Face hub'
@@ -137,7 +137,7 @@ def download(name: str, revision: str | None, bundled: Iterable[str]) -> Path:
     Raises:
         OSError: The repository cannot be read, or what came is not what the hub announced.
     """
-    from huggingface_hub import snapshot_download  # takes long to import
+    from huggingface_hub import constants, snapshot_download  # takes long to import
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     wanted = [CONFIG_NAME, WEIGHTS_NAME]
@@ -168,6 +168,11 @@ def download(name: str, revision: str | None, bundled: Iterable[str]) -> Path:
         raise OSError(
             f"no flow could be read from {where} on the hub: {error}\n(bundled flows: "
             f"{', '.join(bundled)}; private repositories need a token: hf auth login, or HF_TOKEN)"
+        ) from error
+    except Exception as error:  # of the HTTP library, which is another one in each version
+        raise OSError(
+            f"{name} could not be read from the hub at {constants.ENDPOINT}, which HF_ENDPOINT may "
+            f"change: {type(error).__name__}: {error}"
         ) from error
     verify_digest(snapshot / WEIGHTS_NAME)
     return snapshot

@@ -103,6 +103,8 @@ class TrainConfig:
         require_fields(self, require_path, "output")
         require_fields(self, require_positive, *COUNTS)
         require_fields(self, require_natural, *NATURAL)
+        if self.seed >= 2**64:
+            raise ValueError(f"seed must be below 2 ** 64, got {self.seed!r}")
         if self.size is not None:
             require_fields(self, require_positive, "size")
         if self.warmup is not None:

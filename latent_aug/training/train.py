@@ -76,6 +76,8 @@ WRITTEN = (  # beside the weights
 )
 
 
+@torch.inference_mode(False)  # whatever the caller is in
+@torch.enable_grad()
 def train_flow(
     flow: AnyFlow,
     dataset: Any,
@@ -117,6 +119,7 @@ def train_flow(
 
     Raises:
         FloatingPointError: The loss or its gradient is not finite. The message names the step.
+        TypeError: An argument is of another type.
         ValueError: The dataset does not fit the flow, `config.output` holds another run, or the
             processes do not see the same images, or a batch has fewer images than there are
             processes.
@@ -134,6 +137,10 @@ def train_flow(
         >>> flow.bits_per_dim(images).shape
         torch.Size([64])
     """
+    if not isinstance(flow, Flow):
+        raise TypeError(f"flow must be a Flow, as load_flow(name) gives, got {flow!r}")
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config must be a TrainConfig, got a {type(config).__name__}")
     check_dataset("dataset", dataset)
     if validation is not None:
         check_dataset("validation", validation)

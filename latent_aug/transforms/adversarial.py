@@ -226,12 +226,16 @@ class LatentAdversarial(LatentTransform):
         """The step size as a range (low, high). It may be set anew."""
         if self._alpha is not None:
             return self._alpha
-        share = 1.0 if self.steps == 1 else 0.5  # one step crosses the radius, several half of it
-        return share * self.eps[0], share * self.eps[1]
+        return self._step_share * self.eps[0], self._step_share * self.eps[1]
 
     @alpha.setter
     def alpha(self, alpha: Range | None) -> None:
         self._alpha = None if alpha is None else require_range("alpha", alpha)
+
+    @property
+    def _step_share(self) -> float:
+        """Usual step size as a share of eps: one step crosses the radius, several half of it."""
+        return 1.0 if self.steps == 1 else 0.5
 
     @run_uncompiled
     def step(self, batch: Any) -> Any:
@@ -320,7 +324,8 @@ class LatentAdversarial(LatentTransform):
         check_images(batch[key], self.flow.channels)
         images = batch[key].detach().as_subclass(Tensor)
         ask = build_ask(self.forward, batch, key)
-        clean = self._ask_without_trace(images, ask, mode=self.model_mode)
+        # Copies, as the model may change what it is given.
+        clean = self._ask_without_trace(images.clone(), ask, mode=self.model_mode)
         targets, counted = make_targets(clean, threshold=threshold, temperature=temperature)
         if augment is not None:
             images = map_images("augment", augment, images)
@@ -332,7 +337,7 @@ class LatentAdversarial(LatentTransform):
                 batch, key, targets, share=share, predicted=False, among=among
             )
         else:
-            images = map_images("perturb", perturb, images)
+            images = map_images("perturb", perturb, images).clone()
         modules = list_modules(self.model, (self.forward,))
         with nullcontext() if update_statistics else keep_statistics(modules):
             logits = build_ask(self.forward, batch, key)(self.model, images)
@@ -446,7 +451,10 @@ class LatentAdversarial(LatentTransform):
         mask = build_mask(self.flow, z, region, self.levels, size=size)
         scale = (LF.dimensions(z, mask) / USUAL_DIMENSIONS) ** 0.5 if self.fits_size else 1.0
         eps = scale * self._draws.sample_between(*self.eps, len(z), z)
-        alpha = scale * self._draws.sample_between(*self.alpha, len(z), z)
+        if self._alpha is None:
+            alpha = self._step_share * eps
+        else:
+            alpha = scale * self._draws.sample_between(*self._alpha, len(z), z)
         delta = self._start(z, eps, mask)
         lent = lend(self.model, self.model_mode, beside=(self.loss, self.forward))
         with lent as model, torch.enable_grad():

@@ -172,7 +172,7 @@ class LatentTransform:
 
     @eps.setter
     def eps(self, eps: Range) -> None:
-        self._eps = require_range("eps", eps)
+        self._eps, self.fits_size = require_range("eps", eps), False
 
     @property
     def p(self) -> float:
@@ -224,6 +224,7 @@ class LatentTransform:
         """
         result = self.with_generator(None)
         result.eps, result.p = eps, 1.0
+        result.fits_size = self.fits_size
         return result
 
     def with_generator(self, generator: torch.Generator | None) -> Self:

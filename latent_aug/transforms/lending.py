@@ -22,8 +22,9 @@ from torch.nn.utils import parametrize
 
 from latent_aug.transforms.classifier import unwrap
 
-Restore = Callable[[], None]
+Restore = Callable[[], object]
 PLAIN = (bool, int, float, str, tuple, type(None))  # attributes that nothing changes in place
+KIND = ("shape", "dtype", "device")  # of a tensor
 DEEPEST = 4  # containers in containers that are looked into
 LARGEST = 100  # entries of a container that may hold modules: one of more is data
 CONTAINERS = (OrderedDict, dict, list, set, deque)  # the first that fits says how one is refilled
@@ -227,13 +228,13 @@ def remember_buffers(module: nn.Module, mode: str) -> Restore:
     contents = [remember_tensor(buffer) for buffer, _ in versions] if copied else []
 
     def restore() -> None:
-        if settled and all(buffer._version == version for buffer, version in versions):
+        same = all(buffer._version == version for buffer, version in versions)
+        # All of them, and a write through .data leaves the version as it was.
+        wrote = [restore_content() for restore_content in contents if restore_content is not None]
+        if settled and same and not any(wrote):
             _still.add(module)
         else:
             _still.discard(module)
-        for restore_content in contents:
-            if restore_content is not None:
-                restore_content()
         if not holds_same(dict(module._buffers), table):
             module._buffers.clear()
             module._buffers.update(table)
@@ -263,24 +264,27 @@ def remember(value: Any, depth: int = DEEPEST) -> Restore | None:
     return None
 
 
-def remember_tensor(tensor: Tensor) -> Restore | None:
-    """Remember the content of a tensor. None if nothing can write to it in place."""
+def remember_tensor(tensor: Tensor) -> Callable[[], bool] | None:
+    """Remember the content of a tensor. None if nothing can write to it in place.
+
+    Putting it back says whether another content was seen in it.
+    """
     simple = tensor.layout is torch.strided and not tensor.is_nested
     if tensor.is_meta or tensor.is_inference() or (simple and is_expanded(tensor)):
         return None
     content, version = tensor.detach().clone(), tensor._version
 
-    def restore() -> None:
-        if any(getattr(tensor, k) != getattr(content, k) for k in ("shape", "dtype", "device")):
-            tensor.data = content
-        elif is_equal(tensor, content) if simple else tensor._version == version:
-            return
-        elif tensor.layout is torch.sparse_coo:  # its .data is another tensor
+    def restore() -> bool:
+        same_kind = all(getattr(tensor, k) == getattr(content, k) for k in KIND)
+        if same_kind and (is_equal(tensor, content) if simple else tensor._version == version):
+            return False
+        if not same_kind or tensor.layout is torch.sparse_coo:  # whose .data is another tensor
             tensor.data = content
         else:
             # .data leaves the version counter alone: a forward pass of the user's that waits for
             # its backward pass may have saved this tensor.
             tensor.data.copy_(content)
+        return tensor.is_cpu  # elsewhere nobody looked
 
     return restore
 
