@@ -172,16 +172,7 @@ class LatentPerturb(LatentTransform, v2.Transform):
         if begins_with_images(sample, self.flow.channels):
             return self._perturb_first(sample)
         if isinstance(sample, (tuple, list)) and sample and has_image_key(sample[0]):
-            alone = sum(map(has_image_key, sample)) == 1  # so that what lies beside it is its own
-            return rebuild_sequence(
-                sample,
-                [
-                    self._perturb_mapping(part, sample if alone else part)
-                    if has_image_key(part)
-                    else part
-                    for part in sample
-                ],
-            )
+            return self._perturb_mappings(sample)
         return self._perturb_part(sample, sample)
 
     def _perturb_mapping(self, part: Mapping[Any, Any], sample: Any) -> Any:
@@ -198,6 +189,18 @@ class LatentPerturb(LatentTransform, v2.Transform):
         if isinstance(part[key], marked):
             return self._perturb_part(part, sample, marked)
         return replace_items(part, {key: self._perturb_part(part[key], sample)})
+
+    def _perturb_mappings(self, sample: Any) -> Any:
+        """Perturb the mappings with an image in a tuple or list, each with a draw of its own.
+
+        What lies beside the only one belongs to it, as its label.
+        """
+        alone = sum(map(has_image_key, sample)) == 1
+        parts = [
+            self._perturb_mapping(part, sample if alone else part) if has_image_key(part) else part
+            for part in sample
+        ]
+        return rebuild_sequence(sample, parts)
 
     def _perturb_part(self, part: Any, sample: Any, types: tuple[type, ...] = (object,)) -> Any:
         """Perturb the images in a part of the sample, found as v2 transforms find them.
