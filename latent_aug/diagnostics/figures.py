@@ -213,9 +213,9 @@ def read_label(sample: Any) -> Tensor | None:
 
 def perturb_image(transform: Any, image: Any, label: Tensor | None) -> Any:
     """Perturb one image."""
-    if isinstance(transform, LatentAdversarial) and isinstance(image, Tensor):
-        return transform(image[None], label)[0]  # in its own dtype, which may be the model's
     if isinstance(transform, LatentAdversarial):
+        if isinstance(image, Tensor):  # in its own dtype, which may be the model's
+            return transform(image[None], label)[0]
         x, restore = to_batch(image, transform.flow.channels)
         return restore(transform(x, label))
     return get_image(transform(image)) if label is None else transform(image, label)[0]

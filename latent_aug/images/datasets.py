@@ -204,7 +204,8 @@ def find_without_images(names: list[str], root: Path, folders: set[str] | None) 
             there = {path.name for path in root.joinpath(*above).iterdir() if path.is_dir()}
         else:
             split = [folder.split("/") for folder in folders if folder]
-            there = {part[depth] for part in split if part[:depth] == above != part}
+            inside = [part for part in split if len(part) > depth and part[:depth] == above]
+            there = {part[depth] for part in inside}
         empty = sorted(name for name in there - read if not is_hidden(name))
         found += ["/".join([*above, name]) for name in empty]
     return found

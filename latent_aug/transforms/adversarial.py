@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -338,8 +337,8 @@ class LatentAdversarial(LatentTransform):
             )
         else:
             images = map_images("perturb", perturb, images).clone()
-        modules = list_modules(self.model, (self.forward,))
-        with nullcontext() if update_statistics else keep_statistics(modules):
+        reached = () if update_statistics else list_modules(self.model, (self.forward,))
+        with keep_statistics(reached):
             logits = build_ask(self.forward, batch, key)(self.model, images)
         return measure_change(logits, targets, counted, entropy=entropy)
 

@@ -84,7 +84,7 @@ class LatentCache(Dataset[Any]):
         if then is not None and not callable(then):
             raise TypeError(f"then must be callable or None, got {then!r}")
         require_positive("batch_size", batch_size)
-        self.directory = Path(require_path("directory", directory)).expanduser().absolute()
+        self.directory = require_path("directory", directory).absolute()
         self.perturb, self.then = perturb, then
         self.count = len(dataset)
         self._open: dict[int, Any] = {}
