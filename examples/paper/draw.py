@@ -123,9 +123,9 @@ SECTIONS = [
         gains="The next table has the gain in equal time: over what RandAugment reaches on the "
         "same draws of labels, interpolated between its runs of several lengths. With 500 labels "
         "the attack on RandAugment's images gains one to two points, and more than three at twice "
-        "its strength, `eps=2`. With 2,500 labels and `eps=2` it gains between two and three "
-        "points, in one draw. So it needs a network that fits its labels: in [too small a "
-        "one](#2500-labels-in-too-small-a-network) it gained nothing.",
+        "its strength, `eps=2`. With 2,500 labels, in one draw, it gains "
+        "nearly two, and between two and three at `eps=2`. So it needs a network that fits its "
+        "labels: in [too small a one](#2500-labels-in-too-small-a-network) it gained nothing.",
         plot=MINUTES,
         picture="cifar10",
     ),
