@@ -25,9 +25,8 @@ from latent_aug.transforms.schedule import LatentSchedule, has_hooks, walk_parts
 from latent_aug.utils.arguments import require_natural
 from latent_aug.utils.randomness import (
     get_rank,
-    has_copied_seed,
     mix_seeds,
-    number_process,
+    number_copied_seed,
     sample_seed,
     use_seed,
 )
@@ -197,9 +196,8 @@ class LatentLoader:
         # Before the loader's own draws, whose order depends on its workers.
         if self.seed is None:
             rank = get_rank()
-            if rank is None and has_copied_seed():
-                rank = number_process()
-            seed = mix_seeds(sample_seed(), rank or 0)
+            number = number_copied_seed() if rank is None else rank
+            seed = mix_seeds(sample_seed(), number or 0)
         else:
             seed = mix_seeds(self.seed, self._epoch, get_rank() or 0)
         batches = self._perturb(iter(self.loader), seed)

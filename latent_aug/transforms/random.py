@@ -57,11 +57,11 @@ class Draw(NamedTuple):
 class LatentPerturb(LatentTransform, v2.Transform):
     """Move images a little in the latent space of a flow: x̃ = F⁻¹(F(x) + noise).
 
-    It takes what v2 transforms take: PIL images, uint8 or float tensors and tv_tensors, alone or in
-    any structure, and whole batches (..., C, H, W). Labels, boxes and masks pass through. So does
-    a PIL mask in (image, mask) whose mode is not the image's. Of plain tensors the first is the
-    image, as in v2. In (list of images, list of targets) each image has a draw of its own. In a
-    mapping the image is under "pixel_values", "image", "images" or "img", and a further
+    It takes what v2 transforms take: PIL images, uint8 or float tensors and tv_tensors. They may be
+    alone, in any structure, or whole batches (..., C, H, W). Labels, boxes and masks pass through.
+    So does a PIL mask in (image, mask) whose mode is not the image's. Of plain tensors the first
+    is the image, as in v2. In (list of images, list of targets) each image has a draw of its own.
+    In a mapping the image is under "pixel_values", "image", "images" or "img", and a further
     tv_tensors.Image counts too. Type, dtype, shape and device of the result are the input's.
 
     Floats lie in [0, 1]: put it before Normalize, or pass `normalize`. Sizes that the flow cannot
@@ -195,11 +195,11 @@ class LatentPerturb(LatentTransform, v2.Transform):
 
         What lies beside the only one belongs to it, as its label.
         """
-        alone = sum(map(has_image_key, sample)) == 1
-        parts = [
-            self._perturb_mapping(part, sample if alone else part) if has_image_key(part) else part
-            for part in sample
-        ]
+        places = [place for place, part in enumerate(sample) if has_image_key(part)]
+        parts = list(sample)
+        for place in places:
+            part = parts[place]
+            parts[place] = self._perturb_mapping(part, sample if len(places) == 1 else part)
         return rebuild_sequence(sample, parts)
 
     def _perturb_part(self, part: Any, sample: Any, types: tuple[type, ...] = (object,)) -> Any:

@@ -121,9 +121,13 @@ def number_process() -> int:
     return mix_seeds(*places[0]) if places else os.getpid()
 
 
-def has_copied_seed() -> bool:
-    """Whether the global generator may draw what those of sibling processes draw."""
-    return is_child_process() and torch.initial_seed() in (_inherited_seed, UNSEEDED)
+def number_copied_seed() -> int | None:
+    """Number this process where its global generator may draw what those of its siblings draw.
+
+    None where it has a seed of its own.
+    """
+    copied = is_child_process() and torch.initial_seed() in (_inherited_seed, UNSEEDED)
+    return number_process() if copied else None
 
 
 @contextmanager
@@ -243,7 +247,7 @@ class Draws:
         A user's generator that is still the parent's is seeded by it.
         """
         if self._shared is None:
-            return number_process() if has_copied_seed() else None
+            return number_copied_seed()
         generator = self._shared.generator
         if generator.initial_seed() == self._shared.inherited_seed:
             generator.manual_seed(mix_seeds(generator.initial_seed(), number_process()))
