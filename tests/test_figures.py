@@ -136,6 +136,9 @@ def test_what_cannot_be_drawn_is_an_error():
         preview(LatentPerturb(flow=random_glow()), (x, torch.zeros(2)))
     with pytest.raises(TypeError, match=r"labels must be a tensor.*eps="):
         preview(LatentPerturb(flow=random_glow()), x, [0.1, 0.2])
+    for labels in (torch.zeros(3), torch.tensor(1)):
+        with pytest.raises(ValueError, match="labels must be one for each of the 2 images"):
+            preview(LatentPerturb(flow=random_glow()), x, labels)
     preview(LatentPerturb(flow=random_glow()), x, temperatures=0.7)
     with pytest.raises(TypeError, match="a LatentAdversarial or a flow, got a Flatten"):
         preview(nn.Flatten(), x)

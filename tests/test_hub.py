@@ -308,6 +308,8 @@ def test_weights_can_be_pinned_by_their_sha256():
     assert load_flow("glow-fashionmnist", sha256=known.upper()).channels == 1
     with pytest.raises(OSError, match=f"'glow-fashionmnist' have SHA-256 {known}.*trained anew"):
         load_flow("glow-fashionmnist", sha256=64 * "0")
+    with pytest.raises(TypeError, match="sha256 must be a string"):
+        load_flow("glow-fashionmnist", sha256=5)
 
 
 def test_a_pickle_imports_the_class_of_a_user_s_flow(tmp_path):

@@ -160,6 +160,12 @@ def test_pushed_and_pulled_back_bit_for_bit(hub, monkeypatch):
     assert "library_name: latent-aug" in files["README.md"].decode()
 
 
+def test_a_push_without_a_hub_is_an_os_error(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(OSError, match=r"127\.0\.0\.1"):
+        random_glow().push_to_hub(REPO)
+
+
 def test_a_new_repository_is_private_if_asked_for(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.token)
     random_glow().push_to_hub("someone/secret", private=True)

@@ -64,7 +64,8 @@ def preview(
         A figure, to `savefig` or to show in a notebook.
 
     Raises:
-        ValueError: There is no image, or `eps` is out of range.
+        ValueError: There is no image, `eps` is out of range, or the labels are not as many as the
+            images.
         TypeError: The transform has `normalize` and images are 8-bit, or `images` holds none.
         ModuleNotFoundError: matplotlib is missing: ``pip install 'latent-aug[train]'``.
 
@@ -170,7 +171,7 @@ def make_list(numbers: float | Iterable[float]) -> list[float]:
 
 
 def check_images(images: Any, labels: Any) -> None:
-    """Refuse anything but a batch, list or data set of images, and labels that are no tensor."""
+    """Refuse anything but a batch, list or data set of images, and labels that do not fit."""
     if labels is not None and not isinstance(labels, Tensor):
         raise TypeError(
             f"labels must be a tensor (B,), got a {type(labels).__name__}; sizes are named, eps="
@@ -188,6 +189,11 @@ def check_images(images: Any, labels: Any) -> None:
         )
     if not len(images):
         raise ValueError("images must hold at least one image, got none")
+    if labels is not None and labels.shape[:1] != (len(images),):
+        raise ValueError(
+            f"labels must be one for each of the {len(images)} images, got a tensor of shape "
+            f"{tuple(labels.shape)}"
+        )
     first = images[0]
     if isinstance(images, (tuple, list)) and isinstance(first, Tensor) and first.ndim == 4:
         raise ValueError("images must be images alone, got a batch: preview(transform, *batch)")

@@ -386,17 +386,29 @@ class Flow(nn.Module):
 
         Returns:
             The commit's address.
+
+        Raises:
+            ValueError: The name is not one that the hub allows.
+            OSError: The hub cannot be reached, or refuses.
         """
         import tempfile
 
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, constants
 
         api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as directory:
-            self.save_pretrained(directory)
-            self._write_card(Path(directory), repo_id)
-            commit = api.upload_folder(repo_id=repo_id, folder_path=directory)
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            with tempfile.TemporaryDirectory() as directory:
+                self.save_pretrained(directory)
+                self._write_card(Path(directory), repo_id)
+                commit = api.upload_folder(repo_id=repo_id, folder_path=directory)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # of the HTTP library, which is another one in each version
+            raise OSError(
+                f"{repo_id} could not be pushed to the hub at {constants.ENDPOINT}, which "
+                f"HF_ENDPOINT may change: {type(error).__name__}: {error}"
+            ) from error
         return str(commit.commit_url)
 
     def _write_card(self, directory: Path, repo_id: str) -> None:

@@ -64,6 +64,7 @@ def load_flow(
         A flow that no other caller shares.
 
     Raises:
+        TypeError: `sha256` is no string.
         ValueError: The name is unknown, or config or weights are not what they should be.
         OSError: The directory or repository cannot be read, or its weights are not those of
             `sha256`.
@@ -73,6 +74,8 @@ def load_flow(
         >>> flow.channels, flow.multiple
         (1, 4)
     """
+    if sha256 is not None and not isinstance(sha256, str):
+        raise TypeError(f"sha256 must be a string of 64 hex digits, got {sha256!r}")
     directory, origin = locate(str(name_or_path), revision)
     expected, weights = SHA256.get(origin[0]), directory / WEIGHTS_NAME
     if expected is not None or sha256 is not None:
