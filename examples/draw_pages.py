@@ -118,7 +118,7 @@ def draw_placement() -> Figure:
 
 
 def draw_recipes() -> Figure:
-    """What three of the recipes do."""
+    """Draw what three of the recipes do."""
     tissue, cat, large = read_tissue(), read_photograph(CAT), read_photograph(ASTRONAUT, 224)
     made, details = perturb(large, resolution=32), perturb(tissue, levels=[0, 1])
     copy = [("photograph", large), ("its copy", tvf.resize(large, [32, 32])), ("perturbed", made)]
@@ -140,7 +140,7 @@ def draw_reproducibility() -> Figure:
 
 
 def draw_scale() -> Figure:
-    """What two processes bring, as examples/benchmarks/scale.py measured it."""
+    """Draw what two processes bring, as examples/benchmarks/scale.py measured it."""
     found = read_measurement("scale")["scaling"]
     figure = Figure(figsize=(7.5, 2.4), layout="constrained")
     figure.suptitle("Images a second, on the same two cores", **BOLD)

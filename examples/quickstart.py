@@ -106,7 +106,7 @@ def train_classifier(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Per cent of the images classified right."""
+    """Measure the per cent of the images classified right."""
     return 100 * (model(images).argmax(dim=1) == labels).float().mean().item()
 
 

@@ -50,6 +50,7 @@ def test_imports_point_down(path):
     own = path.parts[0]
     for other in imports_of(path):
         package = other.parts[0]
+        assert other != Path(own), f"{path} imports from its own package, not from a module"
         assert package == own or HEIGHT[package] < HEIGHT[own], f"{path} imports {other}"
 
 
@@ -85,3 +86,11 @@ def test_the_map_names_every_module():
     named = [name for cell in cells for name in re.findall(r"`latent_aug/([^`]+)`", cell)]
     inits = [str(path) for path in MODULES if path.name == "__init__.py" and len(path.parts) > 1]
     assert sorted(named) == sorted({str(path) for path in MODULES} - set(inits))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.py")), ids=lambda p: p.name)
+def test_what_an_example_imports_of_the_package_exists(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("latent_aug"):
+            missing = [a.name for a in node.names if not hasattr(import_module(node.module), a.name)]
+            assert not missing, f"{path} imports {missing} from {node.module}"

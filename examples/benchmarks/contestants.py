@@ -37,7 +37,7 @@ class Normflows(Flow):
         return postprocess(image)
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """What normflows trains on, in nats up to a constant."""
+        """Compute what normflows trains on, in nats up to a constant."""
         multiscale = self.glow.multiscale
         for base, level in zip(multiscale.q0, range(self.glow.levels, 0, -1), strict=True):
             pixels = (x.shape[2] >> level) * (x.shape[3] >> level)
@@ -74,7 +74,7 @@ def contestant(name: str, way: str) -> Flow:
 
 
 def network_flops(flow: Glow, height: int, width: int) -> int:
-    """Of one image one way: two for each product of the coupling networks and 1x1 convolutions."""
+    """Count those of one image one way: two a product of coupling networks and convolutions."""
     flops = 0
     for level in range(flow.levels):
         channels = flow.channels * 2 ** (level + 2)
@@ -93,7 +93,7 @@ def cifar_resnet(blocks: Sequence[int] = (2, 2, 2, 2)) -> nn.Module:
 
 
 def wait() -> None:
-    """For an accelerator to be done."""
+    """Wait for an accelerator to be done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

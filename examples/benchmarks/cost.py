@@ -2,7 +2,7 @@
 
     python examples/benchmarks/cost.py
 
-Times the bundled CIFAR-10 flow on random 8-bit images of 32 and 64 pixels (the cost does not
+Times the default flow on random 8-bit images of 32 and 64 pixels (the cost does not
 depend on what is in them, and samples that fall back cost the same), medians. "worker" is one PIL
 image at a time on one thread, as in each DataLoader worker; "batch" is 64 images on all threads,
 or on one; "bfloat16" has coupling networks of that precision. The attack is on ResNet-18 for small
@@ -44,12 +44,12 @@ def in_fresh_processes(**codes: str) -> dict[str, float]:
 
 
 def milliseconds(call: Callable[[], object], count: int) -> float:
-    """Per image."""
+    """Measure milliseconds per image."""
     return round(1000 * seconds(call, repeats=5, patience=5) / count, 2)
 
 
 def costs(side: int) -> dict[str, float]:
-    """Of images of one size."""
+    """Measure what images of one size cost."""
     threads = torch.get_num_threads()
     flow = load_flow()
     low = copy.deepcopy(flow)

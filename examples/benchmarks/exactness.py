@@ -15,18 +15,18 @@ from contestants import contestant
 from measurements import keep_measurement
 
 from latent_aug import Glow
-from latent_aug.diagnostics.measure import loader
+from latent_aug.diagnostics.measure import load_batches
 from latent_aug.images.conversion import from_float
 from latent_aug.images.datasets import UInt8Images, open_images, stack_images
 
 
 @torch.no_grad()
 def round_trip(flow: Glow, images: UInt8Images) -> dict[str, float]:
-    """Over every image."""
+    """Compare every image with its decoded latent."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     flow.to(device)
     greatest, total, identical = 0.0, 0.0, 0
-    for pixels in loader(images, 200):
+    for pixels in load_batches(images, 200):
         x = pixels.to(device) / 255
         back = flow.decode(flow.encode(x))
         error = (back - x).abs()

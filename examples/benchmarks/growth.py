@@ -52,7 +52,7 @@ class Images(Dataset[torch.Tensor]):
 
 @torch.no_grad()
 def images_per_second(dtype: str, *, batch: int, side: int, K: int, H: int) -> float:  # noqa: N803
-    """Of the round trip."""
+    """Measure the speed of the round trip."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     flow = random_glow(K, H).to(device)
     flow.network_dtype = NETWORK_DTYPES[dtype]

@@ -29,7 +29,7 @@ from latent_aug.images.datasets import UInt8Images, open_images, stack_images
 EPS, SMALL_COUNT = 0.25, 64
 
 
-def photos_of(folder: Path, side: int) -> Tensor:
+def read_photos(folder: Path, side: int) -> Tensor:
     """Every photograph, its shorter side resized, cropped to a square: (N, 3, side, side) uint8."""
     images = [Image.open(path).convert("RGB") for path in sorted(folder.iterdir())]
     return torch.stack(
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=256, help="of the photographs")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
-    photos = photos_of(args.photos, args.side)
+    photos = read_photos(args.photos, args.side)
     small = UInt8Images(open_images(args.small), 3)
     few = stack_images(small.__getitems__(small.spread_indices(SMALL_COUNT)))
     rows = [figures(few, resolution) for resolution in (None, 32)]

@@ -3,8 +3,8 @@
     python examples/benchmarks/placement.py FOLDER
 
 FOLDER holds 32 x 32 colour images as <class>/*.png. An epoch is 512 of them, decoded by two
-workers, in batches of 64, and a training step of a ResNet with one block a stage; the bundled
-CIFAR-10 flow perturbs each image. The places take turns, three rounds; medians of seconds are
+workers, in batches of 64, and a training step of a ResNet with one block a stage; the default
+flow perturbs each image. The places take turns, three rounds; medians of seconds are
 kept. "thread" does what LatentLoader does, one batch ahead in a background thread.
 """
 
@@ -53,7 +53,7 @@ class InThread:
             yield batch
 
 
-def loader_of(data: Dataset[Any], **options: Any) -> DataLoader[Any]:
+def make_loader(data: Dataset[Any], **options: Any) -> DataLoader[Any]:
     """Two workers that stay, so that their start is not part of an epoch."""
     return DataLoader(
         data, BATCH, shuffle=True, num_workers=WORKERS, persistent_workers=True, **options
@@ -72,12 +72,12 @@ def places(folder: Path, cache: Path) -> dict[str, Iterable[Any]]:
     cached = LatentCache(images(None), cache, perturb, then=lambda x, y: (TO_FLOAT(x), y))
     plain = images(TO_FLOAT)
     return {
-        "no perturbation": loader_of(plain),
-        "transform, in workers": loader_of(images(v2.Compose([perturb, TO_FLOAT]))),
-        "LatentCollate, in workers": loader_of(plain, collate_fn=LatentCollate(perturb)),
-        "LatentLoader, main process": LatentLoader(loader_of(plain), perturb),
-        "LatentLoader, in a thread": InThread(LatentLoader(loader_of(plain), perturb)),
-        "LatentCache, in workers": loader_of(cached),
+        "no perturbation": make_loader(plain),
+        "transform, in workers": make_loader(images(v2.Compose([perturb, TO_FLOAT]))),
+        "LatentCollate, in workers": make_loader(plain, collate_fn=LatentCollate(perturb)),
+        "LatentLoader, main process": LatentLoader(make_loader(plain), perturb),
+        "LatentLoader, in a thread": InThread(LatentLoader(make_loader(plain), perturb)),
+        "LatentCache, in workers": make_loader(cached),
     }
 
 

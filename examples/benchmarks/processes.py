@@ -2,7 +2,7 @@
 
     python examples/benchmarks/processes.py
 
-Every worker perturbs images with the bundled CIFAR-10 flow, then says how much memory is its own
+Every worker perturbs images with the default flow, then says how much memory is its own
 (private pages, from Linux's smaps_rollup) and how many threads torch would use in it. The same
 without the transform stands beside it, so that the difference is what latent-aug adds.
 """
@@ -42,7 +42,7 @@ class Measured(Dataset[dict[str, float]]):
 
 
 def measure(method: str, transform: LatentPerturb | None) -> dict[str, Any]:
-    """Of one epoch's last images, one a worker."""
+    """Summarize one epoch's last images, one a worker."""
     loader = DataLoader(
         Measured(transform),
         batch_size=None,

@@ -52,7 +52,7 @@ timed = partial(seconds, repeats=20, patience=3.0)
 
 
 def precisions() -> list[str]:
-    """Of the coupling networks, that are worth measuring here."""
+    """Choose the precisions of the coupling networks that are worth measuring here."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fastest = choose_dtype(TrainConfig(output="unused"), glow(FLOWS[0], "float32"), device)
     return sorted({"float32", fastest}, reverse=True)
@@ -171,7 +171,7 @@ def augmenting(place: Path) -> tuple[float, float]:
 
 
 def worker(place: Path, dtypes: list[str]) -> None:
-    """What each process of a layout measures, all of them the same."""
+    """Measure in each process of a layout, all of them the same."""
     found: dict[str, Any] = {}
     Processes("cpu")
     found["augment"] = augmenting(place)
@@ -209,7 +209,7 @@ def scaling(tiles: Tensor) -> dict[str, Any]:
 
 
 def gigaflops(flow: Glow) -> dict[str, float]:
-    """Of a round trip, by side."""
+    """Count those of a round trip, by side."""
     return {str(s): round(2 * network_flops(flow, s, s) / 1e9, 2) for s in (32, 224)}
 
 
@@ -231,13 +231,13 @@ def measure() -> dict[str, Any]:
 
 
 def table(head: list[str], rows: list[list[Any]]) -> str:
-    """In Markdown."""
+    """Format a table as Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def hours(images_per_second: float) -> str:
-    """Of a pass over ImageNet's training images."""
+    """Format the hours of a pass over ImageNet's training images."""
     found = IMAGENET / images_per_second / 3600
     return f"{found:.1f}" if found < 10 else f"{found:.0f}"
 

@@ -31,7 +31,7 @@ def tiny_flow() -> Glow:
 
 
 def resident_mib() -> float:
-    """Of this process, now."""
+    """Measure the memory of this process, now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / 2**20
 

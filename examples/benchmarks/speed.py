@@ -75,7 +75,7 @@ def training_step(flow: Flow, x: Tensor) -> Callable[[], object]:
 
 
 def measure(name: str, batch: int, way: str, images: str) -> dict[str, float]:
-    """Of one contestant, in this process."""
+    """Measure one contestant in this process."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if way == "normflows kept":
         keep_freed_memory()
@@ -115,7 +115,7 @@ def measure(name: str, batch: int, way: str, images: str) -> dict[str, float]:
 
 
 def measure_apart(name: str, batch: int, way: str, images: str) -> dict[str, float]:
-    """Of one contestant, in a process of its own; on a GPU in this one, as starting takes long."""
+    """Measure one contestant in its own process; on a GPU in this one, as starting takes long."""
     if torch.cuda.is_available():
         return measure(name, batch, way, images)
     command = [sys.executable, __file__, images, "--one", name, str(batch), way]
@@ -136,7 +136,7 @@ def matmul_peak(dtype: torch.dtype, device: str) -> float:
     )
 
 
-def rows_of(args: argparse.Namespace) -> Iterator[list[dict[str, object]]]:
+def measure_rows(args: argparse.Namespace) -> Iterator[list[dict[str, object]]]:
     """Every contestant in turn, a few rounds; medians, one list for each flow and batch."""
     for name, batch in itertools.product(args.flows, args.batches):
         rows = []
@@ -168,7 +168,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def table(path: Path, device: str) -> None:
-    """What a device measured as a Markdown table: ratios to normflows, shares of the peak."""
+    """Format what a device measured as Markdown: ratios to normflows, shares of the peak."""
     rows = [row for row in read_rows(path) if row["device"] == device]
     found = {(row["flow"], row["batch"], row["way"]): row for row in rows}
     keys = ("round_trip", "gradient_fast", "attack", "training")
@@ -190,7 +190,7 @@ def table(path: Path, device: str) -> None:
 
 
 def ratios(row: dict[str, float], bars: list[dict[str, float]], key: str) -> str:
-    """Of a figure to that of normflows, and in brackets to that of normflows kept, if measured."""
+    """Format a figure over normflows', and in brackets over normflows' kept, if measured."""
     plain, kept = (f"{row[key] / bar[key]:.1f}" if key in bar else "" for bar in bars)
     return f"{plain} ({kept})" if kept else plain
 
@@ -213,7 +213,7 @@ def main() -> None:
     if args.one:
         name, batch, way = args.one
         return print(json.dumps(measure(name, int(batch), way, args.images)))
-    for rows in rows_of(args):
+    for rows in measure_rows(args):
         keep(rows, args.out)
 
 

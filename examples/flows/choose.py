@@ -52,7 +52,7 @@ NO_FLOW = "none"  # crop and flip alone, for comparison
 
 
 def steps_within(seconds: float, name: str, images: UInt8Images) -> int:
-    """How many steps of a variant take that much CPU time."""
+    """Find how many steps of a variant take that much CPU time."""
     with tempfile.TemporaryDirectory() as folder:
         spent = []
         for steps in (TIMED_STEPS, 3 * TIMED_STEPS):  # the difference leaves out what is once
@@ -94,7 +94,7 @@ def method_with(make: Any) -> Method:
 
 
 def accuracies(method: Method, data: tuple[Images, Images], protocol: Protocol) -> dict[str, Any]:
-    """Of one method, on the validation images, a seed each."""
+    """Measure one method on the validation images, a seed each."""
     runs = [run(method, *data, protocol, seed=seed) for seed in SEEDS]
     return {
         "accuracy": [round(r["accuracy"], 2) for r in runs],
@@ -111,7 +111,7 @@ def look(flow: Glow, plan: Path, test: UInt8Images) -> dict[str, Any]:
 def gains(
     flow: Glow, eps: float, data: tuple[Images, Images], protocol: Protocol
 ) -> dict[str, Any]:
-    """What classifiers gain from a variant."""
+    """Measure what classifiers gain from a variant."""
     flow.network_dtype = torch.bfloat16 if protocol.precision == "bfloat16" else None
     random = LatentPerturb(eps, flow=flow)
     methods = {
@@ -124,7 +124,7 @@ def gains(
 
 
 def table() -> str:
-    """What `judge` has left, as Markdown, best bits/dim first."""
+    """Format what `judge` has left as Markdown, best bits/dim first."""
     rows, plain = read_lines(RESULTS), ""
     lines = [
         "| variant | steps | bits/dim | latents' std | error | eps | fall back | out of range "
@@ -133,7 +133,7 @@ def table() -> str:
     ]
     for row in sorted(rows, key=lambda row: row.get("bits_per_dim", 0.0)):
         if row["name"] == NO_FLOW:
-            plain = of_seeds(row)
+            plain = format_seeds(row)
             continue
         at_eps = row["perturbations"][1]
         lines.append(
@@ -141,13 +141,14 @@ def table() -> str:
             f"| {', '.join(f'{s:.2f}' for s in row['latent_std'])} "
             f"| {row['round_trip_max_error']:.0e} | {row['linf']:.3g} "
             f"| {at_eps['fallbacks']:.1%} | {at_eps['saturated']:.1%} "
-            f"| {of_seeds(row.get('LatentPerturb'))} | {of_seeds(row.get('LatentAdversarial'))} |"
+            f"| {format_seeds(row.get('LatentPerturb'))} "
+            f"| {format_seeds(row.get('LatentAdversarial'))} |"
         )
     return "\n".join([*lines, *["", f"Crop and flip alone: {plain} %."] * bool(plain)])
 
 
-def of_seeds(found: dict[str, Any] | None) -> str:
-    """Mean ± standard deviation; nothing where no classifier was trained."""
+def format_seeds(found: dict[str, Any] | None) -> str:
+    """Format mean ± standard deviation; nothing where no classifier was trained."""
     return "" if found is None else format_spread(found["accuracy"])
 
 

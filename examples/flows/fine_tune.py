@@ -28,13 +28,13 @@ SETS = {"gtsrb_small": False, "tinyimagenet100_small": True}  # whether images m
 STEPS, TENTH = 1000, 0.1
 
 
-def images_of(folder: Path) -> UInt8Images:
-    """At 32 x 32, in memory."""
+def read_images(folder: Path) -> UInt8Images:
+    """Read images into memory at 32 x 32."""
     return UInt8Images(open_images(folder), 3, 32)
 
 
 def figures(flow: Glow, test: UInt8Images) -> dict[str, Any]:
-    """What `latent-aug check` finds on up to 2,000 test images."""
+    """Measure what `latent-aug check` finds on up to 2,000 test images."""
     found = check_flow(flow, test, count=2000)
     at_eps = found.at_eps
     return {
@@ -64,7 +64,7 @@ def main() -> None:
     assert isinstance(base, Glow)
     rows = []
     for name, flip in SETS.items():
-        train, test = (images_of(args.data / name / part) for part in ("train", "test"))
+        train, test = (read_images(args.data / name / part) for part in ("train", "test"))
         chosen = train.spread_indices(int(len(train) * TENTH))
         tenth = UInt8Images(stack_images(train.__getitems__(chosen)), 3)
         rows.append({"images": name, "flow": f"{BASE} as it is", **figures(base, test)})

@@ -23,7 +23,6 @@ from records import append_line, format_spread, read_lines
 RESULTS = Path(__file__).parents[1] / "results" / "gain.jsonl"
 FLOWS = ("glow-cifar10-small", "glow-photographs")
 SEEDS = (0, 1, 2)
-USUAL: dict[str, Any] = {"eps": None, "alpha": None, "steps": 1, "p": 0.5, "labels": None}
 LOCK = Path(__file__).parents[2] / "runs" / "gain.lock"
 
 
@@ -35,7 +34,9 @@ def list_methods(flows: list[str]) -> dict[str, dict[str, Any]]:
     }
     for flow in flows:
         methods[f"LatentPerturb, {flow}"] = {"latent": {"flow": flow}}
-        methods[f"LatentAdversarial, {flow}"] = {"attack": {**USUAL, "flow": flow}}
+        methods[f"LatentAdversarial, {flow}"] = {
+            "attack": {"preset": "default", "p": 0.5, "flow": flow}
+        }
     return methods
 
 

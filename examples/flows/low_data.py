@@ -34,7 +34,7 @@ TUNING = {"lr": 2e-4}  # without crops, as the flow was trained
 PER_CLASS, HELD_OUT = 250, 200
 
 
-def best_of(
+def train_and_choose(
     start: Glow,
     stages: tuple[int, ...],
     recipe: dict[str, Any],
@@ -74,7 +74,9 @@ def main() -> None:
         ("glow-cifar10-5percent", Glow(**full.config), STAGES, SCRATCH),
         ("glow-cifar10-5percent-tuned", full, TUNING_STAGES, TUNING),
     ):
-        flow, bits = best_of(start, stages, recipe, images, held_out, args.runs / f"{name}-runs")
+        flow, bits = train_and_choose(
+            start, stages, recipe, images, held_out, args.runs / f"{name}-runs"
+        )
         flow.half().save_pretrained(args.runs / name)
         loaded = load_flow(args.runs / name)
         assert isinstance(loaded, Glow)

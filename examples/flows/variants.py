@@ -38,12 +38,12 @@ class LogitGlow(Glow):
         return (torch.sigmoid(u) - EDGE) / (1 - 2 * EDGE)
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """With the logit's log-determinant."""
+        """Compute the density with the logit's log-determinant."""
         u, log_det = self.to_logit(x)
         return super().log_prob(u) + log_det
 
     def initialize(self, x: Tensor) -> None:
-        """On logits."""
+        """Initialize on logits."""
         super().initialize(self.to_logit(x)[0])
 
 
@@ -51,7 +51,7 @@ class StandardPriorGlow(Glow):
     """Priors stay N(0, I) instead of being learned per channel."""
 
     def requires_grad_(self, requires_grad: bool = True) -> StandardPriorGlow:
-        """Of everything else."""
+        """Set it for everything else."""
         super().requires_grad_(requires_grad)
         self.multiscale.q0.requires_grad_(False)
         return self
@@ -63,7 +63,7 @@ class SmoothedGlow(Glow):
     noise = 2 / 255
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Of noisy images in training, of the images themselves else."""
+        """Compute the density of noisy images in training, else of the images themselves."""
         return super().log_prob(x + self.noise * torch.randn_like(x) if self.training else x)
 
 
@@ -83,7 +83,6 @@ VARIANTS: dict[str, tuple[type[Glow], dict[str, Any], dict[str, Any]]] = {
     "small, bound 0.5": (Glow, {**SMALL, "log_scale_bound": 0.5}, WHOLE),
     "small, standard prior": (StandardPriorGlow, SMALL, WHOLE),
     "small, smoothed": (SmoothedGlow, SMALL, WHOLE),
-    "small, longer": (Glow, SMALL, WHOLE),  # as many steps as "smoothed", to compare it with
     "small, no ema": (Glow, SMALL, {**WHOLE, "ema": 0.0}),
     "small, K 8, H 32": (Glow, {"steps": 8, "hidden": 32}, WHOLE),
     "small, K 2, H 128": (Glow, {"steps": 2, "hidden": 128}, WHOLE),

@@ -34,7 +34,7 @@ class LatentTrainer(Trainer):
 
 
 def to_pixels(examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """What an image processor would do."""
+    """Convert as an image processor would."""
     pixels = [pil_to_tensor(image) / 255 for image in examples["image"]]
     return {"pixel_values": pixels, "labels": examples["label"]}
 

@@ -49,7 +49,7 @@ class Classifier(lightning.LightningModule):
         self.log("accuracy", (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Of the classifier only: the flow is not among the parameters."""
+        """Optimize the classifier only: the flow is not among the parameters."""
         return torch.optim.Adam(self.parameters(), 1e-3)
 
 

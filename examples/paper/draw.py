@@ -150,8 +150,8 @@ SECTIONS = [
     ),
     Section(
         title="The paper's Table 2: CIFAR-100 with 10 % of the labels",
-        text="In the protocol of CIFAR-10 with 5 %, with the flow for photographs. The paper has a "
-        "ResNet-18, 200 epochs and a flow of CIFAR-10.",
+        text="The network and settings of CIFAR-10 with 500 labels, 60 epochs, the flow for "
+        "photographs. The paper has a ResNet-18, 200 epochs and a flow of CIFAR-10.",
         columns={"5,000": "cifar100-10-percent"},
         timed="5,000",
     ),
@@ -231,7 +231,7 @@ HEAD = """\
 
 
 def read_runs(recipe: str, kind: str) -> Runs:
-    """In the recipe's order, by seed."""
+    """Read the runs of a recipe in its order, by seed."""
     found = defaultdict(list)
     for entry in read_lines(RESULTS / f"{recipe}.{kind}.jsonl"):
         found[entry["method"]].append(entry)
@@ -242,7 +242,7 @@ def read_runs(recipe: str, kind: str) -> Runs:
 
 
 def list_accuracies(runs: list[dict[str, Any]]) -> list[float]:
-    """Of each run."""
+    """List the accuracy of each run."""
     return [run["accuracy"] for run in runs]
 
 
@@ -252,7 +252,7 @@ def measure_deviation(values: list[float]) -> float:
 
 
 def measure_time(runs: list[dict[str, Any]]) -> tuple[float | None, str]:
-    """What a run of a method took of a CPU core, in minutes, and on which processor.
+    """Measure what a run of a method took of a CPU core, in minutes, and on which processor.
 
     On average over those that recorded it and were on the same kind of processor as the first of
     them; the first runs of all, on one kind, do not name theirs. Several runs shared a GPU, so that
@@ -295,7 +295,7 @@ def write_minutes(runs: Runs) -> dict[str, str]:
 
 
 def measure_gains(runs: Runs, peer: str) -> dict[str, list[float]]:
-    """Of each run of other methods: its accuracy less what the peer reaches in that time.
+    """Subtract what the peer reaches in the same time from each run of other methods.
 
     Both on the same draws of labels. Runs that take less time than the shortest of the peer's, or
     more than the longest, are left out.
@@ -403,7 +403,7 @@ def draw_plot(points: Points, axis: str, path: Path, label: str = "accuracy (%)"
 
 
 def find_points(section: Section, runs: dict[str, Runs]) -> Points:
-    """Of each method the accuracies by images, of methods of two columns; or by minutes.
+    """Find each method's accuracies by images, for methods of two columns; or by minutes.
 
     By minutes, "RandAugment, twice as long" is a point of RandAugment.
     """

@@ -37,7 +37,7 @@ PRESETS = {
 
 
 def make_method(settings: dict[str, Any], flows: Path | None = None) -> Method:
-    """What a recipe names.
+    """Build what a recipe names.
 
     Args:
         settings: "pixels": "none", "common" (crop and flip), or a peer's or mix's name, which
@@ -130,7 +130,7 @@ def to_unit(x: Tensor) -> Tensor:
 
 
 def make_schedule(settings: dict[str, Any], flows: Path | None, model: nn.Module) -> LatentSchedule:
-    """Of the latent: "latent" or "attack", or one after the other in "phases"."""
+    """Build what is done to the latent: "latent", "attack", or both in turn in "phases"."""
     phases = settings.get("phases", [[1, settings]])
     return LatentSchedule(
         [(epochs, make_perturbation(phase, flows, model)) for epochs, phase in phases]
@@ -183,7 +183,7 @@ def crop_and_flip(x: Tensor, flip: bool) -> Tensor:
 
 
 def read_arguments(given: dict[str, Any], flows: Path | None, channels: int) -> dict[str, Any]:
-    """With the preset's, and the flow loaded, its networks in the precision asked for."""
+    """Read arguments with the preset's, and the flow loaded, in the precision asked for."""
     arguments = dict(given)
     preset = arguments.pop("preset", None)
     if preset is not None and preset not in PRESETS:

@@ -60,7 +60,7 @@ class PreactivationBlock(nn.Module):
             self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of a batch (B, C, H, W)."""
+        """Compute the logits of a batch (B, C, H, W)."""
         hidden = F.relu(self.norms[0](x))
         if self.shortcut is not None:
             x = self.shortcut(hidden)
@@ -68,7 +68,7 @@ class PreactivationBlock(nn.Module):
 
 
 def preactivation_resnet(channels: int, classes: int, width: int) -> nn.Module:
-    """As `small_resnet`, of pre-activation blocks."""
+    """Build a `small_resnet` of pre-activation blocks."""
     stages = make_stages(PreactivationBlock, width)
     network = nn.Sequential(
         nn.Conv2d(channels, width, 3, padding=1, bias=False),

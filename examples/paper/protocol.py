@@ -129,7 +129,7 @@ def draw_images(images: Images, per_class: int, seed: int) -> tuple[Images, Imag
 
 
 def split(train: Images, test: Images | None, protocol: Protocol) -> tuple[Images, Images]:
-    """What to train and to evaluate on."""
+    """Divide images into those to train and to evaluate on."""
     index, others = divide(train, protocol)
     own = select(train, index)
     if protocol.test:
@@ -163,7 +163,7 @@ class Standardized(nn.Module):
 def make_optimizer(
     model: nn.Module, protocol: Protocol, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """With its schedule over all steps of a run."""
+    """Make an optimizer with its schedule over all steps of a run."""
     parameters, decay = model.parameters(), protocol.weight_decay
     optimizer: torch.optim.Optimizer
     if protocol.optimizer == "adam":
@@ -278,12 +278,12 @@ def run(
 
 
 def round_figures(found: dict[str, float]) -> dict[str, float]:
-    """What a line of results keeps of a run, rounded."""
+    """Round what a line of results keeps of a run."""
     return {
         "accuracy": round(found["accuracy"], 2),
         "loss": round(found["loss"], 4),
         "train_accuracy": round(found["train_accuracy"], 2),
-        "seconds": round(found["cpu_seconds"], 1),
+        "cpu_seconds": round(found["cpu_seconds"], 1),
     }
 
 

@@ -94,7 +94,7 @@ def write_table(page: Path, mark: str, lines: list[str]) -> None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """With what a run was computed."""
+    """Describe what a run was computed with."""
     return {
         "versions": {
             "latent-aug": __version__,

@@ -136,7 +136,7 @@ def name_state(task: dict[str, Any]) -> str:
 
 
 def write_command(method: str, args: argparse.Namespace) -> str:
-    """What repeats a method's runs; DATA and FOLDER stand for those of data sets and flows."""
+    """Write the command of a method's runs; DATA and FOLDER stand for data sets and flows."""
     command = ["python", "examples/paper/run.py", args.recipe, "DATA"]
     command += [*["--test"] * args.test, *["--flows", "FOLDER"] * bool(args.flows)]
     command += ["--precision", args.precision] * bool(args.precision)

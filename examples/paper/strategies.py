@@ -55,8 +55,6 @@ SETS = {  # on the page, and their classes
 }
 FLOWS = {1: "glow-fashionmnist", 3: "glow-photographs"}
 
-Perturb = Callable[[Tensor, Tensor], Tensor]
-
 
 class Strategy:
     """An attack on a batch, given the share of the training that is over: here the default."""
@@ -185,7 +183,7 @@ class Friendly(Strategy):
         return torch.cat([x[:half], self.ascend(x[half:], y[half:])]), y
 
     def weigh(self, logits: Tensor, y: Tensor) -> Tensor:
-        """How far each image goes, as a share of the step."""
+        """Weigh each image: how far it goes, as a share of the step."""
         return logits.argmax(dim=1) == y
 
     def ascend(self, x: Tensor, y: Tensor) -> Tensor:
@@ -219,7 +217,7 @@ class Confident(Friendly):
     """An image goes as far as the model is surer of its class than of any, of two at least."""
 
     def weigh(self, logits: Tensor, y: Tensor) -> Tensor:
-        """From 0 at one half to 1."""
+        """Weigh from 0 at one half to 1."""
         right = logits.softmax(dim=1).gather(1, y[:, None])[:, 0]
         return (2 * right - 1).clamp(min=0)
 

@@ -82,7 +82,7 @@ class VaeGan(Flow):
         return self._by_class(self.decoders, self.split_levels(z)[1], y, *z.shape[1:])
 
     def split_levels(self, z: Tensor) -> list[Tensor]:
-        """What means nothing, (B, C H W - dims), and the latent proper, (B, dims)."""
+        """Divide into what means nothing, (B, C H W - dims), and the latent proper, (B, dims)."""
         flat = z.flatten(1)
         return [flat[:, self.dims :], flat[:, : self.dims]]
 
@@ -113,7 +113,7 @@ class VaeGan(Flow):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> VaeGan:
-        """From one's own training; not checked as a flow from outside would be."""
+        """Build one from one's own training; not checked as a flow from outside would be."""
         return cls(**config)
 
 
@@ -184,7 +184,7 @@ def train_class(
         batches = [part for part in order.split(how.batch_size) if len(part) > 1]
         for chosen in batches:
             x = pixels[chosen] / 255
-            losses, reconstruction = losses_of(*parts, x, how)
+            losses, reconstruction = compute_losses(*parts, x, how)
             for part, optimizer, loss in zip(parts, optimizers, losses, strict=True):
                 optimizer.zero_grad()
                 loss.backward(inputs=list(part.parameters()), retain_graph=True)
@@ -196,10 +196,10 @@ def train_class(
     return error
 
 
-def losses_of(
+def compute_losses(
     encoder: nn.Module, decoder: nn.Module, critic: nn.Module, x: Tensor, how: Training
 ) -> tuple[tuple[Tensor, Tensor, Tensor], float]:
-    """What encoder, decoder and discriminator minimise, and the L1 error of a pixel."""
+    """Compute what encoder, decoder and discriminator minimise, and the L1 error of a pixel."""
     mean, log_variance = encoder(x).chunk(2, dim=1)
     log_variance = log_variance.clamp(-10, 10)
     code = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()

@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from latent_aug.checkpoints import SHA256  # type: ignore[import-not-found,unused-ignore]
-from latent_aug.flows import Flow
 from latent_aug.flows.backend import use_plain_defaults
 from latent_aug.flows.base import (
     CARD_NAME,
@@ -25,6 +24,7 @@ from latent_aug.flows.base import (
     DIGEST_KEY,
     RUN_NAME,
     WEIGHTS_NAME,
+    Flow,
     compute_digest,
 )
 from latent_aug.utils.files import compute_sha256
