@@ -205,7 +205,7 @@ def test_bad_arguments():
     for arguments, said in [
         ({"norm": "l1"}, "norm must be one of"),
         ({"grey_levels": 0}, "grey_levels must be above 0"),
-        ({"flips": 1}, "flips lie in"),
+        ({"flips": 1}, "flips must lie in"),
     ]:
         with pytest.raises(ValueError, match=said):
             check_flow("glow-fashionmnist", images, **arguments)
@@ -213,7 +213,7 @@ def test_bad_arguments():
         check_flow("glow-fashionmnist", images, count=0)
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
         check_flow("glow-fashionmnist", [images[0].float()])
-    with pytest.raises(ValueError, match="length above 0, got list"):
+    with pytest.raises(ValueError, match="length above 0, got an empty list"):
         check_flow("glow-fashionmnist", [])
     with pytest.raises(FileNotFoundError, match="there is no folder and no tar nowhere"):
         check_flow("glow-fashionmnist", "nowhere")

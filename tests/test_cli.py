@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from latent_aug import AugmentConfig, TrainConfig, check_flow, load_flow
 from latent_aug.cli import app
 from latent_aug.cli.options import read_descriptions
-from latent_aug.images.datasets import EncodedImages, open_images, read_images
+from latent_aug.images.datasets import open_images, read_images
+from latent_aug.images.folders import EncodedImages
 
 train_module = importlib.import_module("latent_aug.cli.train")  # its name is that of the command
 SMALL = ["--channels", "1", "--levels", "1", "-K", "1", "-H", "8", "--steps", "5"]

@@ -19,7 +19,8 @@ from torchvision.transforms import v2
 
 from latent_aug import LatentAdversarial, LatentPerturb
 from latent_aug.transforms import functional as LF
-from latent_aug.transforms.consistency import keep_statistics, make_targets, measure_change
+from latent_aug.transforms.consistency import make_targets, measure_change
+from latent_aug.transforms.lending import keep_statistics
 
 IMAGES = 0.4 + 0.2 * torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

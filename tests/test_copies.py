@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 from latent_aug import AugmentConfig, LatentPerturb, augment_images
 from latent_aug.cli import app
 from latent_aug.export.shards import name_folder
-from latent_aug.images.datasets import EncodedImages, to_uint8
+from latent_aug.images.datasets import to_uint8
+from latent_aug.images.folders import EncodedImages
 
 CLASSES = ("bird", "cat", "dog")
 

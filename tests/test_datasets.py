@@ -19,13 +19,9 @@ from torch.utils.data import TensorDataset
 from torchvision import datasets, transforms
 from torchvision.transforms.v2.functional import to_pil_image
 
-from latent_aug.images.datasets import (
-    EncodedImages,
-    UInt8Images,
-    hash_tensors,
-    open_images,
-    spread_indices,
-)
+from latent_aug.images.datasets import UInt8Images, open_images, spread_indices
+from latent_aug.images.folders import EncodedImages
+from latent_aug.utils.hashing import hash_tensors
 
 
 @pytest.fixture(params=["w", "w:gz"])

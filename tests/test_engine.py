@@ -127,7 +127,7 @@ def test_a_few_images_at_a_time_give_what_all_at_once_do(network_dtype, monkeypa
     z = flow.encode(x)
     image = flow.decode(z)
     monkeypatch.setattr(engine, "TILE_BYTES", 3 * 64 * 16 * 4)  # 3 images at the finest level
-    step = flow._prepare(x).read_levels(inverse=False)[0].steps[0]
+    step = flow._prepare(x).read_levels(decoding=False)[0].steps[0]
     assert engine.choose_tile(engine.squeeze(x), step) in (3, 6)
     # In bfloat16 one value may round to its neighbour.
     atol = 1e-5 if network_dtype is None else 2e-2

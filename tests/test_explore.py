@@ -53,7 +53,7 @@ def test_what_is_no_image_is_refused(tmp_path, monkeypatch):
     for path in (text, cut, other):
         with pytest.raises(ValueError, match=f"{path.name} is not an image"):
             explore.read_upload(path, 3, 32)
-    monkeypatch.setattr(explore, "MOST_PIXELS", 64 * 64 - 1)
+    monkeypatch.setattr(explore, "MOST_UPLOAD_PIXELS", 64 * 64 - 1)
     with pytest.raises(ValueError, match="pixels"):
         explore.read_upload(good, 3, 32)
     monkeypatch.setattr(explore, "MOST_BYTES", 1000)
@@ -153,7 +153,7 @@ def test_examples_and_samples():
     for path, line in zip(explore.PHOTOGRAPHS, said, strict=True):
         assert path.stat().st_size < 30_000
         assert re.match(rf"{path.name}: .*(public domain|CC0)", line)
-    drawn = explore.draw_samples(random_glow(1), count=2, temperatures=[0.0, 1.0])
+    drawn = explore.sample_at_temperatures(random_glow(1), count=2, temperatures=[0.0, 1.0])
     assert drawn.shape == (2, 2, 1, 28, 28)
     assert torch.equal(drawn[0, 0], drawn[0, 1])
     assert not torch.equal(drawn[1, 0], drawn[1, 1])

@@ -225,7 +225,7 @@ class TestSample:
 
         assert Coarse().sample(1).shape == (1, 3, 36, 36)
         assert Coarse().sample(1, size=(12, 24)).shape == (1, 3, 12, 24)
-        with pytest.raises(ValueError, match="size must divide by 12"):
+        with pytest.raises(ValueError, match="size must be divisible by 12"):
             Coarse().sample(1, size=32)
 
     def test_classes_may_be_given(self):
@@ -249,7 +249,7 @@ class TestSample:
         [
             ({"count": -1}, "count must"),
             ({"count": 2.0}, "count must"),
-            ({"size": 10}, "size must divide by 4"),
+            ({"size": 10}, "size must be divisible by 4"),
             ({"size": 0}, "size must"),
             ({"size": (8, 8, 8)}, "height, width"),
             ({"temperature": -1.0}, "temperature must"),
@@ -343,7 +343,7 @@ class TestUse:
             (torch.rand(3, 16, 16), "3 channels"),
             (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "uint8"),
             (torch.zeros(2, 3, 16, 16, dtype=torch.bfloat16), "bfloat16"),
-            (torch.rand(2, 3, 16, 18), "divide by 4"),
+            (torch.rand(2, 3, 16, 18), "divisible by 4"),
         ],
     )
     def test_bad_input_is_named(self, glow, images, words):

@@ -76,7 +76,7 @@ def test_autocast_around_it_changes_nothing(way):
 
 def kept_between(flow, z, way):
     """Bytes that wait between decoding and the backward pass, without the weights."""
-    levels = flow._prepare(z).read_levels(inverse=True)
+    levels = flow._prepare(z).read_levels(decoding=True)
     steps = [step for level in levels for step in level.steps]
     convolutions = [conv for step in steps for conv in (step.mix, *step.network)]
     stored, weights = {}, {t.data_ptr() for conv in convolutions for t in conv[:2]}
@@ -97,7 +97,7 @@ def test_what_lean_keeps_does_not_grow_with_depth():
         flow = random_glow(steps=steps, hidden=32)
         z = flow.encode(torch.rand(4, 3, 16, 16))
         kept[steps] = {way: kept_between(flow, z, way) for way in WAYS}
-        levels = flow._prepare(z).read_levels(inverse=True)
+        levels = flow._prepare(z).read_levels(decoding=True)
         estimate = latent_gradient.estimate_kept_bytes(z, levels)
         assert estimate == pytest.approx(kept[steps]["fast"], rel=0.25)
     assert kept[8]["lean"] == kept[2]["lean"]

@@ -92,5 +92,7 @@ def test_the_map_names_every_module():
 def test_what_an_example_imports_of_the_package_exists(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("latent_aug"):
-            missing = [a.name for a in node.names if not hasattr(import_module(node.module), a.name)]
+            missing = [
+                a.name for a in node.names if not hasattr(import_module(node.module), a.name)
+            ]
             assert not missing, f"{path} imports {missing} from {node.module}"

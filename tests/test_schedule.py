@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from latent_aug import LatentAdversarial, LatentPerturb, LatentSchedule
-from latent_aug.transforms.schedule import has_hooks
+from latent_aug.transforms.schedule import holds_attack
 
 
 def transform(eps):
@@ -114,11 +114,11 @@ def test_pickled_it_keeps_its_epoch():
 
 
 def test_hooks_are_found():
-    assert has_hooks(hook())
-    assert has_hooks(hook().step)
-    assert has_hooks(LatentSchedule([(1, transform(0.1)), (1, hook())]))
-    assert has_hooks(v2.Compose([v2.RandomHorizontalFlip(), LatentSchedule([(1, hook())])]))
-    assert not has_hooks(v2.Compose([transform(0.1), LatentSchedule([(1, None)])]))
+    assert holds_attack(hook())
+    assert holds_attack(hook().step)
+    assert holds_attack(LatentSchedule([(1, transform(0.1)), (1, hook())]))
+    assert holds_attack(v2.Compose([v2.RandomHorizontalFlip(), LatentSchedule([(1, hook())])]))
+    assert not holds_attack(v2.Compose([transform(0.1), LatentSchedule([(1, None)])]))
 
 
 def test_repr():

@@ -9,7 +9,7 @@ from conftest import Identity
 from torch import nn
 
 from latent_aug import LatentAdversarial
-from latent_aug.transforms.share import HIGHEST, AdaptiveShare, count_right
+from latent_aug.transforms.share import HIGHEST_SHARE, AdaptiveShare, count_right
 
 
 def make_labels(count):
@@ -75,14 +75,14 @@ class TestShare:
         for _ in range(80):
             seen = labels[share.select_probed(32, labels.device)]
             share.update(count_right(5.0 * nn.functional.one_hot(seen, classes), seen))
-        assert share.value == pytest.approx(HIGHEST * (1 - 1 / classes), abs=0.01)
+        assert share.value == pytest.approx(HIGHEST_SHARE * (1 - 1 / classes), abs=0.01)
 
     def test_is_there_at_once_for_a_model_that_knows_its_first_batch(self):
         model = Answers(1.0)
         attack = LatentAdversarial(model, flow=Identity())
         images = make_images(make_labels(64))
         attacked = attack(images, make_labels(64))
-        assert attack.share == pytest.approx(HIGHEST * (1 - 31 / 63))
+        assert attack.share == pytest.approx(HIGHEST_SHARE * (1 - 31 / 63))
         assert (attacked != images).flatten(1).any(dim=1).sum() in (16, 17)
 
     def test_follows_the_mean_accuracy_up_and_down(self):
@@ -94,7 +94,7 @@ class TestShare:
         assert rising == sorted(rising)
         assert 0 < rising[5] < rising[10]
         assert rising[0] == 0.0  # the mean is 0.55, with an error of 0.06
-        assert 0.23 < rising[-1] < HIGHEST / 2 + 0.01
+        assert 0.23 < rising[-1] < HIGHEST_SHARE / 2 + 0.01
         model.right = 0.0
         assert attack_often(attack, 40, count=64)[-1] == 0.0
 
@@ -135,7 +135,7 @@ class TestShare:
         modes = []
         model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
         attack = LatentAdversarial(model, flow=Identity(), model_mode="unchanged")
-        attack._adaptive.value = HIGHEST
+        attack._adaptive.value = HIGHEST_SHARE
         attack_often(attack, 1, count=64)
         assert modes[0] is False
         assert model.training
@@ -239,7 +239,7 @@ class TestCounts:
         share = AdaptiveShare()
         for _ in range(300):
             share.update(torch.tensor([6.0, 3.0, 3.0]))
-            assert 0 < share.value < HIGHEST
+            assert 0 < share.value < HIGHEST_SHARE
         assert share.accuracy == pytest.approx(1)
 
     def test_on_an_accelerator_are_read_one_batch_late(self):

@@ -62,7 +62,7 @@ def test_what_is_differentiated_takes_another_way(calls):
 
 def test_a_large_image_takes_another_way(calls):
     flow = random_glow(levels=1)
-    side = 2 * int(small_image.MOST_PIXELS**0.5)
+    side = 2 * int(small_image.MOST_LEVEL_PIXELS**0.5)
     flow.encode(torch.rand(1, 3, side + 2, side))
     assert not calls
     flow.encode(torch.rand(1, 3, side, side))

@@ -39,10 +39,10 @@ def main() -> None:
         begin = time.perf_counter()
         flow.compile_single_images(32, folder)
         seconds = time.perf_counter() - begin
-        most = small_image.MOST_PIXELS
+        most = small_image.MOST_LEVEL_PIXELS
 
         def perturb_singly(transform: LatentPerturb, most: int = most) -> None:
-            small_image.MOST_PIXELS = most
+            small_image.MOST_LEVEL_PIXELS = most
             for photo in photos:
                 transform(photo)
 

@@ -32,7 +32,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
 from latent_aug import AugmentConfig, Glow, LatentPerturb, TrainConfig, augment_images, load_flow
-from latent_aug.images.datasets import EncodedImages, UInt8Images, to_uint8
+from latent_aug.images.datasets import UInt8Images, to_uint8
+from latent_aug.images.folders import EncodedImages
 from latent_aug.training.processes import Processes
 from latent_aug.training.recipe import choose_dtype
 from latent_aug.training.train import Run

@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from latent_aug import Flow, check_flow, load_flow
-from latent_aug.images.datasets import EncodedImages
+from latent_aug.images.folders import EncodedImages
 
 sys.path.append(str(Path(__file__).parents[1] / "paper"))
 from records import append_line, read_lines

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 from tqdm import tqdm
 
-from latent_aug.images.datasets import EncodedImages
+from latent_aug.images.folders import EncodedImages
 
 SIDE = 32
 COPIES = {"cifar10": 1, "cifar100": 1, "tinyimagenet100_small": 4}

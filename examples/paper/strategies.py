@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from latent_aug import LatentAdversarial, LatentSchedule
 from latent_aug.transforms import functional as LF
-from latent_aug.transforms.share import HIGHEST, AdaptiveShare
+from latent_aug.transforms.share import HIGHEST_SHARE, AdaptiveShare
 
 RESULTS = Path(__file__).parents[1] / "results" / "strategies.jsonl"
 LOCK = Path(__file__).parents[2] / "runs" / "strategies.lock"
@@ -91,7 +91,7 @@ class ScaledShare(AdaptiveShare):
     def update(self, tally: Tensor) -> None:
         """Take note of what the classifier has right."""
         super().update(tally)
-        self.value = self.highest * (self.value / HIGHEST) ** self.power
+        self.value = self.highest * (self.value / HIGHEST_SHARE) ** self.power
 
 
 class Ramp(Strategy):

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from latent_aug import Flow
-from latent_aug.images.datasets import hash_tensors
 from latent_aug.utils.files import read_json, replace_file, write_json
+from latent_aug.utils.hashing import hash_tensors
 
 
 class VaeGan(Flow):

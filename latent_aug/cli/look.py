@@ -20,6 +20,7 @@ from latent_aug.cli.options import (
     SIZE,
     Norm,
     check_picture,
+    echo,
     show_errors,
 )
 from latent_aug.diagnostics.check import GREY_LEVELS, check_flow
@@ -73,7 +74,7 @@ def check(
         )
         if picture is not None:
             save_preview(LatentPerturb(found.eps, norm=norm, flow=loaded), images, picture, None)
-    typer.echo(str(found))
+    echo(str(found))
     if found.grade == "not usable":
         raise typer.Exit(3)
 
@@ -96,7 +97,7 @@ def preview(
         sizes = eps or ([0.1, 0.25, 0.5] if norm in ("linf", "rms") else [5.0, 10.0, 20.0])
         transform = LatentPerturb(sizes[0], norm=norm, flow=loaded, resolution=resolution)
         save_preview(transform, images, picture, sizes)
-    typer.echo(f"{picture}")
+    echo(f"{picture}")
 
 
 def explore(

@@ -19,7 +19,7 @@ from latent_aug.cli.options import (
     check_apart,
     echo,
 )
-from latent_aug.diagnostics.check import HIGHEST, check_flow
+from latent_aug.diagnostics.check import HIGHEST_EPS, check_flow
 from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
 from latent_aug.flows.hub import load_flow
 from latent_aug.images.datasets import (
@@ -52,7 +52,7 @@ def train(
     ] = None,
     channels: Annotated[int | None, typer.Option(help="1 for grey images, else 3.")] = None,
     levels: Annotated[
-        int | None, typer.Option(help="Scales, else 3; sides must divide by 2**levels.")
+        int | None, typer.Option(help="Scales, else 3; sides must be divisible by 2**levels.")
     ] = None,
     k: Annotated[
         int | None, typer.Option("--steps-per-level", "-K", help="Glow steps a level, else 8.")
@@ -128,7 +128,7 @@ def train(
     echo(f"{output}: {density} on {card['images']} {whose}")
     if init is not None and bits is not None:
         echo(compare_with_start(flow, trained, measured, init))
-    if found.eps < HIGHEST:  # else no eps changes the images by as much as is asked
+    if found.eps < HIGHEST_EPS:  # else no eps changes the images by as much as is asked
         larger = f", and resolution={config.size} for larger images" if config.size else ""
         echo(f"{found.suggestion}{larger}")
     echo(found.verdict)

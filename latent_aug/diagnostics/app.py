@@ -89,11 +89,16 @@ def show_errors(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def show(subject: ex.Subject | None, *controls: Any) -> str:
-    """Show an image, the perturbed one and their difference."""
+def require_subject(subject: ex.Subject | None) -> ex.Subject:
+    """Refuse to go on without an image."""
     if subject is None:
         raise ValueError("choose an image first")
-    settings = read_settings(*controls)
+    return subject
+
+
+def show(subject: ex.Subject | None, *controls: Any) -> str:
+    """Show an image, the perturbed one and their difference."""
+    subject, settings = require_subject(subject), read_settings(*controls)
     perturbed, fell_back = ex.perturb_subject(subject, settings)
     change = 255 * (perturbed - subject.x).abs().mean().item()
     note = f"{settings.norm} {settings.eps:.3g}: pixels change by {change:.1f} of 255 on average"
@@ -117,7 +122,7 @@ def show_strip(subject: ex.Subject | None, eps: float, norm: str, *controls: Any
 
 def show_samples(flow: str, seed: float) -> str:
     """Show rows of samples, a column for each temperature."""
-    drawn = ex.draw_samples(ex.get_flow(flow), count=4, seed=int(seed))
+    drawn = ex.sample_at_temperatures(ex.get_flow(flow), count=4, seed=int(seed))
     columns = [torch.cat(list(column), dim=1)[None] for column in drawn]
     captions = [f"temperature {t:g}" for t in ex.TEMPERATURES]
     return write_figures(*zip(columns, captions, strict=True))
@@ -128,11 +133,9 @@ def show_attack(
     *region: Any,
 ) -> Iterator[tuple[str, dict[str, float]]]:  # fmt: skip
     """Show images, losses and probabilities, one more step at a time."""
-    if subject is None:
-        raise gr.Error("choose an image first", print_exception=False)
-    settings = read_settings(eps, norm, level, *region)
     shown: list[tuple[Tensor, str]] = []
     try:
+        subject, settings = require_subject(subject), read_settings(eps, norm, level, *region)
         for step in ex.attack_subject(subject, settings, alpha=alpha, steps=int(steps)):
             best = int(step.probabilities.argmax())
             share = f"{ex.CLASSES[best]} {step.probabilities[best]:.0%}"
@@ -195,18 +198,15 @@ def upload(flow: str, path: str | None, side: float, resolution: str) -> Any:
 
 def write_random(subject: ex.Subject | None, *controls: Any) -> str:
     """Write the random perturbation as code."""
-    if subject is None:
-        raise ValueError("choose an image first")
-    return ex.write_code(subject, read_settings(*controls))
+    return ex.write_code(require_subject(subject), read_settings(*controls))
 
 
 def write_attack(
     subject: ex.Subject | None, eps: float, alpha: float, steps: float, *controls: Any
 ) -> str:
     """Write the attack as code."""
-    if subject is None:
-        raise ValueError("choose an image first")
-    return ex.write_code(subject, read_settings(eps, *controls), alpha=alpha, steps=int(steps))
+    settings = read_settings(eps, *controls)
+    return ex.write_code(require_subject(subject), settings, alpha=alpha, steps=int(steps))
 
 
 def make_page(flows: Sequence[str]) -> gr.Blocks:

@@ -32,7 +32,7 @@ from latent_aug.images.datasets import (
 )
 from latent_aug.transforms import functional as LF
 from latent_aug.transforms.random import LatentPerturb
-from latent_aug.utils.arguments import require_choice, require_positive
+from latent_aug.utils.arguments import require_choice, require_number, require_positive
 from latent_aug.utils.randomness import sample_normal
 
 GREY_LEVELS = 10.0
@@ -41,7 +41,7 @@ GREY_LEVELS = 10.0
 CALIBRATED_ON = 200  # images
 LARGE = 64  # pixels a side, above which a copy is advised
 FEW = 100  # images below which figures are rough
-LOWEST, HIGHEST = 1e-3, 1e3  # eps
+LOWEST_EPS, HIGHEST_EPS = 1e-3, 1e3  # eps
 TUNING_STEPS, TUNING_BATCH = 1000, 64  # of the advised fine-tuning
 TIMED = 32  # images of the step that its time is estimated by
 
@@ -56,9 +56,10 @@ class FlowCheck:
         norm: The norm of the suggested eps.
         eps: The suggested eps.
         by_change: The eps that changes pixels by the asked number of grey levels on average,
-            or `HIGHEST` if none does.
+            or `HIGHEST_EPS` if none does.
         by_flips: The greatest eps that flips no more than the asked share of the classifier's
-            predictions, `LOWEST` if there is none, which limits nothing. None without a classifier.
+            predictions, `LOWEST_EPS` if there is none, which limits nothing. None without a
+            classifier.
         findings: What the figures show, each with the best grade that it allows.
         remedy: The way to a flow that suits: for a flow of the package the command that fine-tunes
             it.
@@ -113,7 +114,7 @@ class FlowCheck:
             f"latents' mean a level, finest first: {f['latent_mean']}",
             f"latents' standard deviation (the prior's is 1): {f['latent_std']}",
             *write_rows(f),
-            *([] if self.eps >= HIGHEST else [self.suggestion]),
+            *([] if self.eps >= HIGHEST_EPS else [self.suggestion]),
             self.verdict,
         ]
         return "\n".join(lines)
@@ -171,10 +172,10 @@ def check_flow(
         flow: A `Flow`, or a name or path for `load_flow`. A flow of classes takes them as its
             training does, from `targets` or (image, class) samples.
         images: Your images, or tuples that begin with one, or the path of a folder or tar of
-            them. Images are PIL, uint8, or float in [0, 1]. Sides that do not divide by the flow's
-            multiple are padded as the transforms do. The figures are of the padded images, the
-            suggested eps is of what is left after cropping back.
-        norm: Of the eps to suggest: "linf", "l2" or "rms".
+            them. Images are PIL, uint8, or float in [0, 1]. Sides that are not multiples of the
+            flow's `multiple` are padded as the transforms do. The figures are of the padded images,
+            the suggested eps is of what is left after cropping back.
+        norm: The norm of the suggested eps: "linf", "l2" or "rms".
         grey_levels: Mean absolute change of a pixel, of 255, that the suggested eps aims at.
         classifier: Your trained model. The suggested eps then also flips no more than `flips` of
             its predictions. What it shows of an untrained one is a remark, as the flow is not to
@@ -185,7 +186,7 @@ def check_flow(
         size: Resize and crop the images to this side.
         count: At most this many images, spread over the data set, are looked at. Eps and
             flips are found on up to 200 of them.
-        seed: Of dequantization noise and perturbations.
+        seed: The seed of dequantization noise and perturbations.
         progress: Show a progress bar.
 
     Returns:
@@ -194,8 +195,9 @@ def check_flow(
     Raises:
         ValueError: The images have other channels than the flow, or a size that it does not map.
             There is no flow of that name. An argument is out of range.
-        TypeError: The classifier does not return logits.
+        TypeError: `flow` is no flow, `classifier` no module, or it returns no logits.
         FileNotFoundError: No such images, or a directory that holds no flow.
+        OSError: An image cannot be read.
 
     Source: bits/dim as in Kingma & Dhariwal 2018. The paper chooses eps by validation accuracy.
 
@@ -226,8 +228,8 @@ def check_flow(
     by_flips = counter = None
     if classifier is not None:
         counter = Flips(classifier, Normalization(normalize, loaded.channels), perturb)
-        by_flips = find_greatest(lambda eps: counter.share(eps) <= flips)
-        if by_flips > LOWEST:
+        by_flips = find_greatest(lambda eps: counter.measure_share(eps) <= flips)
+        if by_flips > LOWEST_EPS:
             eps = min(by_change, by_flips)
     figures = measure_flow(
         loaded,
@@ -237,16 +239,16 @@ def check_flow(
         progress=progress,
     )
     findings = [*interpret_figures(figures, pick_perturbation(figures, eps))]
-    if by_change >= HIGHEST:
+    if by_change >= HIGHEST_EPS:
         text = f"no eps changes pixels by {grey_levels:g} grey levels on average"
         findings.append(Finding(text, "not usable"))
     if counter is not None:
         for perturbation in figures["perturbations"]:
-            perturbation["flipped"] = counter.share(perturbation["eps"])
+            perturbation["flipped"] = counter.measure_share(perturbation["eps"])
         findings += [Finding(text, "suits") for text in counter.explain_doubts()]
-    if by_flips is not None and by_flips <= LOWEST:
+    if by_flips is not None and by_flips <= LOWEST_EPS:
         text = (
-            f"no eps flips {flips:.0%} or less of the predictions, not even {LOWEST:g}, which "
+            f"no eps flips {flips:.0%} or less of the predictions, not even {LOWEST_EPS:g}, which "
             "nobody sees: the classifier is not trained, or its inputs need normalize; the "
             "suggested eps is by change alone"
         )
@@ -300,10 +302,10 @@ def check_arguments(
         ValueError, TypeError: One is out of range or of another type.
     """
     require_choice("norm", norm, ("linf", "l2", "rms"))
-    if not grey_levels > 0 or not 0 < flips < 1:
-        raise ValueError(
-            f"grey_levels must be above 0 and flips lie in (0, 1), got {grey_levels!r}, {flips!r}"
-        )
+    if not require_number("grey_levels", grey_levels) > 0:
+        raise ValueError(f"grey_levels must be above 0, got {grey_levels!r}")
+    if not 0 < require_number("flips", flips) < 1:
+        raise ValueError(f"flips must lie in (0, 1), got {flips!r}")
     if normalize is not None and classifier is None:
         raise ValueError(
             "normalize is of the classifier's inputs, and there is no classifier; images come in "
@@ -391,9 +393,9 @@ def make_perturber(
 def find_greatest(holds: Callable[[float], bool]) -> float:
     """Find the greatest eps for which something holds that larger ones break, within 2 %.
 
-    `LOWEST` where it holds for none, `HIGHEST` where it holds for all.
+    `LOWEST_EPS` where it holds for none, `HIGHEST_EPS` where it holds for all.
     """
-    low, high = LOWEST, HIGHEST
+    low, high = LOWEST_EPS, HIGHEST_EPS
     if holds(high):
         return high
     while high / low > 1.02:

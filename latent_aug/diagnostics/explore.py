@@ -33,7 +33,7 @@ CLASSES = (
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MOST_BYTES = 8 * 2**20  # an upload may have
-MOST_PIXELS = 40_000_000
+MOST_UPLOAD_PIXELS = 40_000_000
 SIDES = (16, 128)  # of the images on the page
 TEMPERATURES = (0.0, 0.3, 0.5, 0.7, 0.85, 1.0)
 GREATEST_EPS = {"linf": 1.0, "rms": 1.0, "l2": 40.0}
@@ -157,7 +157,7 @@ def make_examples(flow: Flow) -> tuple[Tensor, list[int | None]]:
 
 
 @torch.no_grad()
-def draw_samples(
+def sample_at_temperatures(
     flow: Flow, *, count: int, temperatures: Sequence[float] = TEMPERATURES, seed: int = 0
 ) -> Tensor:
     """Decode the same latents at several temperatures: (T, count, C, H, W) in [0, 1]."""
@@ -181,8 +181,10 @@ def read_upload(path: str | Path, channels: int, side: int) -> Tensor:
         raise ValueError(f"the file has more than {MOST_BYTES // 2**20} MiB")
     try:
         with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"the image has more than {MOST_PIXELS // 10**6} million pixels")
+            if image.width * image.height > MOST_UPLOAD_PIXELS:
+                raise ValueError(
+                    f"the image has more than {MOST_UPLOAD_PIXELS // 10**6} million pixels"
+                )
             image.load()
             check_mode(image)
             upright = ImageOps.exif_transpose(image)  # as a phone would show it

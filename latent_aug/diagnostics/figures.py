@@ -12,9 +12,15 @@ from PIL import Image
 from torch import Tensor
 
 from latent_aug.flows import Flow
-from latent_aug.images.conversion import image_size, pad_size, scale_size, select_drawn, to_batch
-from latent_aug.images.datasets import get_image, spread_indices
-from latent_aug.images.samples import find_labels
+from latent_aug.images.conversion import (
+    image_size,
+    pad_size,
+    scale_size,
+    select_shown_channels,
+    to_batch,
+)
+from latent_aug.images.datasets import spread_indices
+from latent_aug.images.samples import find_labels, get_image
 from latent_aug.transforms.adversarial import LatentAdversarial
 from latent_aug.transforms.random import LatentPerturb
 from latent_aug.utils.arguments import require_range
@@ -235,7 +241,7 @@ def to_picture(image: Any, transform: LatentPerturb | LatentAdversarial) -> Tens
 
 def draw_image(axes: Any, image: Tensor, title: str) -> None:
     """Draw an image (C, H, W) without ticks."""
-    pixels = select_drawn(image).clamp(0, 1).permute(1, 2, 0)
+    pixels = select_shown_channels(image).clamp(0, 1).permute(1, 2, 0)
     axes.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=1)
     axes.set_axis_off()
     axes.set_title(title, fontsize=8)

@@ -34,8 +34,8 @@ class Flips:
         self.classifier, self.normalization, self.perturb = classifier, normalization, perturb
         self.before = self.predict(perturb(0.0))
 
-    def share(self, eps: float) -> float:
-        """Compute the share of the predictions that this eps flips."""
+    def measure_share(self, eps: float) -> float:
+        """Measure the share of the predictions that this eps flips."""
         return float((self.predict(self.perturb(eps)) != self.before).float().mean())
 
     @torch.no_grad()
@@ -60,7 +60,7 @@ class Flips:
         return torch.cat(outputs).argmax(dim=1)
 
     def explain_doubts(self) -> Iterator[str]:
-        """Reasons why the shares say nothing."""
+        """Explain why the shares may say nothing."""
         alike = float(self.before.bincount().max()) / len(self.before)
         if len(self.before) > 1 and alike > MOST_ALIKE:
             yield (

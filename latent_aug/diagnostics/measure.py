@@ -39,7 +39,7 @@ def measure_flow(
         images: 8-bit images, with their classes for a class-conditional flow.
         settings: (norm, eps) of the random perturbations to try.
         batch_size: Images at a time.
-        seed: Of dequantization noise and perturbations.
+        seed: The seed of dequantization noise and perturbations.
         progress: Show a progress bar.
 
     Returns:

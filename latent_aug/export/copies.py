@@ -21,18 +21,17 @@ from tqdm import tqdm
 from latent_aug.export.shards import Sample, encode_image, write_files, write_tar
 from latent_aug.images.conversion import GREY_MODES
 from latent_aug.images.datasets import (
-    EncodedImages,
     check_class_count,
     check_dataset,
     get_class_names,
-    get_image,
-    hash_tensors,
-    naming,
+    name_image_in_errors,
     spread_indices,
     to_uint8,
     word_stray,
 )
+from latent_aug.images.folders import EncodedImages
 from latent_aug.images.orientation import UPRIGHT, read_orientation
+from latent_aug.images.samples import get_image
 from latent_aug.transforms.random import LatentPerturb
 from latent_aug.utils.arguments import (
     require_choice,
@@ -42,6 +41,7 @@ from latent_aug.utils.arguments import (
     require_positive,
 )
 from latent_aug.utils.files import claim_directory, remove_partial, replace_file, write_whole
+from latent_aug.utils.hashing import hash_tensors
 from latent_aug.utils.randomness import get_rank_and_count, mix_seeds
 
 SETTINGS_NAME, CLASSES_NAME, CLASSES_TEXT_NAME = "augment.json", "classes.json", "classes.txt"
@@ -68,6 +68,7 @@ class AugmentConfig:
 
     Raises:
         ValueError: An argument is out of range, or is no integer where one is needed.
+        TypeError: `output` is no path.
 
     Example:
         >>> AugmentConfig(output="copies", copies=4, form="folder").image_format
@@ -168,6 +169,8 @@ def augment_images(
 
     Raises:
         ValueError: The data set does not fit the flow, or `config.output` holds something else.
+        TypeError: `transform` is no `LatentPerturb`, or an image is of a kind without a fixed
+            range.
         OSError: An image cannot be read. The message names it. Mend or replace it and call again,
             or set `skip_unreadable`.
 
@@ -187,9 +190,9 @@ def augment_images(
     job = Job(dataset, transform, config, device)
     job.write_settings()
     rank, count = get_rank_and_count()
-    mine = range(rank, job.shards, count)
+    mine = range(rank, job.shard_count, count)
     missing = [shard for shard in mine if not job.get_path(shard).exists()]
-    total = sum(len(job.get_items(shard)) for shard in missing)
+    total = sum(len(job.get_places(shard)) for shard in missing)
     with tqdm(total=total, unit="image", disable=not progress or rank > 0) as bar:
         for shard in missing:
             job.write(shard, bar)
@@ -240,25 +243,25 @@ class Job:
         self.classes: list[str] = get_class_names(dataset)
         self.unreadable, self.left_out = 0, set[int]()  # samples, and the images that they are of
         self._order: tuple[int, list[int]] = (-1, [])  # the last one's copy and order
-        self.samples = self.count * (config.copies + config.originals)
-        self.shards = -(-self.samples // config.shard_size)
+        self.sample_count = self.count * (config.copies + config.originals)
+        self.shard_count = -(-self.sample_count // config.shard_size)
 
     def get_path(self, shard: int) -> Path:
         """Get the file that exists when a shard is complete."""
         folder = self.config.form == "folder"
         return self.output / (f".shard-{shard:06}.done" if folder else f"shard-{shard:06}.tar")
 
-    def get_items(self, shard: int) -> range:
+    def get_places(self, shard: int) -> range:
         """Get the places of a shard's images in all copies together."""
         first = shard * self.config.shard_size
-        return range(first, min(first + self.config.shard_size, self.samples))
+        return range(first, min(first + self.config.shard_size, self.sample_count))
 
     def write(self, shard: int, bar: Any) -> None:
         """Make a shard and put it in its place."""
         path = self.get_path(shard)
         self.generator.manual_seed(mix_seeds(self.config.seed, shard))
         remove_partial(path)
-        samples = self.make_samples(self.get_items(shard), bar)
+        samples = self.make_samples(self.get_places(shard), bar)
         suffix = SUFFIXES[self.config.image_format]
         if self.config.form == "shards":
             write_tar(path, samples, suffix)
@@ -267,11 +270,11 @@ class Job:
             with replace_file(path) as partial:
                 partial.touch()
 
-    def make_samples(self, items: range, bar: Any) -> Iterator[Sample]:
+    def make_samples(self, places: range, bar: Any) -> Iterator[Sample]:
         """Perturb the images of a shard and encode them as files."""
         step = self.config.batch_size
-        for first in range(items.start, items.stop, step):
-            chosen = [self.choose(k) for k in range(first, min(first + step, items.stop))]
+        for first in range(places.start, places.stop, step):
+            chosen = [self.choose(k) for k in range(first, min(first + step, places.stop))]
             found = ((key, self.read(key[0])) for key in chosen)
             read = {key: item for key, item in found if item is not None}
             self.unreadable += len(chosen) - len(read)
@@ -287,10 +290,10 @@ class Job:
                 yield Sample(f"{index:08}-{copy}", self.encode_file(item), item.label)
             bar.update(len(chosen))
 
-    def choose(self, item: int) -> tuple[int, int]:
+    def choose(self, place: int) -> tuple[int, int]:
         """Choose the image at a place, and the number of its copy. Copy 0 is the image itself."""
-        copy, place = divmod(item, self.count)
-        return self.shuffle(copy)[place], copy + (not self.config.originals)
+        copy, own_place = divmod(place, self.count)
+        return self.shuffle(copy)[own_place], copy + (not self.config.originals)
 
     def shuffle(self, copy: int) -> list[int]:
         """Shuffle the indices of the images for a copy, always in the same way."""
@@ -317,7 +320,7 @@ class Job:
                 self.left_out.add(index)
                 warnings.warn(f"left out: {error}", stacklevel=2)
             return None
-        with naming(self.dataset, index):
+        with name_image_in_errors(self.dataset, index):
             image = to_uint8(sample, self.channels, self.config.size)
         source = get_image(sample)
         is_pil = isinstance(source, Image.Image)
@@ -437,7 +440,7 @@ class Job:
             "images": self.count,
             "data": [None if item is None else item.hash() for item in read],
             "labels": self.hash_labels(),
-            "shards": self.shards,
+            "shards": self.shard_count,
         }
 
 

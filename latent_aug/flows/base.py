@@ -94,7 +94,9 @@ def require_parameter_count(count: int) -> None:
         ValueError: It has more than `MOST_PARAMETERS`.
     """
     if count > MOST_PARAMETERS:
-        raise ValueError(f"this config is of more than {MOST_PARAMETERS:,} parameters")
+        raise ValueError(
+            f"config must describe at most {MOST_PARAMETERS:,} parameters, got about {count:,}"
+        )
 
 
 def dequantize(x: Tensor, noise: Tensor) -> Tensor:
@@ -116,7 +118,7 @@ class Flow(nn.Module):
 
     Attributes:
         channels: The number of image channels.
-        multiple: Height and width must divide by it. The transforms pad and crop.
+        multiple: Height and width must be multiples of it. The transforms pad and crop.
         size: The only (H, W) it maps, or None for any size.
         num_classes: The number of classes of a conditional flow, whose `encode` and `decode` need
             `y`. 0 for any other flow.
@@ -266,7 +268,9 @@ class Flow(nn.Module):
         if self.size is not None and (height, width) != tuple(self.size):
             raise ValueError(f"size must be {self.size}, the only one of this flow, got {size!r}")
         if height % self.multiple or width % self.multiple:
-            raise ValueError(f"size must divide by {self.multiple} for this flow, got {size!r}")
+            raise ValueError(
+                f"size must be divisible by {self.multiple} for this flow, got {size!r}"
+            )
         return height, width
 
     @property
@@ -299,6 +303,7 @@ class Flow(nn.Module):
 
         Raises:
             TypeError: x is no tensor of floats.
+            NotImplementedError: The flow has no `log_prob`.
         """
         if not x.is_floating_point():
             raise TypeError(f"x must be floats, got {x.dtype}: divide 8-bit values by 255")
@@ -361,6 +366,9 @@ class Flow(nn.Module):
 
         Args:
             directory: The directory to write to, which is made where it does not exist.
+
+        Raises:
+            NotImplementedError: The flow has no `config`.
         """
         config = {"architecture": type(self).__name__, **self.config}
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}

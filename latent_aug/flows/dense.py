@@ -49,7 +49,7 @@ class DenseCoupling(nn.Module):
         second = second * log_scale.exp() + shift
         return torch.cat([first, second], dim=1), log_det + log_scale.sum(dim=1)
 
-    def inverse(self, x: Tensor, y: Tensor) -> Tensor:
+    def decode(self, x: Tensor, y: Tensor) -> Tensor:
         """Undo `forward`."""
         first, second = x.split(self.sizes, dim=1)
         log_scale, shift = self.compute_affine(self.of_first, first, y)
@@ -167,7 +167,7 @@ class ConditionalDenseFlow(Flow):
         state, orders = z.flatten(1), self.orders.to(z.device).argsort(dim=1)
         with use_full_precision(z.device):
             for coupling, order in zip(self.couplings[::-1], orders.flip(0), strict=True):
-                state = cast(DenseCoupling, coupling).inverse(state[:, order], y)
+                state = cast(DenseCoupling, coupling).decode(state[:, order], y)
         return postprocess(state).view(z.shape)
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:

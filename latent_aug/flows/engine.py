@@ -114,7 +114,7 @@ def read_levels(
     target: Target,
     *,
     bound: float,
-    inverse: bool,
+    decoding: bool,
     frozen: bool,
     network_dtype: torch.dtype | None = None,
     networks: dict[nn.Module, Network] | None = None,
@@ -125,7 +125,7 @@ def read_levels(
         multiscale: Levels of GlowBlocks followed by a Squeeze, priors GlowBase.
         target: The device and dtype of the result.
         bound: The greatest absolute log-scale of a coupling.
-        inverse: False for image -> latent, True for latent -> image.
+        decoding: Whether the levels are for latent -> image.
         frozen: True for use: detached, and folded in float64 on the CPU, since a 1x1
             convolution's inverse deserves it. False for training: differentiable.
         network_dtype: Precision of the coupling networks, None for the dtype of the target.
@@ -136,19 +136,19 @@ def read_levels(
     for flows, base in zip(reversed(multiscale.flows), reversed(multiscale.q0), strict=True):
         blocks = flows[:-1]  # the last is the squeeze
         # normflows stores blocks in the order latent -> image.
-        ordered = blocks if inverse else reversed(blocks)
+        ordered = blocks if decoding else reversed(blocks)
         steps = []
         for block in ordered:
             if block not in networks:
                 networks[block] = read_network(block, target, network_dtype, frozen=frozen)
-            mix = read_mix(block, target, inverse=inverse, frozen=frozen)
+            mix = read_mix(block, target, decoding=decoding, frozen=frozen)
             steps.append(Step(*mix, networks[block], bound))
         levels.append(Level(tuple(steps), *read_prior(base, target, frozen=frozen), frozen))
     return tuple(levels)
 
 
 def read_mix(
-    block: nf.flows.GlowBlock, target: Target, *, inverse: bool, frozen: bool
+    block: nf.flows.GlowBlock, target: Target, *, decoding: bool, frozen: bool
 ) -> tuple[Conv, Tensor]:
     """Fold ActNorm and 1x1 convolution into one, and give its log-determinant as encoded."""
     _, conv, norm = block.flows
@@ -159,7 +159,7 @@ def read_mix(
     scale, shift = scale.flatten(), shift.flatten()
     diagonal = torch.diag(sign * torch.exp(log_diagonal))
     matrix = permutation @ (lower.tril(-1) + eye) @ (upper.triu(1) + diagonal)
-    if inverse:
+    if decoding:
         weight, bias = torch.exp(scale)[:, None] * torch.linalg.inv(matrix), shift
     else:
         weight = matrix * torch.exp(-scale)

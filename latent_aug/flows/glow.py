@@ -15,7 +15,7 @@ from latent_aug.flows.base import Flow, preprocess, require_config, require_para
 from latent_aug.flows.engine import Target
 from latent_aug.flows.latent_gradient import Gradient
 from latent_aug.flows.prepared import Prepared
-from latent_aug.flows.small_image import MOST_PIXELS
+from latent_aug.flows.small_image import MOST_LEVEL_PIXELS
 from latent_aug.utils.arguments import require_choice, require_number, require_positive
 
 PROGRAM_TARGET = Target(torch.device("cpu"), torch.float32)
@@ -39,7 +39,7 @@ class Glow(Flow):
 
     Args:
         channels: The number of image channels.
-        levels: The number of scales. Height and width must divide by 2 ** levels.
+        levels: The number of scales. Height and width must be divisible by 2 ** levels.
         steps: The number of steps per scale, K.
         hidden: The number of hidden channels of a coupling network, H.
         log_scale_bound: The greatest absolute log-scale of a coupling.
@@ -117,6 +117,7 @@ class Glow(Flow):
             ValueError: x does not fit, or the flow is untrained.
         """
         self._require_input(x, "x")
+        self._require_trained()
         if not len(x):
             return x.clone()
         with use_full_precision(x.device):
@@ -139,6 +140,7 @@ class Glow(Flow):
         """
         require_choice("gradient", gradient, ("auto", "fast", "lean"))
         self._require_input(z, "z")
+        self._require_trained()
         if not len(z):
             return z.clone()
         if gradient == "lean" and self._wants_weight_gradients():
@@ -166,16 +168,14 @@ class Glow(Flow):
             RuntimeError: Torch cannot compile here.
         """
         height, width = self._choose_size(size)
-        if height * width > 4 * MOST_PIXELS:
-            raise ValueError(f"size must have at most {4 * MOST_PIXELS} pixels, got {size!r}")
+        if height * width > 4 * MOST_LEVEL_PIXELS:
+            raise ValueError(f"size must have at most {4 * MOST_LEVEL_PIXELS} pixels, got {size!r}")
         if any(p.requires_grad for p in self._list_weights()):
             raise ValueError("compiling needs frozen weights: flow.requires_grad_(False)")
         if self.network_dtype not in (None, torch.float32):
             raise ValueError(f"network_dtype must be None for compiling, got {self.network_dtype}")
+        self._require_trained()
         shape = torch.Size((1, self.channels, height, width))
-        self._require_input(
-            torch.zeros(shape, device=PROGRAM_TARGET.device, dtype=PROGRAM_TARGET.dtype), "size"
-        )
         folder = Path(folder).absolute()
         with use_full_precision(PROGRAM_TARGET.device):
             self._read(PROGRAM_TARGET, frozen=True).compile(shape, folder, self.fingerprint())
@@ -185,6 +185,7 @@ class Glow(Flow):
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Compute the log-density of images (B, C, H, W) in [0, 1], exact at x: (B,), in nats."""
         self._require_input(x, "x")
+        self._require_trained()
         if not len(x):
             return x.new_zeros(0)
         with use_full_precision(x.device):
@@ -218,7 +219,7 @@ class Glow(Flow):
         """
         if self.is_initialized():
             raise ValueError("this flow is initialised (or trained) already")
-        self._require_input(x, "x", initialized=True)
+        self._require_input(x, "x")
         before = {k: v.clone() for k, v in self.state_dict().items()}
         x = x.to(next(self.parameters()))  # normflows computes where and in what its weights are
         with use_plain_defaults():
@@ -267,7 +268,7 @@ class Glow(Flow):
         widths = [channels * 2 ** (depth + 2) for depth in range(levels)]
         return sum(steps * (2 * w * w + hidden * (hidden + 14 * w)) for w in widths)
 
-    def _require_input(self, t: Tensor, name: str, *, initialized: bool = False) -> None:
+    def _require_input(self, t: Tensor, name: str) -> None:
         """Refuse an input that would fail obscurely further down."""
         full = t.dtype in (torch.float32, torch.float64)  # less and it is no inverse any more
         if t.ndim != 4 or t.shape[1] != self.channels or not full:
@@ -277,10 +278,13 @@ class Glow(Flow):
             )
         if t.shape[2] % self.multiple or t.shape[3] % self.multiple:
             raise ValueError(
-                f"height and width of {name} must divide by {self.multiple}, "
+                f"height and width of {name} must be divisible by {self.multiple}, "
                 f"got {tuple(t.shape[2:])}; pad it, or use a transform, which does"
             )
-        if not (initialized or self.is_initialized()):
+
+    def _require_trained(self) -> None:
+        """Refuse an untrained flow."""
+        if not self.is_initialized():
             raise ValueError(
                 "this Glow is untrained: load weights with load_flow, train it with train_flow, "
                 "or set its ActNorms from a batch of images with initialize"

@@ -87,7 +87,7 @@ def load_flow(
                 f"the weights of {origin[0]!r} have SHA-256 {found}, and sha256={sha256!r} was "
                 f"asked for; {OTHER_WEIGHTS}"
             )
-    read_from = directory / WEIGHTS_NAME, get_write_time(directory / WEIGHTS_NAME)
+    read_from = weights, get_write_time(weights)
     with torch.inference_mode(False):  # the weights serve outside it
         flow = read_flow(directory)
         fingerprint = flow.fingerprint()  # here, as the weights would have to come back for it

@@ -90,7 +90,7 @@ def decode(
     z: Tensor,
     levels: Sequence[Level],
     adjoints: Adjoints,
-    inverse: Sequence[Level] | None,
+    encoding_levels: Sequence[Level] | None,
     graphs: Graphs | None = None,
 ) -> Tensor:
     """Decode latents, differentiably once in z.
@@ -99,14 +99,15 @@ def decode(
         z: Latents (B, C, H, W).
         levels: The levels as read for decoding.
         adjoints: The adjoints of their steps.
-        inverse: The levels as read for encoding, which "lean" undoes steps with. None is "fast".
+        encoding_levels: The levels as read for encoding, which "lean" undoes steps with. None is
+            "fast".
         graphs: The graphs that "fast" is replayed from and recorded in, or None.
     """
-    if graphs is not None and inverse is None:
+    if graphs is not None and encoding_levels is None:
         graph = graphs.get("gradient", z, lambda: record_graph(z, levels, adjoints))
         if graph is not None:
             return _Replay.apply(z, graph)
-    return _Decode.apply(z, levels, adjoints, inverse)
+    return _Decode.apply(z, levels, adjoints, encoding_levels)
 
 
 def record_graph(z: Tensor, levels: Sequence[Level], adjoints: Adjoints) -> DifferentiableGraph:
@@ -148,10 +149,10 @@ class _Decode(torch.autograd.Function):
         z: Tensor,
         levels: Sequence[Level],
         adjoints: Adjoints,
-        inverse: Sequence[Level] | None,
+        encoding_levels: Sequence[Level] | None,
     ) -> Tensor:
-        x, keep = (engine.decode(z, levels), []) if inverse else decode_and_keep(z, levels)
-        ctx.levels, ctx.adjoints, ctx.inverse = levels, adjoints, inverse
+        x, keep = (engine.decode(z, levels), []) if encoding_levels else decode_and_keep(z, levels)
+        ctx.levels, ctx.adjoints, ctx.encoding_levels = levels, adjoints, encoding_levels
         ctx.tiles = [len(tiles) for tiles in keep]
         kept = [activations for tiles in keep for tile in tiles for activations in tile]
         ctx.save_for_backward(x, *(t for a in kept for t in (a.z, a.log_scale, a.hidden2)))
@@ -164,7 +165,7 @@ class _Decode(torch.autograd.Function):
         kept = unflatten_kept(iter(tensors), ctx.levels, ctx.tiles)
         # It runs in another thread, later: what surrounded decode does not surround it.
         with use_full_precision(grad.device):
-            z_grad = backpropagate(grad, ctx.levels, ctx.adjoints, x, ctx.inverse, kept)
+            z_grad = backpropagate(grad, ctx.levels, ctx.adjoints, x, ctx.encoding_levels, kept)
         return z_grad, None, None, None
 
 
@@ -183,7 +184,7 @@ def backpropagate(
     levels: Sequence[Level],
     adjoints: Adjoints,
     x: Tensor,
-    inverse: Sequence[Level] | None,
+    encoding_levels: Sequence[Level] | None,
     kept: Kept,
 ) -> Tensor:
     """Compute the latents' gradient from the images', step by step, a tile at a time.
@@ -193,7 +194,7 @@ def backpropagate(
         levels: The levels as read for decoding.
         adjoints: The adjoints of their steps.
         x: The decoded images.
-        inverse: The levels as read for encoding, for "lean". None is "fast".
+        encoding_levels: The levels as read for encoding, for "lean". None is "fast".
         kept: The activations that decoding kept, for "fast".
     """
     level, *coarser = levels
@@ -201,8 +202,8 @@ def backpropagate(
     tile = engine.choose_tile(grad, level.steps[0])
     grads, inputs = [], []
     for i, part in enumerate(grad.split(tile)):
-        if inverse:
-            found = undo_steps(x[i * tile : (i + 1) * tile], inverse[0].steps)
+        if encoding_levels:
+            found = undo_steps(x[i * tile : (i + 1) * tile], encoding_levels[0].steps)
         else:
             found = reversed(kept[0][i])
         for step, adjoint, activations in zip(
@@ -220,7 +221,7 @@ def backpropagate(
         coarser,
         adjoints[1:],
         torch.cat(inputs).chunk(2, dim=1)[0],
-        inverse and inverse[1:],
+        encoding_levels and encoding_levels[1:],
         kept[1:],
     )
     return engine.unsqueeze(torch.cat([rest, latent * torch.exp(level.log_scale)], dim=1))

@@ -49,7 +49,7 @@ class Prepared:
         self._multiscale, self._target, self._bound = multiscale, target, bound
         self._network_dtype, self._frozen = network_dtype, frozen
         self._networks: dict[nn.Module, Network] = {}  # those that both directions share
-        self._levels: dict[bool, tuple[Level, ...]] = {}  # by direction, True for decoding
+        self._levels: dict[bool, tuple[Level, ...]] = {}  # by whether they are for decoding
         self._adjoints: Adjoints | None = None
         self.graphs = Graphs()
         # By direction and shape of input: functions that were compiled ahead of time.
@@ -62,7 +62,7 @@ class Prepared:
             x: The images, on the target's device and in its dtype.
             use_graphs: Whether CUDA graphs may be recorded and replayed.
         """
-        function = partial(encode_images, levels=self.read_levels(inverse=False))
+        function = partial(encode_images, levels=self.read_levels(decoding=False))
         return self._run("encode", function, x, use_graphs)
 
     def decode(self, z: Tensor, gradient: Gradient = "auto", *, use_graphs: bool = False) -> Tensor:
@@ -73,22 +73,22 @@ class Prepared:
             gradient: How frozen parameters give the gradient of z, see `Glow.decode`.
             use_graphs: Whether CUDA graphs may be recorded and replayed.
         """
-        levels = self.read_levels(inverse=True)
+        levels = self.read_levels(decoding=True)
         if not (self._frozen and torch.is_grad_enabled() and z.requires_grad):
             return self._run("decode", partial(decode_latents, levels=levels), z, use_graphs)
         lean = gradient == "lean" or (
             gradient == "auto" and latent_gradient.prefers_lean(z, levels)
         )
-        inverse = self.read_levels(inverse=False) if lean else None
+        encoding_levels = self.read_levels(decoding=False) if lean else None
         graphs = self.graphs if use_graphs and can_record(z) else None
-        x = latent_gradient.decode(z, levels, self._read_adjoints(), inverse, graphs)
+        x = latent_gradient.decode(z, levels, self._read_adjoints(), encoding_levels, graphs)
         return postprocess(x).contiguous()
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Compute the log-density of images (B, C, H, W) in [0, 1]: (B,), in nats."""
         dims = x[0].numel()
         log_dets: list[Tensor] = []
-        z = engine.encode(preprocess(x), self.read_levels(inverse=False), log_dets)
+        z = engine.encode(preprocess(x), self.read_levels(decoding=False), log_dets)
         prior = -0.5 * (z.square().sum(dim=(1, 2, 3)) + dims * math.log(2 * math.pi))
         return prior + sum(log_dets) + dims * math.log(255 / 256)
 
@@ -101,8 +101,8 @@ class Prepared:
             fingerprint: The fingerprint of the flow.
         """
         functions: dict[str, Function] = {
-            "encode": partial(encode_images, levels=self.read_levels(inverse=False)),
-            "decode": partial(decode_latents, levels=self.read_levels(inverse=True)),
+            "encode": partial(encode_images, levels=self.read_levels(decoding=False)),
+            "decode": partial(decode_latents, levels=self.read_levels(decoding=True)),
         }
         example = torch.zeros(shape, device=self._target.device, dtype=self._target.dtype)
         for name, function in functions.items():
@@ -118,9 +118,9 @@ class Prepared:
             if program is not None:
                 self.programs[name, shape] = program
 
-    def read_levels(self, *, inverse: bool) -> tuple[Level, ...]:
-        """Return the parameters of one direction, finest level first."""
-        if inverse not in self._levels:
+    def read_levels(self, *, decoding: bool) -> tuple[Level, ...]:
+        """Return the parameters for encoding or for decoding, finest level first."""
+        if decoding not in self._levels:
             networks = dict(self._networks)  # what fails half-way leaves none behind
             # Tensors made in inference mode could not serve a later attack's backward pass.
             with torch.inference_mode(False) if self._frozen else nullcontext():
@@ -128,7 +128,7 @@ class Prepared:
                     self._multiscale,
                     self._target,
                     bound=self._bound,
-                    inverse=inverse,
+                    decoding=decoding,
                     frozen=self._frozen,
                     network_dtype=self._network_dtype,
                     networks=networks,
@@ -136,12 +136,12 @@ class Prepared:
             if self._frozen:
                 synchronize(self._target.device)
             self._networks.update(networks)
-            self._levels[inverse] = levels
-        return self._levels[inverse]
+            self._levels[decoding] = levels
+        return self._levels[decoding]
 
     def _read_adjoints(self) -> Adjoints:
         if self._adjoints is None:
-            adjoints = latent_gradient.transpose_levels(self.read_levels(inverse=True))
+            adjoints = latent_gradient.transpose_levels(self.read_levels(decoding=True))
             synchronize(self._target.device)
             self._adjoints = adjoints
         return self._adjoints

@@ -17,7 +17,7 @@ from latent_aug.flows.convolution import Conv, is_differentiated
 im2col, col2im = torch.ops.aten.im2col.default, torch.ops.aten.col2im.default
 KERNEL = [3, 3], [1, 1], [1, 1], [1, 1]  # size, dilation, padding, stride
 
-MOST_PIXELS = 1024
+MOST_LEVEL_PIXELS = 1024
 """Up to so many pixels of a level, products are faster than convolutions."""
 
 
@@ -48,7 +48,7 @@ def suits(z: Tensor, weight: Tensor, *, is_read: bool) -> bool:
         is_read: Whether the level's matrices were read before. That must not happen while torch
             traces, as they would be tensors without values.
     """
-    small = z.is_cpu and len(z) == 1 and z.shape[2] * z.shape[3] <= MOST_PIXELS
+    small = z.is_cpu and len(z) == 1 and z.shape[2] * z.shape[3] <= MOST_LEVEL_PIXELS
     if not small or weight.dtype != z.dtype or is_differentiated(z, weight):
         return False
     if type(z) is Tensor and not torch.compiler.is_compiling():

@@ -33,7 +33,7 @@ BEFORE_NORMALIZE = (
 WRONG_NORMALIZE = (
     "these are what undoing normalize= gives, so the images have been through another one, or none"
 )
-LOWEST, HIGHEST = -0.5, 1.5  # bicubic resizing overshoots [0, 1] by less than this
+LOWEST_PIXEL, HIGHEST_PIXEL = -0.5, 1.5  # bicubic resizing overshoots [0, 1] by less than this
 ERASED = 0.05  # share of a normalized image's values that RandomErasing may put outside
 
 
@@ -77,7 +77,7 @@ def make_stand_in(image: Any, channels: int) -> Tensor:
     return pixel.expand(batch_shape(image))
 
 
-def select_drawn(images: Tensor) -> Tensor:
+def select_shown_channels(images: Tensor) -> Tensor:
     """Select the channels of images (..., C, H, W) that a picture shows: three, or else one."""
     return images[..., : 3 if images.shape[-3] >= 3 else 1, :, :]
 
@@ -130,7 +130,8 @@ def check_pil(image: Image.Image, channels: int) -> None:
     """Refuse a PIL image that a flow of so many channels cannot take."""
     if channels not in PIL_MODES:
         raise ValueError(
-            f"the flow maps images of {channels} channels, got a PIL image ({image.mode})"
+            f"the flow maps images of {channels} channels, got a PIL image ({image.mode}): pass a "
+            "tensor, or choose a flow of 1 or 3 channels"
         )
     check_mode(image)
     if channels == 1 and image.mode not in GREY_MODES:
@@ -264,9 +265,9 @@ def check_range(x: Tensor, remedy: str = BEFORE_NORMALIZE, allowed: float = 0.0)
         return
     low, high = x.flatten(1).aminmax(dim=1)
     finite = low.isfinite() & high.isfinite()
-    far = finite & ((low < LOWEST) | (high > HIGHEST))
+    far = finite & ((low < LOWEST_PIXEL) | (high > HIGHEST_PIXEL))
     if allowed and bool(far.any()):
-        outside = ((x < LOWEST) | (x > HIGHEST)).flatten(1).float().mean(1)
+        outside = ((x < LOWEST_PIXEL) | (x > HIGHEST_PIXEL)).flatten(1).float().mean(1)
         far &= outside > allowed
     if bool(far.any()):
         raise ValueError(
@@ -282,7 +283,10 @@ def pad_size(size: tuple[int, int], flow: Flow) -> tuple[int, int]:
         ValueError: The flow maps one size only, and this is another.
     """
     if flow.size is not None and size != tuple(flow.size):
-        raise ValueError(f"the flow maps images of size {flow.size} only, got {size}")
+        raise ValueError(
+            f"the flow maps images of size {flow.size} only, got {size}: resize them, or use "
+            "another flow"
+        )
     height, width = size
     return height + -height % flow.multiple, width + -width % flow.multiple
 

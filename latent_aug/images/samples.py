@@ -18,6 +18,11 @@ LABEL_KEYS = ("labels", "label")
 MARKED = (Image.Image, tv_tensors.Image, tv_tensors.Video)  # images by their type alone
 
 
+def get_image(sample: Any) -> Any:
+    """Get the image of a sample, which is alone or first in a tuple."""
+    return sample[0] if isinstance(sample, (tuple, list)) else sample
+
+
 def get_image_key(batch: Any) -> Any:
     """Get the place of a batch's images: a key of a mapping, or 0 in a tuple or list.
 
@@ -29,14 +34,14 @@ def get_image_key(batch: Any) -> Any:
         key = find_image_key(batch)
         if key is None:
             raise ValueError(
-                f"a batch must have exactly one of the keys {IMAGE_KEYS}, got "
-                f"{list(batch.keys())}; rename it, or call attack(images, labels)"
+                f"a batch must have its images under exactly one of the keys {IMAGE_KEYS}, got "
+                f"{list(batch.keys())}: rename the one that holds them"
             )
         return key
     if not isinstance(batch, (tuple, list)) or not batch:
         raise TypeError(
             "batch must be a tuple or list (images, labels, ...) or a mapping, got "
-            f"{type(batch).__name__}; images alone are for attack(images, labels)"
+            f"{type(batch).__name__}"
         )
     return 0
 

@@ -16,10 +16,15 @@ from torch import Tensor
 from latent_aug.utils.randomness import mix_seeds, sample_normal, sample_uniform
 
 
-def make_generator(seed: int, step: int) -> torch.Generator:
-    """Make the generator of a step (or, below 0, of an epoch), the same in every process."""
+def make_order_generator(seed: int, number: int) -> torch.Generator:
+    """Make the generator of an order of images, the same in every process.
+
+    Args:
+        seed: The seed of the run.
+        number: -1 for the initialisation, -2 - epoch for an epoch.
+    """
     # torch's CPU generator looks at 32 bits of a seed. The odd factor spreads seeds over them.
-    return torch.Generator().manual_seed((seed * 0x9E3779B1 + step) % 2**32)
+    return torch.Generator().manual_seed((seed * 0x9E3779B1 + number) % 2**32)
 
 
 def choose_places(count: int, rank: int, processes: int) -> range:
@@ -67,7 +72,7 @@ class StepSampler:
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
                 order = torch.randperm(
-                    self.count, generator=make_generator(self.seed, -2 - epoch), device="cpu"
+                    self.count, generator=make_order_generator(self.seed, -2 - epoch), device="cpu"
                 )
             first = step % per_epoch * self.batch_size
             yield order[first + self.places.start : first + self.places.stop].tolist()

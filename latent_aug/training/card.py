@@ -93,7 +93,7 @@ Suggested: eps {eps:g} with the linf norm. `latent-aug check` finds one for your
 GLOW = """\
 It maps images of {channels} channel(s) by {levels} levels of {steps} steps. Its coupling networks
 have {hidden} channels, and log-scales are bounded by {log_scale_bound:g}. It has {parameters:,}
-parameters. Height and width must divide by {multiple}. The transforms pad and crop to that."""
+parameters. Height and width must be multiples of {multiple}. Transforms pad and crop to that."""
 DENSE = """\
 This is the paper's class-conditional flow (Table 3). It has {steps} fully connected couplings, each
 followed by a fixed permutation. Their networks have a hidden layer of {hidden}, and log-scales are

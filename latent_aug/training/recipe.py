@@ -16,6 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from latent_aug.flows import Flow, Glow
 from latent_aug.flows.backend import use_full_precision
 from latent_aug.utils.arguments import (
+    require_choice,
     require_fields,
     require_natural,
     require_number,
@@ -27,7 +28,7 @@ from latent_aug.utils.arguments import (
 COUNTS = ("steps", "batch_size", "validation_images", "accumulate")
 NATURAL = ("crop", "workers", "seed")
 POSITIVE = ("lr", "clip_norm", "timeout_minutes")
-ELSEWHERE = (  # settings that do not decide the result
+NOT_DECISIVE = (  # settings that do not decide the result
     "output",
     "checkpoint_minutes",
     "validation_images",
@@ -71,7 +72,7 @@ class TrainConfig:
             exceed the time that a checkpoint takes.
 
     Raises:
-        ValueError: A number is out of range.
+        ValueError: A number is out of range, or is no integer where one is needed.
         TypeError: A value that must be a number is none.
 
     Example:
@@ -118,14 +119,11 @@ class TrainConfig:
             raise ValueError(
                 f"checkpoint_minutes must not be negative, got {self.checkpoint_minutes!r}"
             )
-        if self.network_dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(
-                f"network_dtype must be 'auto', 'float32' or 'bfloat16', got {self.network_dtype!r}"
-            )
+        require_choice("network_dtype", self.network_dtype, ("auto", "float32", "bfloat16"))
 
     def recipe(self) -> dict[str, Any]:
         """The settings that decide the result."""
-        return {k: v for k, v in asdict(self).items() if k not in ELSEWHERE}
+        return {k: v for k, v in asdict(self).items() if k not in NOT_DECISIVE}
 
 
 def make_average_update(ema: float) -> Callable[[Any, Any, Any], None]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from latent_aug.flows import Flow
-from latent_aug.images.conversion import select_drawn
+from latent_aug.images.conversion import select_shown_channels
 from latent_aug.images.datasets import UInt8Images, stack_images
 
 LOG_NAME = "log.jsonl"
@@ -63,9 +63,9 @@ def save_pictures(flow: Flow, images: UInt8Images, output: Path, seed: int) -> N
     generator = torch.Generator().manual_seed(seed)
     # A user's flow may have a `sample` of its own, with other arguments.
     drawn = Flow.sample(flow, len(x), y, size=(height, width), temperature=0.7, generator=generator)
-    save_image(select_drawn(drawn), output / SAMPLES_NAME)
+    save_image(select_shown_channels(drawn), output / SAMPLES_NAME)
     pairs = torch.stack([x, flow.decode(flow.encode(x, y), y).clamp(0, 1)], dim=1).flatten(0, 1)
-    save_image(select_drawn(pairs), output / PAIRS_NAME, nrow=16)
+    save_image(select_shown_channels(pairs), output / PAIRS_NAME, nrow=16)
 
 
 def read_floats(

@@ -32,16 +32,16 @@ from latent_aug.images.datasets import (
     check_dataset,
     check_same_classes,
     check_sides,
-    hash_tensors,
     read_images,
     stack_images,
 )
 from latent_aug.training.batches import (
     ImageDraws,
     StepSampler,
+    choose_places,
     crop_images,
     flip_images,
-    make_generator,
+    make_order_generator,
     sample_draws,
 )
 from latent_aug.training.processes import Processes
@@ -63,6 +63,7 @@ from latent_aug.training.report import (
     save_pictures,
 )
 from latent_aug.utils.files import describe_changes, refuse_changes, remove_partial, replace_file
+from latent_aug.utils.hashing import hash_tensors
 
 AnyFlow = TypeVar("AnyFlow", bound=Flow)
 WRITTEN = (  # beside the weights
@@ -123,6 +124,8 @@ def train_flow(
         ValueError: The dataset does not fit the flow, `config.output` holds another run, or the
             processes do not see the same images, or a batch has fewer images than there are
             processes.
+        OSError: An image cannot be read, or the saved state is damaged or cannot be written.
+        ModuleNotFoundError: There are several processes, and accelerate is missing.
 
     Source: the paper's A.2, Kingma & Dhariwal 2018, Theis et al. 2016 for the dequantization.
 
@@ -216,6 +219,7 @@ class Run:
                 f"batch_size counts the images of all {processes.count} processes together, and "
                 f"each needs one, got {self.batch_size}"
             )
+        self.places = choose_places(self.batch_size, processes.rank, processes.count)
         self.step, self.seconds = 0, 0.0
         self.path = Path(config.output) / RUN_NAME
         self.identity = self.describe()
@@ -252,7 +256,7 @@ class Run:
     def read_first_batch(self) -> Tensor:
         """Read up to 256 images for the data-dependent initialisation."""
         order = torch.randperm(
-            len(self.images), generator=make_generator(self.config.seed, -1), device="cpu"
+            len(self.images), generator=make_order_generator(self.config.seed, -1), device="cpu"
         )
         return stack_images(self.images.__getitems__(order[:256].tolist()))
 
@@ -261,7 +265,7 @@ class Run:
 
         Images are uint8 (B, C, H, W). A class-conditional flow gets classes (B,) beside them.
         """
-        self.sampler = StepSampler(
+        sampler = StepSampler(
             len(self.images),
             self.batch_size,
             self.step,
@@ -272,14 +276,14 @@ class Run:
         )
         loader = DataLoader(
             self.images,
-            batch_sampler=self.sampler,
+            batch_sampler=sampler,
             num_workers=0 if self.images.kept is not None else self.config.workers,
             collate_fn=stack_images,
             generator=torch.Generator(),  # without one it would draw from the caller's
         )
         with torch.device("cpu"):  # its generator's, whatever the default device
             batches = iter(loader)
-        for batch, indices in zip(batches, self.sampler, strict=True):
+        for batch, indices in zip(batches, sampler, strict=True):
             yield batch, self.images.get_classes(indices)
 
     def sample_draws(self, places: range, step: int) -> ImageDraws:
@@ -333,7 +337,7 @@ class Run:
         parts = batch.chunk(self.config.accumulate)
         y = None if y is None else y.to(self.processes.device)
         classes = [None] * len(parts) if y is None else y.chunk(self.config.accumulate)
-        first, loss = self.sampler.places.start, torch.zeros((), device=self.processes.device)
+        first, loss = self.places.start, torch.zeros((), device=self.processes.device)
         for number, (part, own) in enumerate(zip(parts, classes, strict=True), 1):
             places = range(first, first + len(part))
             draws = self.sample_draws(places, self.step)

@@ -1,4 +1,4 @@
-"""Latent perturbations as transforms, hooks and loaders."""
+"""Latent perturbations as transforms, attacks and loaders."""
 
 from latent_aug.transforms import functional
 from latent_aug.transforms.adversarial import LatentAdversarial

@@ -22,27 +22,22 @@ from latent_aug.transforms.ascent import (
     warn_of_steps,
 )
 from latent_aug.transforms.asking import Ask, Forward, build_ask
-from latent_aug.transforms.batch_checks import check_images, check_labels
+from latent_aug.transforms.batch_checks import check_images, check_labels, map_images
 from latent_aug.transforms.classifier import mixes_samples, refuse_several, talks
-from latent_aug.transforms.consistency import (
-    keep_statistics,
-    make_targets,
-    map_images,
-    measure_change,
-)
+from latent_aug.transforms.consistency import make_targets, measure_change
 from latent_aug.transforms.labels import prepare_labels, read_labels
 from latent_aug.transforms.latents import LatentTransform, find_layout, run_uncompiled
-from latent_aug.transforms.lending import lend, list_modules
+from latent_aug.transforms.lending import keep_statistics, lend, list_modules
 from latent_aug.transforms.regions import Levels, Mask, build_mask, read_region, take_rows
-from latent_aug.transforms.share import HIGHEST, AdaptiveShare, count_right
+from latent_aug.transforms.share import HIGHEST_SHARE, AdaptiveShare, count_right
 from latent_aug.utils.arguments import (
     Range,
     require_choice,
+    require_nonnegative,
     require_number,
     require_positive,
     require_probability,
     require_range,
-    require_size,
 )
 
 USUAL_EPS = {"l2": 1.0, "linf": 0.018, "rms": 0.018}  # of one strength at 3 x 32 x 32
@@ -177,7 +172,7 @@ class LatentAdversarial(LatentTransform):
         self.model, self.loss, self.forward = model, loss, forward
         self.steps = require_positive("steps", steps)
         self.alpha = alpha
-        self._chosen = labels is not None
+        self._labels_given = labels is not None
         if labels is None:
             labels = "predicted" if loss is None else "true"
         self.labels = require_choice("labels", labels, ("true", "predicted"))
@@ -202,8 +197,8 @@ class LatentAdversarial(LatentTransform):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what it has seen, as the accuracy that `share` follows."""
-        seen = {"_adaptive": AdaptiveShare()} if self._adaptive is not None else {}
-        return super().__getstate__() | seen
+        adaptive = None if self._adaptive is None else AdaptiveShare()
+        return super().__getstate__() | {"_seen_labels": set(), "_adaptive": adaptive}
 
     @property
     def share(self) -> float:
@@ -217,7 +212,7 @@ class LatentAdversarial(LatentTransform):
 
     @p.setter
     def p(self, p: float | None) -> None:
-        self._p = HIGHEST if p is None else require_probability("p", p)
+        self._p = HIGHEST_SHARE if p is None else require_probability("p", p)
         self._adaptive = AdaptiveShare() if p is None else None
 
     @property
@@ -246,6 +241,11 @@ class LatentAdversarial(LatentTransform):
                 [0, 1] or normalized as `normalize` says. Labels are indices (B,) or
                 probabilities (B, K).
         """
+        if isinstance(batch, Tensor):
+            raise TypeError(
+                "batch must be (images, labels, ...) or a mapping, got a tensor: for images alone "
+                "call attack(images, labels)"
+            )
         key, labels = get_image_key(batch), read_labels(batch, self.labels_getter)
         return replace_images(batch, key, self._replace(batch, key, labels))
 
@@ -315,8 +315,8 @@ class LatentAdversarial(LatentTransform):
             torch.Size([])
         """
         threshold = require_probability("threshold", threshold)
-        temperature = require_size("temperature", temperature)
-        entropy = require_size("entropy", entropy)
+        temperature = require_nonnegative("temperature", temperature)
+        entropy = require_nonnegative("entropy", entropy)
         self._check_consistency(attacks=perturb is None)
         batch: Any = (unlabelled, None) if isinstance(unlabelled, Tensor) else unlabelled
         key = get_image_key(batch)
@@ -422,12 +422,12 @@ class LatentAdversarial(LatentTransform):
 
     def _check_several(self, labels: Tensor) -> None:
         """Refuse several labels per image, unless the predicted ones were asked for."""
-        if self.labels == "predicted" and self._chosen:
+        if self.labels == "predicted" and self._labels_given:
             return
         place = labels.device
         if labels.is_cpu or place not in self._seen_labels:  # elsewhere a check is a sync
-            unless = "" if self._chosen else "; to attack one prediction pass labels='predicted'"
-            refuse_several(labels, unless=unless)
+            advice = "; to attack one prediction pass labels='predicted'"
+            refuse_several(labels, unless="" if self._labels_given else advice)
             self._seen_labels.add(place)
 
     def _count_attacked(self, wanted: float) -> int:

@@ -1,7 +1,8 @@
-"""What an attack asks of images and labels, and what it says where they are otherwise."""
+"""What an attack asks of images, labels and users' functions, and what it says otherwise."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -87,3 +88,31 @@ def is_listed(labels: Any) -> bool:
     if isinstance(labels, (list, tuple)):
         return len(labels) > 0 and all(isinstance(label, Real) for label in labels)
     return isinstance(labels, np.ndarray)
+
+
+def map_images(name: str, function: Callable[[Tensor], Any], images: Tensor) -> Tensor:
+    """Call a user's function on images, and check what it gives.
+
+    Args:
+        name: The argument that the function is, for messages.
+        function: Takes images (B, C, H, W).
+        images: The images.
+
+    Raises:
+        TypeError: It is no function, or gives no tensor of floats.
+        ValueError: It gives a tensor of another shape.
+    """
+    if not callable(function):
+        raise TypeError(f"{name} must be callable or None, got {function!r}")
+    with torch.no_grad():
+        result = function(images)
+    if not isinstance(result, Tensor):
+        raise TypeError(f"{name} must give a tensor of images, got {type(result).__name__}")
+    if not result.is_floating_point():
+        raise TypeError(f"{name} must give floats in the range of its images, got {result.dtype}")
+    if result.shape != images.shape:
+        raise ValueError(
+            f"{name} must give images of the shape {tuple(images.shape)} of its own, got "
+            f"{tuple(result.shape)}"
+        )
+    return result.detach().as_subclass(Tensor).to(images)

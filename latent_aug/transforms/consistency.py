@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from latent_aug.transforms.classifier import count_classes, widen
 
@@ -91,49 +86,3 @@ def measure_change(
         each = each - entropy * (possible.exp() * possible).sum(dim=1)
     total = torch.where(counted, each, 0.0).sum()
     return (total / max(1, each.numel())).to(logits.dtype)
-
-
-@contextmanager
-def keep_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Let BatchNorm use the statistics of a batch, and leave its running ones alone.
-
-    It writes to copies of these. So its pass stays an ordinary one, which activation checkpointing
-    can repeat in the backward pass. The repetition writes to the running ones.
-    """
-    training = [m for m in modules if isinstance(m, _BatchNorm) and m.training]
-    kept = [(module, dict(module._buffers)) for module in training]
-    for module, buffers in kept:
-        module._buffers.update({k: b if b is None else b.clone() for k, b in buffers.items()})
-    try:
-        yield
-    finally:
-        for module, buffers in kept:
-            module._buffers.update(buffers)
-
-
-def map_images(name: str, function: Callable[[Tensor], Any], images: Tensor) -> Tensor:
-    """Call a user's function on images, and check what it gives.
-
-    Args:
-        name: The argument that the function is, for messages.
-        function: Takes images (B, C, H, W).
-        images: The images.
-
-    Raises:
-        TypeError: It is no function, or gives no tensor of floats.
-        ValueError: It gives a tensor of another shape.
-    """
-    if not callable(function):
-        raise TypeError(f"{name} must be callable or None, got {function!r}")
-    with torch.no_grad():
-        result = function(images)
-    if not isinstance(result, Tensor):
-        raise TypeError(f"{name} must give a tensor of images, got {type(result).__name__}")
-    if not result.is_floating_point():
-        raise TypeError(f"{name} must give floats in the range of its images, got {result.dtype}")
-    if result.shape != images.shape:
-        raise ValueError(
-            f"{name} must give images of the shape {tuple(images.shape)} of its own, got "
-            f"{tuple(result.shape)}"
-        )
-    return result.detach().as_subclass(Tensor).to(images)

@@ -43,13 +43,17 @@ def dimensions(t: Tensor, mask: Tensor | None = None) -> Size:
     """Count the components of each sample that may move, at least 1: a number, or (B, 1, 1, 1)."""
     if mask is None:
         return max(math.prod(t.shape[1:]), 1)
-    return mask.expand_as(t).flatten(1).sum(dim=1, dtype=t.dtype).clamp(min=1)[:, None, None, None]
+    moving = mask.expand_as(t).sum(dim=tuple(range(1, t.ndim)), dtype=t.dtype)  # makes no copy
+    return moving.clamp(min=1)[:, None, None, None]
 
 
 def l2_radius(t: Tensor, eps: Size, norm: Norm, mask: Tensor | None = None) -> Size:
     """Convert eps to an l2 radius: itself for "l2", eps·√d for "rms"."""
     if norm not in ("l2", "rms"):
-        raise ValueError(f"norm must be 'linf', 'l2', 'rms' or None, got {norm!r}")
+        raise ValueError(
+            "norm must be 'linf', 'l2' or 'rms', or None in project and noise_of_norm, got "
+            f"{norm!r}"
+        )
     return eps * dimensions(t, mask) ** 0.5 if norm == "rms" else eps
 
 

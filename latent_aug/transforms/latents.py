@@ -162,8 +162,7 @@ class LatentTransform:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what it has seen, so that its pickle and hash do not change by use."""
-        seen = ("_checked_devices", "_seen_labels")
-        return self.__dict__ | {name: set() for name in seen if name in self.__dict__}
+        return self.__dict__ | {"_checked_devices": set()}
 
     @property
     def eps(self) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from weakref import WeakSet
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from latent_aug.transforms.classifier import unwrap
@@ -344,3 +345,21 @@ def holds_same(one: Any, other: Any) -> bool:
     if isinstance(one, dict):
         return list(one) == list(other) and all(one[name] is other[name] for name in one)
     return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+@contextmanager
+def keep_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let BatchNorm use the statistics of a batch, and leave its running ones alone.
+
+    It writes to copies of these. So its pass stays an ordinary one, which activation checkpointing
+    can repeat in the backward pass. The repetition writes to the running ones.
+    """
+    training = [m for m in modules if isinstance(m, _BatchNorm) and m.training]
+    kept = [(module, dict(module._buffers)) for module in training]
+    for module, buffers in kept:
+        module._buffers.update({k: b if b is None else b.clone() for k, b in buffers.items()})
+    try:
+        yield
+    finally:
+        for module, buffers in kept:
+            module._buffers.update(buffers)

@@ -21,7 +21,7 @@ from latent_aug.images.samples import (
     replace_items,
 )
 from latent_aug.transforms.random import LatentPerturb
-from latent_aug.transforms.schedule import LatentSchedule, has_hooks, walk_parts
+from latent_aug.transforms.schedule import LatentSchedule, holds_attack, walk_parts
 from latent_aug.utils.arguments import require_natural
 from latent_aug.utils.randomness import (
     get_rank,
@@ -320,7 +320,7 @@ def reorder_loader(loader: Any, order: dict[str, Any]) -> DataLoader[Any]:
 
 def require_transform(transform: Any, user: str) -> Callable[..., Any]:
     """Require a transform that may run outside the training step."""
-    if has_hooks(transform):
+    if holds_attack(transform):
         raise TypeError(
             f"{user} is for transforms: an attack needs the model as it is in this very step, so "
             "call LatentAdversarial(model).step(batch) in the training loop"

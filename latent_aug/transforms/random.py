@@ -30,10 +30,10 @@ from latent_aug.images.samples import (
     replace_items,
 )
 from latent_aug.transforms import functional as LF
+from latent_aug.transforms.batch_advice import advise_batches
 from latent_aug.transforms.labels import prepare_labels, read_labels
 from latent_aug.transforms.latents import LatentTransform, run_uncompiled
 from latent_aug.transforms.regions import Levels, Mask, build_mask, read_region, take_rows
-from latent_aug.transforms.single_images import advise_batches
 from latent_aug.utils.arguments import Range, require_choice
 
 MASK_MODES = ("1", "L", "P", "I", "F")  # what the modes of PIL masks begin with

@@ -114,7 +114,7 @@ def require_phase(phase: Any) -> tuple[int, Perturbation]:
 
 def walk_parts(transform: Any) -> Iterator[Any]:
     """Walk over a transform and all in it: phases of a schedule, transforms of a Compose."""
-    yield getattr(transform, "__self__", transform)  # the hook of hook.step
+    yield getattr(transform, "__self__", transform)  # the attack of attack.step
     inside = getattr(transform, "transforms", [])
     if isinstance(transform, LatentSchedule):
         inside = [perturbation for _, perturbation in transform.phases]
@@ -122,6 +122,6 @@ def walk_parts(transform: Any) -> Iterator[Any]:
         yield from walk_parts(part)
 
 
-def has_hooks(transform: Any) -> bool:
-    """Whether a transform is, or holds, an attack hook."""
+def holds_attack(transform: Any) -> bool:
+    """Whether a transform is, or holds, a `LatentAdversarial`."""
     return any(isinstance(part, LatentAdversarial) for part in walk_parts(transform))

@@ -12,7 +12,7 @@ from torch import Tensor
 from latent_aug.transforms.batch_checks import MAKE_TENSOR, describe_labels, is_listed
 from latent_aug.transforms.classifier import count_classes, has_several
 
-HIGHEST = 0.5  # of each batch, as Stutz et al. 2019
+HIGHEST_SHARE = 0.5  # of each batch, as Stutz et al. 2019
 MEMORY = 0.9  # decay of the running mean, a batch
 DOUBT = 2.0  # standard errors below that mean: few images are looked at
 PROBED = 8  # one image in so many is looked at
@@ -24,17 +24,17 @@ GIVE_P = "pass p=, the share of each batch to attack, such as p=0.5"
 class AdaptiveShare:
     """A share that grows as a classifier gets its clean training images right.
 
-    It is ``HIGHEST * (1 - chance / accuracy)``. Chance is what guessing classes gets, as often as
-    they come. A classifier of ten classes is attacked on a quarter of each batch once it has a
-    fifth right, one of two classes never on more than a quarter. With twice that share the images
-    left alone would have as many right as chance has in a whole batch.
+    It is ``HIGHEST_SHARE * (1 - chance / accuracy)``. Chance is what guessing classes gets, as
+    often as they come. A classifier of ten classes is attacked on a quarter of each batch once it
+    has a fifth right, one of two classes never on more than a quarter. With twice that share the
+    images left alone would have as many right as chance has in a whole batch.
 
     Accuracy is that on clean training images, a running mean over batches, less two standard errors
     of it. Later than the first batch an accelerator is read one batch late, so that nothing waits
     for the current one.
 
     Attributes:
-        value: The share, from 0 to `HIGHEST`. It begins at 0.
+        value: The share, from 0 to `HIGHEST_SHARE`. It begins at 0.
         accuracy: The running mean of the accuracy.
         variance: The variance of that mean, in units of that of a single image.
         begun: Whether a batch was seen.
@@ -80,7 +80,7 @@ class AdaptiveShare:
         spread = max(0.0, self.accuracy * (1 - self.accuracy))  # rounding may lead below 0
         error = math.sqrt(spread * self.variance)
         sure = max(chance, self.accuracy - DOUBT * error)
-        self.value = HIGHEST * (1 - chance / sure) if sure else 0.0
+        self.value = HIGHEST_SHARE * (1 - chance / sure) if sure else 0.0
 
     def select_probed(self, count: int, device: torch.device) -> Tensor:
         """Select the images of a batch to look at: all of the first, then evenly spread ones.

@@ -1,3 +1,3 @@
-"""Checks of arguments, random draws, and files that are written whole."""
+"""Checks of arguments, random draws, hashes, and files that are written whole."""
 
-__all__ = ["arguments", "files", "randomness"]
+__all__ = ["arguments", "files", "hashing", "randomness"]

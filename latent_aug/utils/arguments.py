@@ -1,4 +1,4 @@
-"""Checks of users' arguments: each returns the value as a plain number, or raises."""
+"""Checks of users' arguments: each returns the value in its plain form, or raises."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def require_path(name: str, value: Any) -> Path:
     return Path(value).expanduser()
 
 
-def require_size(name: str, value: Any) -> float:
+def require_nonnegative(name: str, value: Any) -> float:
     """Accept a finite number of at least 0."""
     return require_range(name, require_number(name, value))[0]
 
@@ -84,7 +84,7 @@ def require_distance(name: str, value: Any, norm: str | None) -> float | None:
     """
     if value is None:
         return None
-    found = require_size(name, value)
+    found = require_nonnegative(name, value)
     if found > 1 and norm in ("linf", None):
         raise ValueError(
             f"{name} must be at most 1 with norm={norm!r}, as images lie in [0, 1], got {value!r}; "

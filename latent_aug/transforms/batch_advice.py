@@ -11,7 +11,7 @@ from torch.utils.data import get_worker_info
 
 from latent_aug.flows.base import Flow
 
-MOST_PIXELS = 32 * 32
+MOST_ADVISED_PIXELS = 32 * 32
 """Up to this size an image costs three to five times as much alone as in a batch."""
 
 PATIENCE = 64  # images before a word
@@ -28,7 +28,7 @@ def advise_batches(image: Any, latents: Tensor, flow: Flow) -> None:
         flow: Their flow. One that was compiled for this size needs no advice.
     """
     is_batch = isinstance(image, Tensor) and image.ndim > 3
-    if is_batch or latents[0, 0].numel() > MOST_PIXELS or _seen[0] > PATIENCE:
+    if is_batch or latents[0, 0].numel() > MOST_ADVISED_PIXELS or _seen[0] > PATIENCE:
         return
     compiled = getattr(flow, "compiled_sizes", ())
     if get_worker_info() is None or tuple(latents.shape[2:]) in compiled:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from latent_aug import LatentCollate, LatentPerturb, load_flow
-from latent_aug.transforms import single_images
+from latent_aug.transforms import batch_advice
 
 
 class Images(torch.utils.data.Dataset):
@@ -41,12 +41,12 @@ def count_advice(tmp_path, monkeypatch):
             file.write(message + "\n")
 
     def count(loader, epochs=1):
-        single_images._seen[0] = 0
+        batch_advice._seen[0] = 0
         for _ in range(epochs):
             list(loader)
         return said.read_text().count("collate_fn=LatentCollate")
 
-    monkeypatch.setattr(single_images, "warnings", SimpleNamespace(warn=write))
+    monkeypatch.setattr(batch_advice, "warnings", SimpleNamespace(warn=write))
     return count
 
 
@@ -78,5 +78,5 @@ def test_it_does_not_come_for(transform, kwargs, collate, count_advice):
 
 @pytest.mark.filterwarnings("error:a loader")
 def test_it_does_not_come_outside_workers():
-    single_images._seen[0] = single_images.PATIENCE
+    batch_advice._seen[0] = batch_advice.PATIENCE
     perturb()(torch.rand(1, 8, 8))
