@@ -19,7 +19,7 @@ from latent_aug.cli.options import (
     check_apart,
     echo,
 )
-from latent_aug.diagnostics.check import HIGHEST_EPS, check_flow
+from latent_aug.diagnostics.check import HIGHEST_EPS, FlowCheck, check_flow
 from latent_aug.flows import ConditionalDenseFlow, Flow, Glow
 from latent_aug.flows.hub import load_flow
 from latent_aug.images.datasets import (
@@ -122,14 +122,19 @@ def train(
         dataset=dataset,
         size=config.size,
     )
-    whose = "images" if validation else "training images"
     bits = card["bits_per_dim"]
     density = "no bits/dim" if bits is None else f"{bits:.3f} bits/dim"
+    whose = "images" if validation else "training images"
     echo(f"{output}: {density} on {card['images']} {whose}")
     if init is not None and bits is not None:
         echo(compare_with_start(flow, trained, measured, init))
+    echo_verdict(found, config.size)
+
+
+def echo_verdict(found: FlowCheck, size: int | None) -> None:
+    """Print the suggested eps, where there is one, and the verdict."""
     if found.eps < HIGHEST_EPS:  # else no eps changes the images by as much as is asked
-        larger = f", and resolution={config.size} for larger images" if config.size else ""
+        larger = f", and resolution={size} for larger images" if size else ""
         echo(f"{found.suggestion}{larger}")
     echo(found.verdict)
 

@@ -221,16 +221,10 @@ def check_flow(
     chosen, y = pixels.read_some(count)
     few = spread_indices(len(chosen), CALIBRATED_ON)
     perturb = make_perturber(loaded, chosen[few], None if y is None else y[few], norm, seed)
-    x = perturb(0.0)
-    eps = by_change = find_greatest(
-        lambda eps: float(average_change(perturb(eps), x).mean()) <= grey_levels
-    )
-    by_flips = counter = None
+    counter = None
     if classifier is not None:
         counter = Flips(classifier, Normalization(normalize, loaded.channels), perturb)
-        by_flips = find_greatest(lambda eps: counter.measure_share(eps) <= flips)
-        if by_flips > LOWEST_EPS:
-            eps = min(by_change, by_flips)
+    eps, by_change, by_flips = suggest_eps(perturb, counter, grey_levels, flips)
     figures = measure_flow(
         loaded,
         read_images(loaded, pair_with_classes(pad_images(chosen, loaded), y)),
@@ -245,14 +239,8 @@ def check_flow(
     if counter is not None:
         for perturbation in figures["perturbations"]:
             perturbation["flipped"] = counter.measure_share(perturbation["eps"])
-        findings += [Finding(text, "suits") for text in counter.explain_doubts()]
-    if by_flips is not None and by_flips <= LOWEST_EPS:
-        text = (
-            f"no eps flips {flips:.0%} or less of the predictions, not even {LOWEST_EPS:g}, which "
-            "nobody sees: the classifier is not trained, or its inputs need normalize; the "
-            "suggested eps is by change alone"
-        )
-        findings.append(Finding(text, "suits"))
+        doubts = [*counter.explain_doubts(), *explain_lowest(by_flips, flips)]
+        findings += [Finding(text, "suits") for text in doubts]
     suits = choose_grade(findings) == "suits"
     findings += advise_copy(pixels, loaded)
     return FlowCheck(
@@ -265,6 +253,37 @@ def check_flow(
         word_remedy(loaded, pixels),
         None if suits else estimate_minutes(loaded, chosen, min(TUNING_BATCH, len(pixels))),
     )
+
+
+def suggest_eps(
+    perturb: Callable[[float], Tensor], counter: Flips | None, grey_levels: float, flips: float
+) -> tuple[float, float, float | None]:
+    """Suggest an eps, and give the greatest by change and by flips that it comes from.
+
+    Args:
+        perturb: A function of eps that gives the perturbed images. 0 leaves them.
+        counter: The predictions of a classifier, or None.
+        grey_levels: The greatest mean absolute change of a pixel, of 255.
+        flips: The greatest share of predictions that may flip.
+    """
+    x = perturb(0.0)
+    by_change = find_greatest(
+        lambda eps: float(average_change(perturb(eps), x).mean()) <= grey_levels
+    )
+    if counter is None:
+        return by_change, by_change, None
+    by_flips = find_greatest(lambda eps: counter.measure_share(eps) <= flips)
+    return min(by_change, by_flips) if by_flips > LOWEST_EPS else by_change, by_change, by_flips
+
+
+def explain_lowest(by_flips: float | None, flips: float) -> Iterator[str]:
+    """Explain why no eps flips few enough predictions, where none does."""
+    if by_flips is not None and by_flips <= LOWEST_EPS:
+        yield (
+            f"no eps flips {flips:.0%} or less of the predictions, not even {LOWEST_EPS:g}, which "
+            "nobody sees: the classifier is not trained, or its inputs need normalize; the "
+            "suggested eps is by change alone"
+        )
 
 
 def pick_perturbation(figures: dict[str, Any], eps: float) -> dict[str, Any]:
