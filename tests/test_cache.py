@@ -205,6 +205,7 @@ class TestRefusals:
             ([], ValueError, "length above 0"),
             ([*samples(1), *samples(1, (3, 9, 9))], ValueError, "images of one size"),
             ([(torch.zeros(1, 8, 8).byte(), 0)], ValueError, "3 channels"),
+            ([("a.png", 0)], TypeError, "a PIL image or a tensor, got str"),
             ([(torch.zeros(3, 8, 8).byte(), "cat")], TypeError, "labels"),
             ([(torch.zeros(3, 8, 8).byte(), (3, 0.5))], TypeError, "labels"),
             ([(torch.zeros(3, 8, 8).byte(), label) for label in (1, None)], ValueError, "labels"),

@@ -464,9 +464,10 @@ class TestErrors:
         with pytest.raises(error, match=words):
             hook(model).consistency(batch)
 
+    @pytest.mark.parametrize("threshold", [0.0, 0.95])
     @pytest.mark.parametrize("perturb", [None, lambda images: images])
-    def test_no_images_have_no_loss(self, model, perturb):
-        loss = hook(model).consistency(IMAGES[:0], perturb=perturb)
+    def test_no_images_have_no_loss(self, model, perturb, threshold):
+        loss = hook(model).consistency(IMAGES[:0], perturb=perturb, threshold=threshold)
         assert loss == 0
         loss.backward()
 

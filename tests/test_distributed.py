@@ -151,6 +151,26 @@ def attack_sharded():
     return found
 
 
+def attack_wrapped():
+    """Collectives of attacks that only the first process makes, on models wrapped elsewhere.
+
+    The parts of the one are wrapped, the other is called by `forward`.
+    """
+    wrap = nn.parallel.DistributedDataParallel
+    body, head = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten()), nn.Linear(768, 4)
+    parts, whole = nn.Sequential(wrap(body), wrap(head)), wrap(nn.Sequential(body, head))
+    (images, labels), found = batches(0)[0], []
+    share = float(dist.get_rank() == 0)
+    for model, options in ((parts, {}), (whole, {"forward": lambda _, batch: whole(batch[0])})):
+        attack, before = attack_on(model, 0, {"p": share, **options}), collectives()
+        changed = not torch.equal(attack(images, labels), images)
+        found.append((changed, collectives() - before))
+    kept = all(m.broadcast_buffers and m.require_backward_grad_sync for m in (*parts, whole))
+    before = collectives()
+    parts(images).sum().backward()
+    return found, kept, collectives() - before
+
+
 def everything():
     """What each process runs, in one go: its start takes longest."""
     model = nn.parallel.DistributedDataParallel(convolutional_classifier().eval())
@@ -159,6 +179,7 @@ def everything():
         "perturbed": perturbed_epoch(model),
         "drawn": draws(),
         "sharded": attack_sharded(),
+        "wrapped": attack_wrapped(),
     }
 
 
@@ -192,6 +213,14 @@ def test_loader_and_attack_draw_by_rank_and_say_nothing(found, monkeypatch):
         assert all(not torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     images = torch.cat([batch for batch, _ in first + second])
     assert len(images.unique(dim=0)) == len(images)
+
+
+def test_a_process_that_attacks_alone_says_nothing_however_the_model_is_wrapped(found):
+    for rank in range(RANKS):
+        attacks, kept, training = found[rank]["wrapped"]
+        assert attacks == [(rank == 0, 0)] * 2
+        assert kept
+        assert training > 0
 
 
 def test_ranks_of_one_seed_draw_differently(found):

@@ -189,6 +189,27 @@ class TestBuffers:
         with lend(model, "unchanged"):
             assert len(copied) == 3
 
+    @pytest.mark.parametrize("persistent", [True, False])
+    def test_one_that_the_first_pass_makes_stays(self, batch, persistent):
+        class Building(Linear):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("scale", torch.ones(()))
+                self._built = False
+
+            def forward(self, x):
+                if not self._built:
+                    self.register_buffer("place", torch.zeros(4), persistent=persistent)
+                    self.register_buffer("scale", torch.zeros(()), persistent=False)
+                    self._built = True
+                return self.body(x) * self.scale + self.place
+
+        model = Building()
+        attacked(model, batch)
+        assert model(batch[0]).any()
+        assert "scale" in model.state_dict()
+        assert ("place" in model.state_dict()) == persistent
+
 
 class TestStateBesideBuffers:
     @pytest.mark.parametrize(
@@ -204,6 +225,8 @@ class TestStateBesideBuffers:
             (lambda: collections.defaultdict(list), lambda v: v["a"].append(1)),
             (lambda: {"a": [torch.zeros(3)]}, lambda v: v["a"][0].add_(1)),
             (lambda: [np.zeros(3)], lambda v: v[0].__iadd__(1)),
+            (lambda: (torch.zeros(3), 1), lambda v: v[0].add_(1)),
+            (lambda: [(1, [2])], lambda v: v[0][1].append(3)),
         ],
     )
     def test_content_of_attributes_is_put_back(self, batch, make, change):
@@ -285,6 +308,9 @@ class Centred(nn.Module):
 centred = Centred()
 
 
+global_norm = nn.BatchNorm2d(3)
+
+
 def call_global(logits, labels):
     return centred(logits, labels)
 
@@ -325,19 +351,44 @@ class TestModulesBesideTheModel:
         attacked(Linear(), batch, forward=lambda model, batch: model(batch[0]) + neck(batch[0]))
         assert same_trace(trace_of(neck), before)
 
-    def test_of_a_list_that_the_model_does_not_know_are_lent_too(self, batch):
+    def test_of_a_nested_function_are_lent_too(self, batch):
+        before = trace_of(global_norm)
+
+        def ask(model, batch):
+            views = (batch[0], batch[0].flip(3))
+            return sum(map(lambda view: model(global_norm(view)), views))
+
+        attacked(Linear(), batch, forward=ask)
+        assert same_trace(trace_of(global_norm), before)
+
+    def test_of_an_object_of_many_attributes_are_lent_too(self):
+        trainer = types.SimpleNamespace(**{f"setting{i}": i for i in range(200)})
+        trainer.model = nn.Linear(2, 2)
+        assert list(find_modules(lambda: trainer)) == [trainer.model]
+
+    @pytest.mark.parametrize(
+        "hide",
+        [
+            lambda norm: [norm],
+            lambda norm: norm,
+            lambda norm: functools.partial(norm),
+            lambda norm: norm.forward,
+            lambda norm: lambda x: norm(x),
+        ],
+    )
+    def test_that_the_model_does_not_know_are_lent_too(self, batch, hide):
         class Hiding(Linear):
             def __init__(self):
                 super().__init__()
-                self.norms = [nn.BatchNorm2d(3)]
+                object.__setattr__(self, "norm", hide(norm))
 
             def forward(self, x):
-                return self.body(self.norms[0](x))
+                return self.body(self.norm[0](x) if isinstance(self.norm, list) else self.norm(x))
 
-        model = Hiding().train()
-        attacked(model, batch)
-        assert model.norms[0].training
-        assert model.norms[0].num_batches_tracked == 0
+        norm = nn.BatchNorm2d(3)
+        attacked(Hiding().train(), batch)
+        assert norm.training
+        assert norm.num_batches_tracked == 0
 
     def test_a_data_set_beside_a_loss_is_not_searched(self):
         class Entries(list):

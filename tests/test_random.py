@@ -6,6 +6,7 @@ import io
 import math
 import pickle
 from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -276,6 +277,22 @@ def test_fallbacks_of_loader_workers_are_counted(context):
     for count in (6, 12):
         list(loader)
         assert transform.fallbacks == count
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="Linux lists what is open")
+def test_many_transforms_keep_few_files_open(glow):
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    transforms = [LatentPerturb(0.1, flow=glow) for _ in range(100)]
+    transforms[0].fallback_counter.add(torch.tensor(1))
+    assert len(list(Path("/proc/self/fd").iterdir())) < before + 10
+    assert sum(transform.fallbacks for transform in transforms) == 1
+
+
+def test_params_of_another_image_are_refused(glow):
+    transform = LatentPerturb(0.1, flow=glow)
+    params = transform.make_params([torch.rand(3, 16, 16)])
+    with pytest.raises(ValueError, match=r"params must be.*1, 3, 16, 8"):
+        transform.transform(torch.rand(3, 16, 8), params)
 
 
 @pytest.mark.parametrize("kind", ["random", "adversarial"])

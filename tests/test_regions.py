@@ -236,6 +236,16 @@ class TestMaskOfASample:
         assert torch.equal(out["video"][..., 8:], video[..., 8:])
         assert not torch.equal(out["video"], video)
 
+    def test_of_each_frame_is_refused(self):
+        sample = tv_tensors.Video(torch.rand(4, 3, 16, 16)), torch.zeros(4, 16, 16)
+        for mask, fits in ((lambda s: s[1], False), (lambda s: s[1].amax(0), True)):
+            transform = LatentPerturb(0.5, flow=random_glow(), mask=mask)
+            if fits:
+                assert torch.equal(transform(sample)[0], sample[0])
+                continue
+            with pytest.raises(ValueError, match=r"one \(H, W\) for all 4 frames.*amax\(0\)"):
+                transform(sample)
+
     def test_of_each_clip(self):
         video = tv_tensors.Video(torch.rand(2, 4, 3, 16, 16))
         masks = torch.stack([left_half(), 1 - left_half()])

@@ -374,6 +374,11 @@ def test_the_caller_s_random_state_stays(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_crop_that_may_lie_beside_the_image_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="crop must be less than a side of the images, 8 pixels"):
+        train_flow(small_flow(), stripes(), config(tmp_path, crop=8), progress=False)
+
+
 def test_validation_images_that_do_not_fit_are_refused_at_the_start(tmp_path):
     odd = torch.zeros(4, 1, 7, 7, dtype=torch.uint8)
     with pytest.raises(ValueError, match="sides divisible by 2"):

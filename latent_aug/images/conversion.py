@@ -93,6 +93,11 @@ def check_image(image: Any, channels: int) -> None:
     if isinstance(image, Image.Image):
         check_pil(image, channels)
         return
+    if not isinstance(image, Tensor):
+        raise TypeError(
+            f"an image must be a PIL image or a tensor, got {type(image).__name__}: put "
+            "v2.ToImage() before for NumPy arrays"
+        )
     check_dimensions(image)
     if image.shape[-3] != channels:
         raise ValueError(

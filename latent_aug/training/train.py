@@ -155,6 +155,11 @@ def train_flow(
     check_sides(images, flow)
     if held_out is not None:
         check_sides(held_out, flow, "validation images")
+    if config.crop >= min(images.shape[1:]):
+        raise ValueError(
+            f"crop must be less than a side of the images, {min(images.shape[1:])} pixels, got "
+            f"{config.crop}"
+        )
     run = Run(copy.deepcopy(flow).to(processes.device), config, images, processes)
     last_save, loss = time.monotonic(), None
     resumed = f"resumed at step {run.step}" if run.step else "training"

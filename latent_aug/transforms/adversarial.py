@@ -23,7 +23,7 @@ from latent_aug.transforms.ascent import (
 )
 from latent_aug.transforms.asking import Ask, Forward, build_ask
 from latent_aug.transforms.batch_checks import check_images, check_labels, map_images
-from latent_aug.transforms.classifier import mixes_samples, refuse_several, talks
+from latent_aug.transforms.classifier import has_company, mixes_samples, refuse_several, talks
 from latent_aug.transforms.consistency import make_targets, measure_change
 from latent_aug.transforms.labels import prepare_labels, read_labels
 from latent_aug.transforms.latents import LatentTransform, find_layout, run_uncompiled
@@ -331,7 +331,7 @@ class LatentAdversarial(LatentTransform):
         batch = replace_images(batch, key, images)
         if perturb is None:
             share = self.p if self._adaptive is None else 1.0
-            among = counted.reshape(len(images), -1).any(1).nonzero()[:, 0] if threshold else None
+            among = counted[:, None].flatten(1).any(1).nonzero()[:, 0] if threshold else None
             images = self._attack_share(
                 batch, key, targets, share=share, predicted=False, among=among
             )
@@ -398,7 +398,7 @@ class LatentAdversarial(LatentTransform):
         region = read_region(self.mask, batch, images)
         candidates = len(images) if among is None else len(among)
         count = self._count_attacked(share * candidates)
-        if not count and not (len(images) and talks(self.model, self.model_mode)):
+        if not count and not (len(images) and self._is_waited_for()):
             self._to_unit_range(to_float(images))  # the wrong range is to be seen at once
             return images.clone()
         if count == len(images):
@@ -419,6 +419,12 @@ class LatentAdversarial(LatentTransform):
             predicted=predicted,
         )
         return images.clone().index_copy_(0, chosen[:count], attacked[:count])
+
+    def _is_waited_for(self) -> bool:
+        """Whether other processes wait for this one's passes."""
+        if not has_company():
+            return False
+        return talks(list_modules(self.model, (self.loss, self.forward)), self.model_mode)
 
     def _check_several(self, labels: Tensor) -> None:
         """Refuse several labels per image, unless the predicted ones were asked for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -39,23 +40,26 @@ def mixes_samples(model: nn.Module) -> bool:
     )
 
 
-def talks(model: nn.Module, mode: str) -> bool:
-    """Whether a pass of a model under attack talks to other processes, which wait for it.
+def has_company() -> bool:
+    """Whether there are other processes that a model may talk to."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def talks(modules: Iterable[nn.Module], mode: str) -> bool:
+    """Whether a pass under attack talks to other processes, which wait for it.
 
     SyncBatchNorm does in training mode, and all that FSDP shards.
 
     Args:
-        model: The user's model.
-        mode: "eval" for evaluation mode, anything else for the mode that the model is in.
+        modules: All modules that the pass goes through.
+        mode: "eval" for evaluation mode, anything else for the mode that they are in.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return False
     from torch.distributed import fsdp  # it takes long to import
 
     return any(
         isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel))
         or (isinstance(module, nn.SyncBatchNorm) and module.training and mode != "eval")
-        for module in unwrap(model).modules()
+        for module in modules
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -11,8 +12,11 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 SLOTS = 256  # counts of a process and its workers
+ROWS = 64  # counters that share a block of memory, as each block keeps a file open
 ENOUGH = 8  # images to warn after where none of them could be perturbed
 JUDGED, MANY = 200, 0.1  # images to warn after where more than this share could not
+
+_free: dict[int, list[Tensor]] = {}  # by process
 
 
 class FallbackCounter:
@@ -31,7 +35,7 @@ class FallbackCounter:
 
     def __init__(self, shared: Tensor | None = None) -> None:
         if shared is None:
-            shared = torch.zeros(SLOTS, dtype=torch.int64, device="cpu").share_memory_()
+            shared = allocate_counts()
         self.shared = shared
         self.counts: dict[torch.device, Tensor] = {}
         self.tried: int | None = 0
@@ -69,6 +73,15 @@ class FallbackCounter:
 
     def __int__(self) -> int:
         return int(self.shared.sum()) + sum(int(count) for count in self.counts.values())
+
+
+def allocate_counts() -> Tensor:
+    """Give zeros (SLOTS,) in memory that other processes may share."""
+    rows = _free.setdefault(os.getpid(), [])  # a fork does not give away its parent's
+    if not rows:
+        block = torch.zeros(ROWS, SLOTS, dtype=torch.int64, device="cpu").share_memory_()
+        rows += block.unbind()
+    return rows.pop()
 
 
 def share_counter(counter: FallbackCounter) -> tuple[Any, ...]:

@@ -24,10 +24,11 @@ from torch.nn.utils import parametrize
 from latent_aug.transforms.classifier import unwrap
 
 Restore = Callable[[], object]
-PLAIN = (bool, int, float, str, tuple, type(None))  # attributes that nothing changes in place
+PLAIN = (bool, int, float, str, type(None))  # attributes that nothing changes in place
 KIND = ("shape", "dtype", "device")  # of a tensor
 DEEPEST = 4  # containers in containers that are looked into
 LARGEST = 100  # entries of a container that may hold modules: one of more is data
+CALLABLES = (functools.partial, types.MethodType, types.FunctionType)
 CONTAINERS = (OrderedDict, dict, list, set, deque)  # the first that fits says how one is refilled
 
 _returned = threading.Condition()
@@ -40,9 +41,12 @@ def lend(model: nn.Module, mode: str, *, beside: Iterable[Any] = ()) -> Iterator
     """Lend a model to an attack, and put back what a forward pass may change in it.
 
     Put back are modes, buffers, flags, and public attributes with the content of the tensors,
-    arrays, lists, dicts, sets and deques in them. Weights that it caches by
+    arrays, lists, tuples, dicts, sets and deques in them. Weights that it caches by
     `torch.nn.utils.parametrize.cached` or `functools.cached_property` are forgotten. Not put back
     are parameters that a forward pass writes to, private attributes, and objects of other types.
+
+    A DistributedDataParallel in the model, or that the functions reach, does not talk to other
+    processes meanwhile. An attack makes passes of its own number in each of them.
 
     Weights keep their `requires_grad`, so that whatever else is cached of them can be trained. Only
     those of a compiled model require no gradient meanwhile, as it would compute them all.
@@ -71,6 +75,9 @@ def lend(model: nn.Module, mode: str, *, beside: Iterable[Any] = ()) -> Iterator
             for parameter in parameters:
                 if parameter.is_leaf:
                     parameter.requires_grad_(False)
+        for module in modules:
+            if isinstance(module, nn.parallel.DistributedDataParallel):
+                module.broadcast_buffers = module.require_backward_grad_sync = False
         if mode == "eval":
             # Not by eval(): where it is overridden it may do more, as merging LoRA weights does.
             for module in modules:
@@ -105,17 +112,24 @@ def reserve(modules: list[nn.Module]) -> Iterator[None]:
 
 
 def list_hidden(model: nn.Module) -> Iterator[nn.Module]:
-    """List modules that a model keeps in plain containers, where it does not know them."""
+    """List modules that a model keeps as plain attributes, where it does not know them.
+
+    They are there themselves, in containers, or in functions.
+    """
     for module in model.modules():
         for name, value in vars(module).items():
-            if isinstance(value, (list, tuple, dict)) and not name.startswith("_"):
+            if name.startswith("_"):
+                continue
+            if isinstance(value, (nn.Module, list, tuple, dict)):
                 yield from find_modules(value, depth=1)
+            elif isinstance(value, CALLABLES):
+                yield from find_modules(value, depth=2)
 
 
 def find_modules(value: Any, depth: int = DEEPEST) -> Iterator[nn.Module]:
     """Find the modules that a callable reaches by its closure, globals, arguments or attributes."""
     if isinstance(value, nn.Module):
-        yield unwrap(value)
+        yield value
         return
     inside: Collection[Any] = ()
     if isinstance(value, functools.partial):
@@ -123,7 +137,7 @@ def find_modules(value: Any, depth: int = DEEPEST) -> Iterator[nn.Module]:
     elif isinstance(value, types.MethodType):
         inside = (value.__self__, value.__func__)
     elif isinstance(value, types.FunctionType):
-        names = (value.__globals__.get(name) for name in value.__code__.co_names)
+        names = (value.__globals__.get(name) for name in list_names(value.__code__))
         inside = (*names, *read_cells(value), *(value.__defaults__ or ()))
         inside = (*inside, *(value.__kwdefaults__ or {}).values())
     elif isinstance(value, dict):
@@ -132,9 +146,17 @@ def find_modules(value: Any, depth: int = DEEPEST) -> Iterator[nn.Module]:
         inside = value
     elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType, Tensor)):
         inside = vars(value).values()
-    entries = tuple(inside) if depth and len(inside) <= LARGEST else ()
-    for entry in entries:
+    is_data = isinstance(value, (dict, list, tuple)) and len(value) > LARGEST
+    for entry in () if is_data or not depth else tuple(inside):
         yield from find_modules(entry, depth - 1)
+
+
+def list_names(code: types.CodeType) -> Iterator[str]:
+    """List the global names in a function's code, and in that of functions inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from list_names(constant)
 
 
 def read_cells(function: types.FunctionType) -> Iterator[Any]:
@@ -221,7 +243,10 @@ def forget_properties(module: nn.Module, names: Iterable[str]) -> None:
 
 
 def remember_buffers(module: nn.Module, mode: str) -> Restore:
-    """Remember the buffers of a module, and their content if a forward pass may write to it."""
+    """Remember the buffers of a module, and their content if a forward pass may write to it.
+
+    A new buffer stays, because an attribute may say that it is there.
+    """
     table, non_persistent = dict(module._buffers), set(module._non_persistent_buffers_set)
     settled = is_settled(module, mode)
     copied = not (settled and module in _still)
@@ -236,10 +261,13 @@ def remember_buffers(module: nn.Module, mode: str) -> Restore:
             _still.add(module)
         else:
             _still.discard(module)
-        if not holds_same(dict(module._buffers), table):
+        now = dict(module._buffers)
+        new = {name: buffer for name, buffer in now.items() if name not in table}
+        if not holds_same(now, table | new):
             module._buffers.clear()
-            module._buffers.update(table)
-            module._non_persistent_buffers_set = non_persistent
+            module._buffers.update(table | new)
+            kept_out = {name for name in module._non_persistent_buffers_set if name in new}
+            module._non_persistent_buffers_set = non_persistent | kept_out
 
     return restore
 
@@ -262,6 +290,8 @@ def remember(value: Any, depth: int = DEEPEST) -> Restore | None:
         return remember_array(value)
     if isinstance(value, CONTAINERS):
         return remember_items(value, depth)
+    if isinstance(value, tuple):
+        return remember_entries(value, depth)
     return None
 
 
@@ -321,16 +351,28 @@ def remember_array(array: np.ndarray[Any, Any]) -> Restore | None:
     return restore
 
 
+def remember_entries(values: Iterable[Any], depth: int) -> Restore | None:
+    """Remember the content of what is in a container. None where nothing can change in place."""
+    inner = [remember(v, depth - 1) for v in values if not isinstance(v, PLAIN)] if depth else []
+    changeable = [restore_content for restore_content in inner if restore_content is not None]
+    if not changeable:
+        return None
+
+    def restore() -> None:
+        for restore_content in changeable:
+            restore_content()
+
+    return restore
+
+
 def remember_items(container: Any, depth: int = DEEPEST) -> Restore:
     """Remember what is in a dict, list, set or deque, and the content of that."""
     items = container.copy()
-    values = items.values() if isinstance(items, dict) else items
-    inner = [remember(v, depth - 1) for v in values if not isinstance(v, PLAIN)] if depth else []
+    restore_entries = remember_entries(items.values() if isinstance(items, dict) else items, depth)
 
     def restore() -> None:
-        for restore_content in inner:
-            if restore_content is not None:
-                restore_content()
+        if restore_entries is not None:
+            restore_entries()
         if holds_same(container, items):
             return
         kind: Any = next(kind for kind in CONTAINERS if isinstance(container, kind))

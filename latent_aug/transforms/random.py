@@ -294,7 +294,13 @@ class LatentPerturb(LatentTransform, v2.Transform):
         images, restore = to_batch(inpt, self.flow.channels)
         if not images.numel():
             return inpt
-        draw = params["draws"][find_kind(images, inpt)]
+        kind = find_kind(images, inpt)
+        if kind not in params["draws"]:
+            raise ValueError(
+                f"params must be of make_params for such an image, of shape (B, C, H, W), dtype, "
+                f"device and frames {kind}, got those for {[*params['draws']]}"
+            )
+        draw = params["draws"][kind]
         advise_batches(inpt, draw.noise, self.flow)
         return restore(self._apply_draw(images, draw))
 
@@ -338,7 +344,7 @@ class LatentPerturb(LatentTransform, v2.Transform):
         count, channels = like.shape[:2]
         size = scale_size(image_size(like), self.resolution)
         z = like.new_empty(()).expand(count, channels, *pad_size(size, self.flow))
-        region = read_region(self.mask, sample, like)
+        region = read_region(self.mask, sample, like, frames=frames)
         mask = build_mask(self.flow, z, region, self.levels, size=size)
         eps = self._draws.sample_between(*self.eps, count, like)
         draws = self._draws.sample_normal(z.shape, like)

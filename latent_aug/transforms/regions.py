@@ -60,13 +60,14 @@ def check_levels(levels: Any, flow: Flow) -> tuple[int, ...] | None:
     return tuple(sorted({int(level) % flow.levels for level in chosen}))
 
 
-def read_region(mask: Mask, sample: Any, x: Tensor) -> Tensor | None:
+def read_region(mask: Mask, sample: Any, x: Tensor, *, frames: int = 1) -> Tensor | None:
     """Read the mask of a sample as booleans (1 or B, 1, H, W).
 
     Args:
         mask: The mask, checked by `check_mask`.
         sample: The sample that a callable mask is given.
-        x: Images (B, C, H, W), or a tensor of their shape and device.
+        x: Images (B, C, H, W), or a tensor of their shape and device. Of a video one frame.
+        frames: The number of frames of each video.
 
     Raises:
         TypeError: The callable gave no tensor.
@@ -86,6 +87,12 @@ def read_region(mask: Mask, sample: Any, x: Tensor) -> Tensor | None:
             f"mask must be (H, W), (B, H, W) or (B, 1, H, W), got {tuple(found.shape)}"
         )
     region = found.reshape(-1, 1, *found.shape[-2:])
+    if frames > 1 and len(region) == frames * len(x) != len(x):
+        raise ValueError(
+            f"mask must be one (H, W) for all {frames} frames of a video, as they share their "
+            f"noise, got {tuple(found.shape)}: for the places that any frame has return "
+            "mask.amax(0)"
+        )
     if region.shape[-2:] != x.shape[-2:] or len(region) not in (1, len(x)):
         raise ValueError(
             f"mask must have the size of its images, {tuple(x.shape)} as (B, C, H, W), got "
