@@ -85,7 +85,8 @@ LABELLED = {  # of the recipes "small-..."
 SMALL_SETS = Section(
     title="Small data sets",
     text="Accuracy by data set and labelled images. Network and settings are those for CIFAR-10, "
-    "with less weight decay. All rows crop, and those of clothing, nuclei and faces mirror.",
+    "with less weight decay and 200 epochs. All rows crop, and those of clothing, nuclei and "
+    "faces mirror.",
     columns={f"{name}, {count}": f"small-{name}" for name, count in LABELLED.items()},
 )
 FIGURE_2 = Section(
@@ -132,7 +133,7 @@ SECTIONS = [
     Section(
         title="2,500 labels in too small a network",
         text="The network and settings of 500 labels, first draw of labels. After the shortest "
-        "training 90 % of the training images are right under RandAugment, 88 % when attacked as "
+        "training with RandAugment 90 % of the training images are right, 88 % when attacked as "
         "well. There the attack gains nothing in equal time.",
         columns={"2,500": "cifar10-5-percent-narrow"},
         timed="2,500",
@@ -222,8 +223,8 @@ HEAD = """\
 `python examples/paper/draw.py` draws this page. Each run is a line of JSON in
 [examples/results/paper](examples/results/paper): settings, versions, losses and its command.
 
-- Accuracies are in per cent: means ± standard deviations over three seeds or more. Where there are
-  fewer, their number stands in brackets.
+- Accuracies are in per cent: means ± standard deviations. Below three seeds their number stands
+  in brackets.
 - Each column has one network. All methods see the same labelled images at each seed.
 - Bold are the best mean and those within its standard deviation, where the best has three seeds.
 - Minutes are those of one CPU core. With a star they are of another processor than the first row's.
