@@ -9,8 +9,8 @@ measured on its first steps; a stopped script goes on where it was. `judge` look
 variant as `latent-aug check` does, on test images, and trains classifiers on 2,500 labelled
 images with it, three seeds; their accuracy is that on 5,000 other training images. The eps of
 LatentPerturb is the one that changes pixels by as much with every flow; --no-classifiers looks at
-the flows alone, --precision is that of classifiers and of the flow in their use. `table` draws the
-tables of checkpoints/README.md from what `judge` has left.
+the flows alone, --precision is that of classifiers and of the flow in their use. `table` prints
+what `judge` has left as Markdown.
 """
 
 import argparse

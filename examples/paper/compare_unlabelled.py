@@ -130,7 +130,7 @@ def find_sure(model: nn.Module, images: Tensor, threshold: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Method:
+class Training:
     """A way to train.
 
     Args:
@@ -151,15 +151,15 @@ class Method:
         return lambda x, y: attack(self.pixels(x), y)
 
 
-def learn_from_both(**options: Any) -> Method:
+def learn_from_both(**options: Any) -> Training:
     """A method with a loss of unlabelled images."""
-    return Method(term=options)
+    return Training(term=options)
 
 
 METHODS = {
-    "supervised, crop and flip": Method(common),
-    "supervised, RandAugment": Method(),
-    "supervised, RandAugment and the attack": Method(attacked=True),
+    "supervised, crop and flip": Training(common),
+    "supervised, RandAugment": Training(),
+    "supervised, RandAugment and the attack": Training(attacked=True),
     "pseudo-labels": learn_from_both(noise=0.0, **FIXMATCH),
     "VAT in pixels": learn_from_both(flow=Pixels(3)),  # of l2 1.0, as in the latent
     "VAT in pixels, l2 0.25": learn_from_both(flow=Pixels(3), eps=0.25),
@@ -170,7 +170,7 @@ METHODS = {
     "consistency under RandAugment, then the attack on a quarter": learn_from_both(
         strong=True, p=0.25
     ),
-    "consistency under RandAugment, the attack on labelled images": Method(
+    "consistency under RandAugment, the attack on labelled images": Training(
         attacked=True, term={"noise": 0.0, "strong": True}
     ),
     "FixMatch": learn_from_both(noise=0.0, strong=True, **FIXMATCH),
@@ -201,7 +201,7 @@ def make_model(few: Images, protocol: Protocol) -> Standardized:
 
 def train(
     model: nn.Module,
-    method: Method,
+    method: Training,
     few: Images,
     many: Tensor,
     protocol: Protocol,
@@ -239,7 +239,7 @@ def learn_first(
 ) -> None:
     """Train the model on labelled images alone, or read what another method left at the path."""
     if not path.exists():
-        train(model, Method(), few, many, protocol, lr=protocol.lr, minutes=minutes)
+        train(model, Training(), few, many, protocol, lr=protocol.lr, minutes=minutes)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path) as partial:
             torch.save(model.state_dict(), partial)

@@ -283,7 +283,7 @@ def predict(model: nn.Module, x: Tensor) -> Tensor:
     return classes
 
 
-class Method(Augmentation):
+class StrategyAugmentation(Augmentation):
     """Crops, flips, perhaps RandAugment, then a strategy."""
 
     def __init__(self, strategy: Strategy | None, *args: Any, **kwargs: Any) -> None:
@@ -303,11 +303,11 @@ class Method(Augmentation):
 
 def make_method(
     name: str, pixels: str, channels: int, flip: bool, model: nn.Module, classes: int
-) -> Method:
+) -> StrategyAugmentation:
     """Put a strategy behind augmentation in pixels."""
     build = STRATEGIES[name]
     strategy = None if build is None else build(model, channels)
-    return Method(strategy, model, classes, pixels=pixels, flip=flip)
+    return StrategyAugmentation(strategy, model, classes, pixels=pixels, flip=flip)
 
 
 def draw_table() -> str:
