@@ -140,7 +140,7 @@ SECTIONS = [
     ),
     Section(
         title="The paper's Table 1 in a tenth of its epochs",
-        text="A ResNet-18 of half the paper's width, 20 epochs, at the paper's learning rate of"
+        text="A ResNet-18 of half the paper's width, 20 epochs, at the paper's learning rate of "
         "0.1. All rows crop and mirror, and common does nothing else. The attack makes one step. "
         "With every image attacked at predicted labels, the model in training mode, the network"
         " gains three points. In 60 epochs it gains eleven, in twice the time. There common has"
