@@ -181,7 +181,7 @@ def test_a_bundled_flow_is_pushed_with_its_card(hub, monkeypatch):
     card = files["README.md"].decode()
     assert f"`{hashlib.sha256(files['model.safetensors']).hexdigest()}`" in card
     assert "bits per dimension" in card
-    assert 'LatentPerturb(eps=0.25, flow="someone/fashion")' in card
+    assert 'LatentPerturb(eps=0.33, flow="someone/fashion")' in card
 
 
 @pytest.mark.parametrize("change", [copy.copy, copy.deepcopy])

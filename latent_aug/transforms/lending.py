@@ -245,9 +245,10 @@ def forget_properties(module: nn.Module, names: Iterable[str]) -> None:
 def remember_buffers(module: nn.Module, mode: str) -> Restore:
     """Remember the buffers of a module, and their content if a forward pass may write to it.
 
-    A new buffer stays, because an attribute may say that it is there.
+    A new buffer goes, unless a private attribute has changed, too: it may say that it is there.
     """
     table, non_persistent = dict(module._buffers), set(module._non_persistent_buffers_set)
+    attributes = dict(vars(module))
     settled = is_settled(module, mode)
     copied = not (settled and module in _still)
     versions = [(b, b._version) for b in table.values() if b is not None and not b.is_inference()]
@@ -263,6 +264,8 @@ def remember_buffers(module: nn.Module, mode: str) -> Restore:
             _still.discard(module)
         now = dict(module._buffers)
         new = {name: buffer for name, buffer in now.items() if name not in table}
+        if new and not has_changed_privately(module, attributes):
+            new = {}
         if not holds_same(now, table | new):
             module._buffers.clear()
             module._buffers.update(table | new)
@@ -270,6 +273,12 @@ def remember_buffers(module: nn.Module, mode: str) -> Restore:
             module._non_persistent_buffers_set = non_persistent | kept_out
 
     return restore
+
+
+def has_changed_privately(module: nn.Module, before: dict[str, Any]) -> bool:
+    """Whether a private attribute of a module is new or another object than before."""
+    names = (name for name in vars(module) if name.startswith("_"))
+    return any(name not in before or vars(module)[name] is not before[name] for name in names)
 
 
 def is_settled(module: nn.Module, mode: str) -> bool:
