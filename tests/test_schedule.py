@@ -113,7 +113,7 @@ def test_pickled_it_keeps_its_epoch():
     assert pickle.loads(pickle.dumps(schedule)).current is None
 
 
-def test_hooks_are_found():
+def test_attacks_are_found():
     assert holds_attack(hook())
     assert holds_attack(hook().step)
     assert holds_attack(LatentSchedule([(1, transform(0.1)), (1, hook())]))

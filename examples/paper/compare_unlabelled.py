@@ -250,7 +250,8 @@ def draw_table() -> list[str]:
     """Accuracies on test images, two columns for each number of labels, steps on average."""
     usual = {"minutes": MINUTES, "validate": False}
     rows = [row for row in read_lines(RESULTS) if usual.items() <= row.items()]
-    rows = [row for row in rows if row["weight_decay"] == choose_weight_decay(row["labels"])]
+    decays = {count: choose_weight_decay(count) for count in {row["labels"] for row in rows}}
+    rows = [row for row in rows if row["weight_decay"] == decays[row["labels"]]]
     columns = sorted({row["labels"] for row in rows})
     heads = [f"{labels:,} labels | steps" for labels in columns]
     lines = [f"| method | {' | '.join(heads)} |", "|---" * (2 * len(heads) + 1) + "|"]

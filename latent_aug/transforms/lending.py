@@ -199,17 +199,16 @@ def remember_flags(parameters: Iterable[Tensor]) -> Restore:
 
 def remember_module(module: nn.Module, mode: str) -> Restore:
     """Remember what of a module itself, without its submodules, an attack may change."""
-    training = module.training
-    names = set(vars(module))
-    attributes = {name: v for name, v in vars(module).items() if not name.startswith("_")}
+    training, before = module.training, dict(vars(module))
+    attributes = {name: value for name, value in before.items() if not name.startswith("_")}
     contents = [remember(v) for v in attributes.values() if not isinstance(v, PLAIN)]
-    restore_buffers = remember_buffers(module, mode) if module._buffers else None
+    restore_buffers = remember_buffers(module, mode, before) if module._buffers else None
 
     def restore() -> None:
         if restore_buffers is not None:
             restore_buffers()
         restore_attributes(module, attributes)
-        forget_properties(module, set(vars(module)) - names)
+        forget_properties(module, vars(module).keys() - before.keys())
         for restore_content in contents:
             if restore_content is not None:
                 restore_content()
@@ -242,13 +241,13 @@ def forget_properties(module: nn.Module, names: Iterable[str]) -> None:
             del vars(module)[name]
 
 
-def remember_buffers(module: nn.Module, mode: str) -> Restore:
+def remember_buffers(module: nn.Module, mode: str, attributes: dict[str, Any]) -> Restore:
     """Remember the buffers of a module, and their content if a forward pass may write to it.
 
-    A new buffer goes, unless a private attribute has changed, too: it may say that it is there.
+    A new buffer goes, unless a private one of the module's attributes has changed, too. It may say
+    that the buffer is there.
     """
     table, non_persistent = dict(module._buffers), set(module._non_persistent_buffers_set)
-    attributes = dict(vars(module))
     settled = is_settled(module, mode)
     copied = not (settled and module in _still)
     versions = [(b, b._version) for b in table.values() if b is not None and not b.is_inference()]

@@ -297,8 +297,8 @@ class LatentPerturb(LatentTransform, v2.Transform):
         kind = find_kind(images, inpt)
         if kind not in params["draws"]:
             raise ValueError(
-                f"params must be of make_params for such an image, of shape (B, C, H, W), dtype, "
-                f"device and frames {kind}, got those for {[*params['draws']]}"
+                "params must be drawn by make_params for images of the same shape (B, C, H, W), "
+                f"dtype, device and frames, {kind}, got those for {[*params['draws']]}"
             )
         draw = params["draws"][kind]
         advise_batches(inpt, draw.noise, self.flow)
