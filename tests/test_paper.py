@@ -120,7 +120,8 @@ def test_every_run_leaves_its_figures_and_is_not_repeated(place, monkeypatch, ca
     path.write_text("".join(others))
     capsys.readouterr()
     drive(place, monkeypatch)
-    assert "1 runs to make; 6 are in" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("Shapes. Two classes.\n1 runs to make; 6 are in")
     *kept, again = path.read_text().splitlines(keepends=True)
     assert kept == others
     assert drop_times(json.loads(again)) == drop_times(json.loads(first))
@@ -368,7 +369,7 @@ def test_what_cannot_be_run_is_said_before_training(place, monkeypatch):
 
     monkeypatch.setattr(run, "run", lambda *a, **k: pytest.fail("trained"))
     monkeypatch.setattr(sys, "argv", ["run.py", "shape", "data", *write_command(place)[3:]])
-    with pytest.raises(SystemExit, match=r"no recipe 'shape', but \['shapes'\]"):
+    with pytest.raises(SystemExit, match=r"no recipe 'shape', but\n  shapes: Shapes$"):
         run.main()
     with pytest.raises(SystemExit, match=r"no \['atack'\], but \['none', 'common'"):
         drive(place, monkeypatch, "--only", "atack")

@@ -3,8 +3,9 @@
     python examples/paper/run.py NAME DATA [--test]
 
 NAME is a recipe of recipes/*.json. It says which images are used, what of the protocol differs from
-its defaults, and for each method its settings and seeds. The images are those of a folder of DATA,
-as <set>/train/<class>/* and <set>/test/<class>/*. Those of "torchvision:NAME" are downloaded there.
+its defaults, and for each method its settings and seeds. An unknown NAME lists them.
+The images are those of a folder of DATA, as <set>/train/<class>/* and <set>/test/<class>/*. Those
+of "torchvision:NAME" are downloaded there.
 Without --test, runs are evaluated on other training images, to choose settings.
 The test images are read with --test only.
 
@@ -199,13 +200,15 @@ def main() -> None:
     args = read_options()
     recipes = read_recipes(args.recipes)
     if args.recipe not in recipes:
-        raise SystemExit(f"there is no recipe {args.recipe!r}, but {sorted(recipes)}")
+        known = "\n".join(f"  {name}: {own['title']}" for name, own in recipes.items())
+        raise SystemExit(f"there is no recipe {args.recipe!r}, but\n{known}")
     recipe, kind = recipes[args.recipe], "test" if args.test else "validation"
     changes = {"test": args.test, **({"precision": args.precision} if args.precision else {})}
     protocol = fill_protocol(recipe, next(iter(recipe["methods"])), 0, **changes)
     results = args.results / f"{args.recipe}.{kind}.jsonl"
     done = find_done(results, protocol.precision)
     missing = [run for run in list_runs(recipe, args.only) if run not in done]
+    print(f"{recipe['title']}. {recipe['text']}")
     print(f"{len(missing)} runs to make; {len(done)} are in {results}", flush=True)
     methods = {name: fill_settings(recipe, name, protocol.precision) for name, _ in missing}
     flows = find_flows(methods, args.flows, protocol.channels)
