@@ -84,6 +84,8 @@ def test_grey_images_with_every_kind_of_perturbation(grey, network, monkeypatch)
     found = drive(
         grey,
         {
+            "title": "Grey images",
+            "text": "Two classes.",
             "data": "grey",
             "protocol": {**sizes, **adam, "per_class": None},
             "methods": {name: {"pixels": "none", **m, "seeds": [0]} for name, m in methods.items()},
