@@ -86,9 +86,9 @@ SMALL_SETS = Section(
     title="Small data sets",
     text="Accuracy by data set and labelled images. Network and settings are those for CIFAR-10, "
     "with less weight decay and 200 epochs. All rows crop, and those of clothing, nuclei and "
-    "faces mirror. RandAugment takes somewhat more time, three times as long, than the attack on "
-    "its images. There it is level with the default attack, or ahead. It is within a point of "
-    "`eps=2`.",
+    "faces mirror. Three times the epochs with RandAugment take up to 60 % more time than the "
+    "attack on its images. Such a training is level with the default attack, or ahead. It is "
+    "within a point of the attack at `eps=2`.",
     columns={f"{name}, {count}": f"small-{name}" for name, count in LABELLED.items()},
 )
 FIGURE_2 = Section(
@@ -186,7 +186,7 @@ SECTIONS = [
         "same 5,000. RandAugment alone is the best row of the table above. In one draw a quarter "
         "of each batch gains as much as the default, which attacks up to a half. At two and "
         "four times the strength it gains two points more. On every image, the model in training "
-        "mode, it gains one point more in half as much time again.",
+        "mode, it gains one point more than the default, and takes half as much time again.",
         columns={"500": "tune-attack-1-percent"},
         timed="500",
         kind="validation",

@@ -3,7 +3,7 @@
     python examples/paper/run.py NAME DATA [--test]
 
 NAME is a recipe of recipes/*.json. It says which images are used, what of the protocol differs from
-its defaults, and for each method its settings and seeds. An unknown NAME lists them.
+its defaults, and for each method its settings and seeds. An unknown NAME lists all recipes.
 The images are those of a folder of DATA, as <set>/train/<class>/* and <set>/test/<class>/*. Those
 of "torchvision:NAME" are downloaded there.
 Without --test, runs are evaluated on other training images, to choose settings.
